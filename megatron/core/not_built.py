@@ -1,0 +1,69 @@
+"""Configuration fields of capabilities that do not exist yet: set, they are refused rather than ignored."""
+
+from __future__ import annotations
+
+from dataclasses import MISSING, fields
+from typing import Any
+
+FIELDS_NOT_BUILT: dict[str, str] = {
+    "virtual_pipeline_model_parallel_size": "the interleaved pipeline schedule",
+    "pipeline_model_parallel_layout": "pipeline layouts",
+    "overlap_p2p_comm": "overlapped pipeline traffic",
+    "overlap_p2p_comm_warmup_flush": "overlapped pipeline traffic",
+    "defer_embedding_wgrad_compute": "postponed embedding gradients",
+    "delay_wgrad_compute": "separate weight gradients",
+    "context_parallel_size": "context parallelism",
+    "hierarchical_context_parallel_sizes": "context parallelism",
+    "expert_model_parallel_size": "mixture of experts",
+    "num_moe_experts": "mixture of experts",
+    "multi_latent_attention": "multi-latent attention",
+    "mtp_num_layers": "multi-token prediction",
+    "is_hybrid_model": "hybrid models",
+    "heterogeneous_block_specs": "heterogeneous layers",
+    "mrope_section": "multimodal rotary positions",
+    "tp_comm_overlap": "overlapped tensor parallel communication",
+    "cpu_offloading": "activation offloading",
+    "num_microbatches_with_partial_activation_checkpoints": "partial recompute by microbatch",
+    "init_model_with_meta_device": "construction on the meta device",
+    "use_te_rng_tracker": "Transformer Engine",
+    "fp8": "fp8",
+    "fp8_param": "fp8",
+    "fp8_param_gather": "fp8",
+    "reuse_grad_buf_for_mxfp8_param_ag": "fp8",
+    "use_kitchen": "custom quantization recipes",
+    "quant_recipe": "custom quantization recipes",
+    "enable_cuda_graph": "CUDA graphs",
+    "external_cuda_graph": "CUDA graphs",
+    "flash_decode": "the inference engine",
+    "inference_rng_tracker": "the inference engine",
+    "symmetric_ar_type": "the inference engine",
+    "use_precision_aware_optimizer": "low-precision optimizer states",
+    "optimizer_cpu_offload": "the offloaded optimizer",
+    "overlap_param_gather_with_optimizer_step": "overlapped parameter gathering",
+    "overlap_grad_reduce": "overlapped gradient reduction",
+    "overlap_param_gather": "overlapped parameter gathering",
+    "num_distributed_optimizer_instances": "several distributed optimizer instances",
+    "use_custom_fsdp": "fully sharded data parallelism",
+    "data_parallel_sharding_strategy": "fully sharded data parallelism",
+    "fsdp_double_buffer": "fully sharded data parallelism",
+    "nccl_ub": "registered NCCL buffers",
+}
+"""Field of a core configuration class -> what it would switch on. A row goes when its capability arrives."""
+
+
+def refuse_fields_not_built(config: Any) -> None:
+    """A setting that nothing reads yet must not look as if it worked.
+
+    Raises:
+        NotImplementedError: a field of `FIELDS_NOT_BUILT` is in use.
+    """
+    for field in fields(config):
+        capability = FIELDS_NOT_BUILT.get(field.name)
+        if capability is None or field.default is MISSING:
+            continue
+        value = getattr(config, field.name)
+        used = value if isinstance(value, bool) else value != field.default
+        if used:
+            raise NotImplementedError(
+                f"{field.name} ({value}): {capability} is not built yet; leave it unset"
+            )
