@@ -34,7 +34,7 @@ class ModelParallelConfig:
     context_parallel_size: int = 1
     """Ranks that split the sequence of one sample."""
     hierarchical_context_parallel_sizes: list[int] | None = None
-    """Sizes of the nested groups of hierarchical context parallelism; their product is the context parallel size."""
+    """Sizes of the nested context parallel groups; their product is the context parallel size."""
     expert_model_parallel_size: int = 1
     """Ranks that split the experts of a mixture-of-experts layer."""
     expert_tensor_parallel_size: int | None = None
@@ -46,7 +46,7 @@ class ModelParallelConfig:
     perform_initialization: bool = True
     """Fill the weights when the model is built; off when a checkpoint will replace them all."""
     use_cpu_initialization: bool = False
-    """Draw initial weights on the CPU. Always so here, for values must not depend on the layout; no effect."""
+    """Draw initial weights on the CPU. No effect: always so, for values must not depend on the layout."""
 
     # --- precision ---
     fp16: bool = False
@@ -60,7 +60,7 @@ class ModelParallelConfig:
     timers: Callable[..., Any] | None = None
     """`timers(name, log_level)` gives the timer of that name."""
     finalize_model_grads_func: Callable[..., Any] | None = None
-    """Called once the gradients of all microbatches are there: reduces them over the ranks that share weights."""
+    """Reduces gradients over the ranks that share weights, once those of all microbatches are there."""
     grad_scale_func: Callable[..., Any] | None = None
     """Scales the loss before backward (float16)."""
     no_sync_func: Callable[..., Any] | None = None
@@ -224,12 +224,12 @@ def require_pipeline_dtype(config: ModelParallelConfig) -> None:
     if config.pipeline_model_parallel_size > 1:
         require(
             config.pipeline_dtype is not None,
-            f"{shown(config, 'pipeline_model_parallel_size')} needs pipeline_dtype, the type that stages send",
+            f"{shown(config, 'pipeline_model_parallel_size')} needs pipeline_dtype, which stages receive",
         )
 
 
 def require_deferral_fits(config: ModelParallelConfig) -> None:
-    """Only a pipeline has a drain phase to postpone work to, and the postponed work goes to the gradient buffer."""
+    """Only a pipeline has a drain phase; the work postponed to it ends in the gradient buffer."""
     if config.defer_embedding_wgrad_compute:
         require(
             config.pipeline_model_parallel_size > 1,
@@ -242,7 +242,7 @@ def require_deferral_fits(config: ModelParallelConfig) -> None:
 
 
 def require_sequence_parallel_for_experts(config: ModelParallelConfig) -> None:
-    """With tensor parallel ranks holding the same tokens, experts on other ranks would see each token twice."""
+    """Were tokens held by every tensor parallel rank, an expert elsewhere would see each of them twice."""
     if config.expert_model_parallel_size > 1 and config.tensor_model_parallel_size > 1:
         require(
             config.sequence_parallel,

@@ -123,7 +123,7 @@ def require_fp32_states(config: OptimizerConfig) -> None:
         for name in ("main_grads_dtype", "main_params_dtype", "exp_avg_dtype", "exp_avg_sq_dtype"):
             require(
                 getattr(config, name) == torch.float32,
-                f"{shown(config, name)} needs use_precision_aware_optimizer; without it only torch.float32 works",
+                f"{shown(config, name)} needs use_precision_aware_optimizer; else only torch.float32 works",
             )
 
 

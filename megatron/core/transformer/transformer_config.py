@@ -18,8 +18,8 @@ from megatron.core.transformer.transformer_config_rules import TRANSFORMER_RULES
 class TransformerConfig(ModelParallelConfig):
     """Settings of a transformer block and its parallel layout.
 
-    Each field's docstring is also the help of the flag that carries its name. The rules that fill and check the
-    fields stand in `transformer_config_rules.py`; after construction no library code assigns to a setting.
+    Each field's docstring is also the help of the flag that carries its name. `transformer_config_rules.py`
+    holds the rules that fill and check the fields; after construction no library code assigns to a setting.
     """
 
     # --- architecture ---
@@ -34,7 +34,7 @@ class TransformerConfig(ModelParallelConfig):
     num_layers_in_last_pipeline_stage: int | None = None
     """Layers on the last pipeline stage; unset is an equal share."""
     pipeline_model_parallel_layout: str | list[Any] | None = None
-    """Which layers each stage holds, written out: `E` embedding, `t` layer, `m` extra prediction, `L` loss, `|`."""
+    """What each stage holds, stages parted by `|`: `E` embedding, `t` layer, `m` extra prediction, `L` loss."""
     account_for_embedding_in_pipeline_split: bool = False
     """Count the embedding as one layer when layers are shared out over stages."""
     account_for_loss_in_pipeline_split: bool = False
@@ -146,7 +146,7 @@ class TransformerConfig(ModelParallelConfig):
     recompute_granularity: str | None = None
     """Recompute activations in backward: `full` for whole layers, `selective` for chosen parts of each."""
     recompute_method: str | None = None
-    """Which layers `full` covers: `uniform` in chunks of equal length, `block` the first ones of each stage."""
+    """Which layers `full` covers: `uniform` all, in equal chunks; `block` the first ones of each stage."""
     recompute_num_layers: int | None = None
     """Layers per chunk (`uniform`), or layers per stage (`block`)."""
     distribute_saved_activations: bool | None = None

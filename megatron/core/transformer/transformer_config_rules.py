@@ -1,6 +1,6 @@
 """What TransformerConfig derives and refuses, one function a rule; `TRANSFORMER_RULES` is their order.
 
-Attention, experts and fp8 are here; the split of layers over pipeline stages and recompute have their own file.
+The split of layers over pipeline stages and recompute have a file of their own.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
 
-# --- precision --------------------------------------------------------------------------------------------------
+# --- precision ------------------------------------------------------------------------------------
 
 
 def require_one_half_precision(config: TransformerConfig) -> None:
@@ -34,7 +34,7 @@ def set_bf16_matmul_precision(config: TransformerConfig) -> None:
 
 
 def require_fp8_fits(config: TransformerConfig) -> None:
-    """fp8 weights need fp8 products; layers kept in bfloat16 need a recipe that scales each layer by itself."""
+    """fp8 weights need fp8 products; layers kept in bfloat16 need scales that are chosen per layer."""
     if config.fp8_param:
         require(config.fp8, "fp8_param needs fp8 to be set")
     if config.fp8 and config.first_last_layers_bf16:
@@ -49,7 +49,7 @@ def require_fp8_fits(config: TransformerConfig) -> None:
             )
 
 
-# --- sizes ------------------------------------------------------------------------------------------------------
+# --- sizes ----------------------------------------------------------------------------------------
 
 
 def require_heads_fit_tensor_parallel(config: TransformerConfig) -> None:
@@ -95,7 +95,7 @@ def require_valid_window(config: TransformerConfig) -> None:
     if window is not None:
         require(
             len(window) == 2 and min(window) >= -1,
-            f"{shown(config, 'window_size')} must be two distances, left and right, each at least -1 (no limit)",
+            f"{shown(config, 'window_size')} must be two distances, each at least -1 (no limit)",
         )
 
 
@@ -104,7 +104,7 @@ def require_known_normalization(config: TransformerConfig) -> None:
     require_one_of(config, "normalization", ("LayerNorm", "RMSNorm"))
 
 
-# --- attention and activation -----------------------------------------------------------------------------------
+# --- attention and activation ---------------------------------------------------------------------
 
 
 def force_fp32_softmax_under_layer_scaling(config: TransformerConfig) -> None:
@@ -144,7 +144,7 @@ def require_plain_rotation(config: TransformerConfig) -> None:
 
 
 def derive_init_methods(config: TransformerConfig) -> None:
-    """Weights are normal; what adds to the residual stream is drawn smaller, for the stream sums over all layers."""
+    """Weights are normal; those that add to the residual stream are smaller, for it sums over all layers."""
     if config.init_method is None:
         config.init_method = init_method_normal(config.init_method_std)
     if config.output_layer_init_method is None:
@@ -195,7 +195,7 @@ def require_yarn_for_fused_rope(config: MLATransformerConfig) -> None:
         )
 
 
-# --- mixture of experts -----------------------------------------------------------------------------------------
+# --- mixture of experts ---------------------------------------------------------------------------
 
 
 def require_experts_for_expert_parallel(config: TransformerConfig) -> None:
@@ -278,7 +278,7 @@ def require_router_fits(config: TransformerConfig) -> None:
         )
     if config.num_moe_experts >= 32 and config.moe_router_dtype is None:
         warnings.warn(
-            f"{shown(config, 'num_moe_experts')}: routing among many experts is steadier with moe_router_dtype 'fp32'",
+            f"{shown(config, 'num_moe_experts')}: routing is steadier with moe_router_dtype 'fp32'",
             stacklevel=2,
         )
 
@@ -316,7 +316,7 @@ def require_fp8_for_router_padding(config: TransformerConfig) -> None:
         )
 
 
-# --- memory and kernels -----------------------------------------------------------------------------------------
+# --- memory and kernels ---------------------------------------------------------------------------
 
 
 def require_offloading_fits(config: TransformerConfig) -> None:

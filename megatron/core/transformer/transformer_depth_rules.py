@@ -20,7 +20,7 @@ SPLIT_FIELDS = (
 )
 
 
-# --- recompute --------------------------------------------------------------------------------------------------
+# --- recompute ------------------------------------------------------------------------------------
 
 
 def imply_recompute_of_experts(config: TransformerConfig) -> None:
@@ -47,7 +47,7 @@ def require_complete_recompute(config: TransformerConfig) -> None:
         )
         require(
             config.recompute_num_layers is not None and config.recompute_num_layers > 0,
-            f"recompute_granularity 'full' needs a positive recompute_num_layers, found {config.recompute_num_layers}",
+            f"recompute_granularity 'full' needs recompute_num_layers above 0, found {config.recompute_num_layers}",
         )
     else:
         require(
@@ -96,11 +96,11 @@ def require_known_recompute_modules(config: TransformerConfig) -> None:
         )
 
 
-# --- pipeline stages --------------------------------------------------------------------------------------------
+# --- pipeline stages ------------------------------------------------------------------------------
 
 
 def require_one_way_of_splitting(config: TransformerConfig) -> None:
-    """Layer counts of the edge stages, counting embedding and loss, or a layout: three ways to say one thing."""
+    """Counts for the edge stages, counting embedding and loss, or a layout: three ways to say one thing."""
     first_last, account = SPLIT_FIELDS[:2], SPLIT_FIELDS[2:]
     given = [name for name in first_last if getattr(config, name) is not None]
     counted = [name for name in account if getattr(config, name)]
@@ -127,14 +127,14 @@ def require_edge_stages_fit(config: TransformerConfig) -> None:
         require(getattr(config, name) > 0, f"{shown(config, name)} must be positive")
         require(
             getattr(config, name) % chunks == 0,
-            f"{shown(config, name)} must be divisible by {shown(config, 'virtual_pipeline_model_parallel_size')}",
+            f"{shown(config, name)} must be divisible by the {chunks} model chunks of a stage",
         )
     found = shown(config, "num_layers", *given, "pipeline_model_parallel_size")
     require(stages >= 0 and layers >= 0 and (stages > 0 or layers == 0), f"{found} do not fit each other")
     if stages > 0:
         require(
             layers % stages == 0 and layers > 0,
-            f"{found}: the {layers} layers that are left must share equally among the {stages} stages that are left",
+            f"{found}: the {layers} remaining layers must share equally among {stages} stages",
         )
         require(
             layers // stages % chunks == 0,
@@ -171,8 +171,8 @@ def require_layers_share_equally(config: TransformerConfig) -> None:
     parts = config.pipeline_model_parallel_size * (config.virtual_pipeline_model_parallel_size or 1)
     require(
         config.num_layers % parts == 0,
-        f"{shown(config, 'num_layers')} must be divisible by {parts}, the number of pipeline stages times model "
-        "chunks; num_layers_in_first_pipeline_stage and num_layers_in_last_pipeline_stage allow uneven stages",
+        f"{shown(config, 'num_layers')} must be divisible by {parts} (pipeline stages times model chunks); "
+        "num_layers_in_first_pipeline_stage and num_layers_in_last_pipeline_stage allow uneven stages",
     )
 
 
