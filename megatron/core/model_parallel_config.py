@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -23,7 +23,7 @@ class ModelParallelConfig:
     # --- parallel layout ---
     tensor_model_parallel_size: int = 1
     """Ranks that split every layer's matrices (tensor parallelism)."""
-    pipeline_model_parallel_comm_backend: str | None = None
+    pipeline_model_parallel_comm_backend: Literal["nccl", "ucc", "gloo"] | None = None
     """torch.distributed backend of the pipeline groups; unset takes that of the other groups."""
     pipeline_model_parallel_size: int = 1
     """Ranks that split the stack of layers (pipeline stages)."""
@@ -113,13 +113,13 @@ class ModelParallelConfig:
     """Atomic variant of the pipelined reduce-scatter."""
     cross_entropy_loss_fusion: bool = False
     """Compute the vocabulary parallel loss in one fused kernel."""
-    cross_entropy_fusion_impl: str = "native"
+    cross_entropy_fusion_impl: Literal["native", "te"] = "native"
     """Which fused loss: the native one or Transformer Engine's."""
     tp_comm_overlap_disable_qkv: bool = False
     """Leave the query/key/value projection out of the overlap."""
     tp_comm_overlap_disable_fc1: bool = False
     """Leave the first feed-forward projection out of the overlap."""
-    tp_comm_bootstrap_backend: str = "nccl"
+    tp_comm_bootstrap_backend: Literal["nccl", "mpi", "gloo"] = "nccl"
     """Backend that sets up the buffers of the overlap."""
 
     # --- pipeline ---

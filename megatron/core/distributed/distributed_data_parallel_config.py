@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from megatron.core.config_rules import require, require_one_of, require_together, shown
 from megatron.core.not_built import refuse_fields_not_built
@@ -40,7 +41,9 @@ class DistributedDataParallelConfig:
     """Gather mxfp8 weights through the gradient buffer."""
     use_custom_fsdp: bool = False
     """Shard data parallel state with this library's fully sharded data parallelism."""
-    data_parallel_sharding_strategy: str = "no_shard"
+    data_parallel_sharding_strategy: Literal["no_shard", "optim", "optim_grads", "optim_grads_params"] = (
+        "no_shard"
+    )
     """What fully sharded data parallelism splits: nothing, optimizer state, also gradients, also weights."""
     gradient_reduce_div_fusion: bool = True
     """Fold the division by the number of ranks into the reduction (fully sharded)."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -16,7 +16,7 @@ from megatron.core.not_built import refuse_fields_not_built
 class OptimizerConfig:
     """Settings of `get_megatron_optimizer`. Each field's docstring is also its flag's help."""
 
-    optimizer: str = "adam"
+    optimizer: Literal["adam", "sgd"] = "adam"
     """Update rule."""
     lr: float | None = None
     """Peak learning rate."""

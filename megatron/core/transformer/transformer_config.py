@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -34,7 +34,7 @@ class TransformerConfig(ModelParallelConfig):
     num_layers_in_last_pipeline_stage: int | None = None
     """Layers on the last pipeline stage; unset is an equal share."""
     pipeline_model_parallel_layout: str | list[Any] | None = None
-    """What each stage holds, stages parted by `|`: `E` embedding, `t` layer, `m` extra prediction, `L` loss."""
+    """What each stage holds, stages parted by `|`: E embedding, t layer, m extra prediction, L loss."""
     account_for_embedding_in_pipeline_split: bool = False
     """Count the embedding as one layer when layers are shared out over stages."""
     account_for_loss_in_pipeline_split: bool = False
@@ -81,7 +81,7 @@ class TransformerConfig(ModelParallelConfig):
     """Rotate neighbouring channels in pairs rather than the two halves of a head."""
     window_size: tuple[int, int] | None = None
     """Keys that a query sees to its left and right (sliding window); -1 is no limit on that side."""
-    normalization: str = "LayerNorm"
+    normalization: Literal["LayerNorm", "RMSNorm"] = "LayerNorm"
     """Kind of norm."""
     qk_layernorm: bool = False
     """Normalise queries and keys per head."""
@@ -143,9 +143,9 @@ class TransformerConfig(ModelParallelConfig):
     """Rotate queries and keys in one kernel."""
 
     # --- recompute ---
-    recompute_granularity: str | None = None
+    recompute_granularity: Literal["full", "selective"] | None = None
     """Recompute activations in backward: `full` for whole layers, `selective` for chosen parts of each."""
-    recompute_method: str | None = None
+    recompute_method: Literal["uniform", "block"] | None = None
     """Which layers `full` covers: `uniform` all, in equal chunks; `block` the first ones of each stage."""
     recompute_num_layers: int | None = None
     """Layers per chunk (`uniform`), or layers per stage (`block`)."""
@@ -155,9 +155,9 @@ class TransformerConfig(ModelParallelConfig):
     """Parts that `selective` recomputes; unset is the attention core."""
 
     # --- fp8 ---
-    fp8: str | None = None
+    fp8: Literal["e4m3", "hybrid"] | None = None
     """Number format of fp8: `e4m3`, or `hybrid` with e5m2 gradients."""
-    fp8_recipe: str | None = "delayed"
+    fp8_recipe: Literal["tensorwise", "delayed", "mxfp8", "blockwise"] | None = "delayed"
     """How fp8 scales are chosen."""
     fp8_param: bool = False
     """Keep weights in fp8."""
@@ -167,7 +167,7 @@ class TransformerConfig(ModelParallelConfig):
     """No effect."""
     fp8_amax_history_len: int = 1
     """Steps of maxima that delayed scaling looks back on."""
-    fp8_amax_compute_algo: str = "most_recent"
+    fp8_amax_compute_algo: Literal["most_recent", "max"] = "most_recent"
     """Which of those maxima sets the scale."""
     fp8_wgrad: bool = True
     """Compute weight gradients in fp8 too."""
@@ -195,7 +195,7 @@ class TransformerConfig(ModelParallelConfig):
     """Which layers hold experts: every n-th, or a list with 1 for each such layer."""
     moe_ffn_hidden_size: int | None = None
     """Inner width of one expert; unset is that of the feed-forward block."""
-    moe_router_load_balancing_type: str = "aux_loss"
+    moe_router_load_balancing_type: Literal["aux_loss", "seq_aux_loss", "sinkhorn", "none"] = "aux_loss"
     """How tokens are spread evenly over experts."""
     moe_router_topk: int = 2
     """Experts that see each token."""
@@ -211,9 +211,9 @@ class TransformerConfig(ModelParallelConfig):
     """Normalise routing scores before experts are chosen, not after."""
     moe_router_topk_scaling_factor: float | None = None
     """Factor on the scores of the chosen experts."""
-    moe_router_score_function: str = "softmax"
+    moe_router_score_function: Literal["softmax", "sigmoid"] = "softmax"
     """Function that turns router outputs into scores."""
-    moe_router_dtype: str | None = None
+    moe_router_dtype: Literal["fp32", "fp64"] | None = None
     """Precision of the router; unset is that of the model."""
     moe_router_enable_expert_bias: bool = False
     """Balance experts by a bias on their scores that follows their load, without a loss."""
@@ -233,7 +233,7 @@ class TransformerConfig(ModelParallelConfig):
     """Multiply the router's input by noise of this width."""
     moe_token_dropping: bool = False
     """No effect: a capacity factor decides whether tokens are dropped."""
-    moe_token_dispatcher_type: str = "allgather"
+    moe_token_dispatcher_type: Literal["allgather", "alltoall", "flex"] = "allgather"
     """How tokens travel to their experts."""
     moe_enable_deepep: bool = False
     """Use the DeepEP kernels for that (dispatcher `flex`)."""
@@ -243,7 +243,7 @@ class TransformerConfig(ModelParallelConfig):
     """Tokens that an expert takes, relative to an even share; unset or negative is no limit."""
     moe_pad_expert_input_to_capacity: bool = False
     """Pad every expert's tokens to that limit."""
-    moe_token_drop_policy: str = "probs"
+    moe_token_drop_policy: Literal["probs", "position"] = "probs"
     """Which tokens are dropped above the limit: the least probable, or the last ones."""
     moe_layer_recompute: bool = False
     """Older spelling of selective recompute of the expert layer."""
@@ -267,7 +267,7 @@ class TransformerConfig(ModelParallelConfig):
     """Steps before graphs are captured."""
     external_cuda_graph: bool = False
     """The training program captures the graphs."""
-    cuda_graph_scope: str = "full"
+    cuda_graph_scope: Literal["full", "attn"] = "full"
     """Capture whole layers, or only attention."""
 
     # --- other ---
@@ -281,7 +281,7 @@ class TransformerConfig(ModelParallelConfig):
     """Decode with a kernel that updates the key/value cache in place."""
     inference_rng_tracker: bool = False
     """Keep random states the way inference wants them."""
-    symmetric_ar_type: str | None = None
+    symmetric_ar_type: Literal["two_shot", "one_shot", "multimem_all_reduce"] | None = None
     """All-reduce kernel on symmetric memory, for inference."""
     mrope_section: list[int] | None = None
     """Channels of rotary positions for time, height and width."""
@@ -328,9 +328,9 @@ class MLATransformerConfig(TransformerConfig):
     """Channels per query and key head that rotate."""
     v_head_dim: int = 128
     """Width of a value head."""
-    normalization: str = "RMSNorm"
+    normalization: Literal["LayerNorm", "RMSNorm"] = "RMSNorm"
     """Kind of norm."""
-    rope_type: str = "yarn"
+    rope_type: Literal["rope", "yarn"] = "yarn"
     """Rotary positions: plain `rope`, or `yarn`."""
     rotary_base: float = 10000
     """Base of the rotary frequencies."""

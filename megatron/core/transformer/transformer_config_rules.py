@@ -311,7 +311,7 @@ def require_fp8_for_router_padding(config: TransformerConfig) -> None:
     if config.moe_router_padding_for_fp8:
         require(config.fp8, "moe_router_padding_for_fp8 needs fp8")
         require(
-            config.moe_token_dispatcher_type not in ("allgather", "alltoall_seq"),
+            config.moe_token_dispatcher_type != "allgather",
             f"moe_router_padding_for_fp8 does not work with {shown(config, 'moe_token_dispatcher_type')}",
         )
 

@@ -47,7 +47,7 @@ def require_complete_recompute(config: TransformerConfig) -> None:
         )
         require(
             config.recompute_num_layers is not None and config.recompute_num_layers > 0,
-            f"recompute_granularity 'full' needs recompute_num_layers above 0, found {config.recompute_num_layers}",
+            f"recompute_granularity 'full' needs a positive count in {shown(config, 'recompute_num_layers')}",
         )
     else:
         require(
