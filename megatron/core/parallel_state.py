@@ -1,0 +1,672 @@
+"""Process-wide model-parallel groups: the public face over one default `ProcessGroupCollection`.
+
+`initialize_model_parallel` turns sizes into groups (the arithmetic is in `rank_grid`), the getters read them back.
+Library code takes groups as arguments; it comes here only when it was handed none.
+"""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as dist
+from torch.distributed import ProcessGroup
+
+from megatron.core import device
+from megatron.core.process_groups_config import (
+    ProcessGroupCollection,
+    default_process_groups,
+    has_default_process_groups,
+    set_default_process_groups,
+)
+from megatron.core.rank_grid import RankGenerator, generate_masked_orthogonal_rank_groups, hierarchical_ranks
+
+__all__ = ["RankGenerator", "generate_masked_orthogonal_rank_groups", "hierarchical_ranks"]
+
+RankGroups = list[list[int]]
+
+
+@dataclass
+class _State:
+    """What `initialize_model_parallel` leaves behind besides the groups."""
+
+    group_ranks: dict[str, list[int]] = field(default_factory=dict)
+    """Global ranks of this rank's group, by field name of `ProcessGroupCollection`."""
+    created: list[ProcessGroup] = field(default_factory=list)
+    virtual_pipeline_size: int | None = None
+    virtual_pipeline_rank: int | None = None
+    overrides: dict[str, int] = field(default_factory=dict)
+    """Ranks and sizes pretended by the `set_*` functions, for tools that run without processes."""
+
+
+_state = _State()
+
+
+def default_embedding_ranks(pp_ranks: list[int], split_rank: int | None = None) -> list[int]:
+    """Ranks of one pipeline that hold the word embedding: the first stage and, tied, the last."""
+    return [pp_ranks[0]] if len(pp_ranks) == 1 else [pp_ranks[0], pp_ranks[-1]]
+
+
+def default_position_embedding_ranks(pp_ranks: list[int], split_rank: int | None = None) -> list[int]:
+    """Ranks of one pipeline that hold position embeddings: the first stage."""
+    return [pp_ranks[0]]
+
+
+def initialize_model_parallel(
+    tensor_model_parallel_size: int = 1,
+    pipeline_model_parallel_size: int = 1,
+    virtual_pipeline_model_parallel_size: int | None = None,
+    pipeline_model_parallel_split_rank: int | None = None,
+    pipeline_model_parallel_comm_backend: str | None = None,
+    use_sharp: bool = False,
+    context_parallel_size: int = 1,
+    hierarchical_context_parallel_sizes: list[int] | None = None,
+    expert_model_parallel_size: int = 1,
+    num_distributed_optimizer_instances: int = 1,
+    expert_tensor_parallel_size: int | None = None,
+    nccl_communicator_config_path: str | None = None,
+    distributed_timeout_minutes: float = 30,
+    order: str = "tp-cp-ep-dp-pp",
+    encoder_tensor_model_parallel_size: int = 0,
+    encoder_pipeline_model_parallel_size: int | None = 0,
+    get_embedding_ranks: Callable[[list[int], int | None], list[int]] | None = None,
+    get_position_embedding_ranks: Callable[[list[int], int | None], list[int]] | None = None,
+    create_gloo_process_groups: bool = True,
+    high_priority_stream_groups: list[str] | None = None,
+) -> None:
+    """Create every process group of the layout and make them the process-wide default.
+
+    Collective over the whole world: all ranks call it with the same arguments. Ranks whose groups consist of the
+    same members share one communicator.
+
+    Raises:
+        RuntimeError: torch.distributed is not initialised, groups exist already, or the sizes do not fit the world.
+        NotImplementedError: an encoder with a layout of its own, or vendor network options.
+    """
+    _refuse_unbuilt(
+        pipeline_model_parallel_split_rank=pipeline_model_parallel_split_rank,
+        use_sharp=use_sharp,
+        nccl_communicator_config_path=nccl_communicator_config_path,
+        encoder_tensor_model_parallel_size=encoder_tensor_model_parallel_size,
+        encoder_pipeline_model_parallel_size=encoder_pipeline_model_parallel_size,
+        high_priority_stream_groups=high_priority_stream_groups,
+    )
+    if not dist.is_initialized():
+        raise RuntimeError("call torch.distributed.init_process_group(...) before initialize_model_parallel(...)")
+    if has_default_process_groups():
+        raise RuntimeError("model parallel groups exist already; call destroy_model_parallel() first")
+    tp, pp, cp = tensor_model_parallel_size, pipeline_model_parallel_size, context_parallel_size
+    etp = expert_tensor_parallel_size or tp
+    world_size = dist.get_world_size()
+    layout = _dense_layout(world_size, tp, pp, cp, order)
+    expert_layout = _expert_layout(world_size, etp, expert_model_parallel_size, pp, order)
+    if layout.get_ranks("pp") != expert_layout.get_ranks("pp"):
+        raise RuntimeError(
+            f"rank order {order!r} gives experts (tensor {etp} × expert {expert_model_parallel_size}) pipelines that "
+            "differ from the dense layers'; put pp last in the order"
+        )
+    plan = _group_plan(
+        layout,
+        expert_layout,
+        num_distributed_optimizer_instances,
+        get_embedding_ranks or default_embedding_ranks,
+        get_position_embedding_ranks or default_position_embedding_ranks,
+    )
+    if hierarchical_context_parallel_sizes:
+        for level, groups in enumerate(_hierarchical_plan(layout, hierarchical_context_parallel_sizes)):
+            plan[f"hcp{level}"] = groups
+    _create_groups(plan, datetime.timedelta(minutes=distributed_timeout_minutes))
+    _state.virtual_pipeline_size = virtual_pipeline_model_parallel_size
+    _state.virtual_pipeline_rank = None if virtual_pipeline_model_parallel_size is None else 0
+
+
+def _refuse_unbuilt(**values: object) -> None:
+    for name, value in values.items():
+        if value:
+            raise NotImplementedError(f"initialize_model_parallel({name}={value!r}) is not built yet; leave it out")
+
+
+def _dense_layout(world_size: int, tp: int, pp: int, cp: int, order: str) -> RankGenerator:
+    if world_size % (tp * pp * cp):
+        raise RuntimeError(
+            f"world size {world_size} is not a multiple of tensor {tp} × pipeline {pp} × context {cp} = {tp * pp * cp}"
+        )
+    return RankGenerator(tp=tp, ep=1, dp=world_size // (tp * pp * cp), pp=pp, cp=cp, order=order)
+
+
+def _expert_layout(world_size: int, etp: int, ep: int, pp: int, order: str) -> RankGenerator:
+    if world_size % (etp * ep * pp):
+        raise RuntimeError(
+            f"world size {world_size} is not a multiple of expert tensor {etp} × expert {ep} × pipeline {pp}"
+        )
+    return RankGenerator(tp=etp, ep=ep, dp=world_size // (etp * ep * pp), pp=pp, cp=1, order=order)
+
+
+def _group_plan(
+    dense: RankGenerator,
+    expert: RankGenerator,
+    num_instances: int,
+    embedding_ranks: Callable[[list[int], int | None], list[int]],
+    position_embedding_ranks: Callable[[list[int], int | None], list[int]],
+) -> dict[str, RankGroups]:
+    """All groups by field name of `ProcessGroupCollection`, in creation order."""
+    pipelines = dense.get_ranks("pp")
+    data, expert_data = dense.get_ranks("dp-cp"), expert.get_ranks("dp")
+    for name, size in (("data", len(data[0])), ("expert data", len(expert_data[0]))):
+        if size % num_instances:
+            raise RuntimeError(f"num_distributed_optimizer_instances ({num_instances}) must divide {name} size {size}")
+    intra, inter = _instances(expert_data, num_instances)
+    model_groups = expert.get_ranks("tp-ep-pp")
+    per_instance = len(model_groups) // num_instances
+    return {
+        "dp_cp": data,
+        "intra_dp_cp": [part for group in data for part in _slices(group, num_instances)],
+        "dp": dense.get_ranks("dp"),
+        "cp": dense.get_ranks("cp"),
+        "mp": dense.get_ranks("tp-pp"),
+        "tp": dense.get_ranks("tp"),
+        "pp": pipelines,
+        "embd": [embedding_ranks(ranks, None) for ranks in pipelines],
+        "pos_embd": [position_embedding_ranks(ranks, None) for ranks in pipelines],
+        "tp_dp_cp": dense.get_ranks("tp-dp-cp"),
+        "tp_dp": dense.get_ranks("tp-dp"),
+        "tp_cp": dense.get_ranks("tp-cp"),
+        "ep": expert.get_ranks("ep"),
+        "expt_tp": expert.get_ranks("tp"),
+        "tp_ep": expert.get_ranks("tp-ep"),
+        "tp_ep_pp": model_groups,
+        "expt_dp": expert_data,
+        "intra_expt_dp": intra,
+        "inter_dist_opt": inter,
+        "intra_dist_opt": [
+            sorted(sum(model_groups[i : i + per_instance], []))
+            for i in range(0, len(model_groups), max(per_instance, 1))
+        ],
+    }
+
+
+def _slices(ranks: list[int], count: int) -> RankGroups:
+    size = len(ranks) // count
+    return [ranks[i : i + size] for i in range(0, len(ranks), size)]
+
+
+def _instances(groups: RankGroups, count: int) -> tuple[RankGroups, RankGroups]:
+    """Each group cut into `count` instances (consecutive ranks), and the ranks at the same place of every instance."""
+    levels = [hierarchical_ranks(group, [len(group) // count, count]) for group in groups]
+    return sum((level[0] for level in levels), []), sum((level[1] for level in levels), [])
+
+
+def _hierarchical_plan(layout: RankGenerator, sizes: list[int]) -> Iterator[RankGroups]:
+    levels = [hierarchical_ranks(ranks, sizes) for ranks in layout.get_ranks("cp")]
+    for level in range(len(sizes)):
+        yield sum((groups[level] for groups in levels), [])
+
+
+def _create_groups(plan: dict[str, RankGroups], timeout: datetime.timedelta) -> None:
+    """Create the planned groups, one communicator for each distinct set of ranks, and install them as the default."""
+    rank = dist.get_rank()
+    by_members: dict[tuple[int, ...], ProcessGroup] = {}
+    mine: dict[str, ProcessGroup] = {}
+    for name, groups in plan.items():
+        for ranks in groups:
+            members = tuple(ranks)
+            if members not in by_members:  # every rank creates every group, in the same order
+                group = dist.new_group(ranks, timeout=timeout, group_desc=name)
+                by_members[members] = group
+                if rank in ranks:
+                    _state.created.append(group)
+            if rank in ranks:
+                mine[name] = by_members[members]
+                _state.group_ranks[name] = list(ranks)
+    levels = tuple(mine.pop(name) for name in [n for n in mine if n.startswith("hcp")])
+    set_default_process_groups(ProcessGroupCollection(**mine, hcp=levels or None))  # type: ignore[arg-type]
+
+
+def destroy_model_parallel() -> None:
+    """Forget the groups and shut their communicators down; the world group stays."""
+    global _state
+    if dist.is_initialized():
+        for group in _state.created:
+            if group is not dist.group.WORLD:
+                dist.destroy_process_group(group)
+    set_default_process_groups(None)
+    _state = _State()
+
+
+def get_process_groups() -> ProcessGroupCollection:
+    """All default groups of this rank."""
+    return default_process_groups()
+
+
+def model_parallel_is_initialized() -> bool:
+    """Whether `initialize_model_parallel` has been called."""
+    return has_default_process_groups()
+
+
+is_initialized = model_parallel_is_initialized
+
+
+def is_unitialized() -> bool:
+    """Whether there are no groups yet (the public name has this spelling)."""
+    return not has_default_process_groups()
+
+
+def _group(name: str, check_initialized: bool = True) -> ProcessGroup:
+    """Group `name` of this rank, None only where not checked."""
+    if not check_initialized and not has_default_process_groups():
+        return None  # type: ignore[return-value]
+    group = getattr(default_process_groups(), name)
+    if group is None and check_initialized:
+        raise RuntimeError(f"this rank is in no {name!r} group of the present layout")
+    return group
+
+
+def group_ranks(name: str) -> list[int]:
+    """Global ranks of this rank's group `name`, a field of `ProcessGroupCollection`."""
+    default_process_groups()
+    return _state.group_ranks[name]
+
+
+def _size(name: str) -> int:
+    if f"{name}_size" in _state.overrides:
+        return _state.overrides[f"{name}_size"]
+    return _group(name).size() if dist.is_initialized() and has_default_process_groups() else 1
+
+
+def _rank(name: str) -> int:
+    if f"{name}_rank" in _state.overrides:
+        return _state.overrides[f"{name}_rank"]
+    return _group(name).rank() if dist.is_initialized() and has_default_process_groups() else 0
+
+
+def _data_name(with_context_parallel: bool, partial_data_parallel: bool) -> str:
+    if partial_data_parallel:
+        return "intra_dp_cp"
+    return "dp_cp" if with_context_parallel else "dp"
+
+
+def _expert_data_name(partial: bool) -> str:
+    return "intra_expt_dp" if partial else "expt_dp"
+
+
+def get_model_parallel_group(check_initialized: bool = True) -> ProcessGroup:
+    """Tensor × pipeline."""
+    return _group("mp", check_initialized)
+
+
+def get_tensor_model_parallel_group(check_initialized: bool = True) -> ProcessGroup:
+    """Tensor parallel."""
+    return _group("tp", check_initialized)
+
+
+def get_pipeline_model_parallel_group(check_initialized: bool = True) -> ProcessGroup:
+    """Pipeline parallel."""
+    return _group("pp", check_initialized)
+
+
+def get_data_parallel_group(with_context_parallel: bool = False, partial_data_parallel: bool = False) -> ProcessGroup:
+    """Data parallel, with context parallel folded in on request."""
+    return _group(_data_name(with_context_parallel, partial_data_parallel))
+
+
+get_data_parallel_group_gloo = get_data_parallel_group
+"""Host-side collectives use the same group: objects travel through `torch.distributed`'s own object collectives."""
+
+
+def get_context_parallel_group(check_initialized: bool = True) -> ProcessGroup:
+    """Context parallel."""
+    return _group("cp", check_initialized)
+
+
+def get_context_parallel_global_ranks(check_initialized: bool = True) -> list[int]:
+    """Global ranks of the context parallel group."""
+    return group_ranks("cp")
+
+
+def get_hierarchical_context_parallel_groups(check_initialized: bool = True) -> list[ProcessGroup]:
+    """Levels of hierarchical context parallelism, innermost first."""
+    return list(default_process_groups().hcp or ())
+
+
+def get_embedding_group(check_initialized: bool = True) -> ProcessGroup:
+    """Stages that hold the tied word embedding."""
+    return _group("embd", check_initialized)
+
+
+def get_position_embedding_group(check_initialized: bool = True) -> ProcessGroup:
+    """Stages that hold position embeddings."""
+    return _group("pos_embd", check_initialized)
+
+
+def get_tensor_and_data_parallel_group(check_initialized: bool = True, with_context_parallel: bool = False) -> ProcessGroup:
+    """Tensor × data (× context)."""
+    return _group("tp_dp_cp" if with_context_parallel else "tp_dp", check_initialized)
+
+
+def get_amax_reduction_group(with_context_parallel: bool = False, tp_only_amax_red: bool = False) -> ProcessGroup:
+    """Ranks over which fp8 amax values are reduced."""
+    if tp_only_amax_red:
+        return _group("tp_cp" if with_context_parallel else "tp")
+    return _group("tp_dp_cp" if with_context_parallel else "tp_dp")
+
+
+def get_tensor_and_context_parallel_group(check_initialized: bool = True) -> ProcessGroup:
+    """Tensor × context."""
+    return _group("tp_cp", check_initialized)
+
+
+def get_expert_model_parallel_group(check_initialized: bool = True) -> ProcessGroup:
+    """Expert parallel."""
+    return _group("ep", check_initialized)
+
+
+def get_expert_tensor_parallel_group(check_initialized: bool = True) -> ProcessGroup:
+    """Tensor parallel inside experts."""
+    return _group("expt_tp", check_initialized)
+
+
+def get_expert_tensor_and_model_parallel_group(check_initialized: bool = True) -> ProcessGroup:
+    """Expert tensor × expert."""
+    return _group("tp_ep", check_initialized)
+
+
+def get_expert_tensor_model_pipeline_parallel_group(check_initialized: bool = True) -> ProcessGroup:
+    """Expert tensor × expert × pipeline."""
+    return _group("tp_ep_pp", check_initialized)
+
+
+def get_expert_data_parallel_group(
+    check_initialized: bool = True, partial_expert_data_parallel: bool = False
+) -> ProcessGroup:
+    """Replicas of the experts."""
+    return _group(_expert_data_name(partial_expert_data_parallel), check_initialized)
+
+
+def get_data_modulo_expert_parallel_group(partial_expert_data_parallel: bool = False) -> ProcessGroup:
+    """Older name of `get_expert_data_parallel_group`."""
+    return _group(_expert_data_name(partial_expert_data_parallel))
+
+
+def get_expert_data_parallel_group_gloo(partial_expert_data_parallel: bool = False) -> ProcessGroup:
+    """Same group as `get_expert_data_parallel_group`."""
+    return _group(_expert_data_name(partial_expert_data_parallel))
+
+
+def get_inter_distributed_optimizer_instance_group() -> ProcessGroup:
+    """Ranks that hold the same shard in different distributed-optimizer instances."""
+    return _group("inter_dist_opt")
+
+
+def get_intra_distributed_optimizer_instance_group() -> ProcessGroup:
+    """All ranks of one distributed-optimizer instance."""
+    return _group("intra_dist_opt")
+
+
+def get_tensor_model_parallel_world_size() -> int:
+    """Number of tensor parallel ranks."""
+    return _size("tp")
+
+
+def get_tensor_model_parallel_rank() -> int:
+    """Place of this rank in its tensor parallel group."""
+    return _rank("tp")
+
+
+def get_tensor_model_parallel_src_rank() -> int:
+    """Global rank of the first member of the tensor parallel group."""
+    return group_ranks("tp")[0]
+
+
+def get_model_parallel_src_rank() -> int:
+    """Global rank of the first member of the tensor × pipeline group."""
+    return group_ranks("mp")[0]
+
+
+def get_pipeline_model_parallel_world_size() -> int:
+    """Number of pipeline stages."""
+    return _size("pp")
+
+
+def get_pipeline_model_parallel_rank() -> int:
+    """Stage of this rank."""
+    return _rank("pp")
+
+
+def get_pipeline_model_parallel_first_rank() -> int:
+    """Global rank of the first stage of this pipeline."""
+    return group_ranks("pp")[0]
+
+
+def get_pipeline_model_parallel_last_rank() -> int:
+    """Global rank of the last stage of this pipeline."""
+    return group_ranks("pp")[-1]
+
+
+def get_pipeline_model_parallel_next_rank() -> int:
+    """Global rank of the following stage; the last stage is followed by the first."""
+    ranks = group_ranks("pp")
+    return ranks[(_rank("pp") + 1) % len(ranks)]
+
+
+def get_pipeline_model_parallel_prev_rank() -> int:
+    """Global rank of the preceding stage; the first stage is preceded by the last."""
+    ranks = group_ranks("pp")
+    return ranks[(_rank("pp") - 1) % len(ranks)]
+
+
+def get_data_parallel_world_size(with_context_parallel: bool = False, partial_data_parallel: bool = False) -> int:
+    """Number of data parallel ranks."""
+    return _size(_data_name(with_context_parallel, partial_data_parallel))
+
+
+def get_data_parallel_rank(with_context_parallel: bool = False, partial_data_parallel: bool = False) -> int:
+    """Place of this rank in its data parallel group."""
+    return _rank(_data_name(with_context_parallel, partial_data_parallel))
+
+
+def get_data_parallel_src_rank(with_context_parallel: bool = False) -> int:
+    """Global rank of the first member of the data parallel group."""
+    return group_ranks(_data_name(with_context_parallel, False))[0]
+
+
+def get_context_parallel_world_size() -> int:
+    """Number of context parallel ranks."""
+    return _size("cp")
+
+
+def get_context_parallel_rank() -> int:
+    """Place of this rank in its context parallel group."""
+    return _rank("cp")
+
+
+def get_tensor_and_context_parallel_world_size() -> int:
+    """Size of tensor × context."""
+    return _size("tp_cp")
+
+
+def get_tensor_and_context_parallel_rank() -> int:
+    """Place of this rank in tensor × context."""
+    return _rank("tp_cp")
+
+
+def get_expert_model_parallel_world_size() -> int:
+    """Number of expert parallel ranks."""
+    return _size("ep")
+
+
+def get_expert_model_parallel_rank() -> int:
+    """Place of this rank in its expert parallel group."""
+    return _rank("ep")
+
+
+def get_expert_tensor_parallel_world_size() -> int:
+    """Number of tensor parallel ranks inside experts."""
+    return _size("expt_tp")
+
+
+def get_expert_tensor_parallel_rank() -> int:
+    """Place of this rank in the experts' tensor parallel group."""
+    return _rank("expt_tp")
+
+
+def get_expert_tensor_and_model_parallel_world_size() -> int:
+    """Size of expert tensor × expert."""
+    return _size("tp_ep")
+
+
+def get_expert_tensor_and_model_parallel_rank() -> int:
+    """Place of this rank in expert tensor × expert."""
+    return _rank("tp_ep")
+
+
+def get_expert_data_parallel_world_size(partial_expert_data_parallel: bool = False) -> int:
+    """Number of replicas of the experts."""
+    return _size(_expert_data_name(partial_expert_data_parallel))
+
+
+def get_expert_data_parallel_rank(partial_expert_data_parallel: bool = False) -> int:
+    """Place of this rank among the replicas of its experts."""
+    return _rank(_expert_data_name(partial_expert_data_parallel))
+
+
+def get_virtual_pipeline_model_parallel_world_size() -> int | None:
+    """Number of model chunks of a rank, None without interleaving."""
+    return _state.virtual_pipeline_size
+
+
+def set_virtual_pipeline_model_parallel_world_size(world_size: int | None) -> None:
+    """Set the number of model chunks of a rank."""
+    _state.virtual_pipeline_size = world_size
+
+
+def get_virtual_pipeline_model_parallel_rank() -> int | None:
+    """The model chunk being built, None without interleaving."""
+    return _state.virtual_pipeline_rank
+
+
+def set_virtual_pipeline_model_parallel_rank(rank: int | None) -> None:
+    """Set the model chunk being built."""
+    _state.virtual_pipeline_rank = rank
+
+
+def is_pipeline_first_stage(ignore_virtual: bool = True, vp_stage: int | None = None) -> bool:
+    """Whether this rank holds the first stage (and, unless ignored, `vp_stage` is the first chunk)."""
+    if not ignore_virtual and _state.virtual_pipeline_size is not None:
+        chunk = _state.virtual_pipeline_rank if vp_stage is None else vp_stage
+        if chunk != 0:
+            return False
+    return _rank("pp") == 0
+
+
+def is_pipeline_last_stage(ignore_virtual: bool = True, vp_stage: int | None = None) -> bool:
+    """Whether this rank holds the last stage (and, unless ignored, `vp_stage` is the last chunk)."""
+    if not ignore_virtual and _state.virtual_pipeline_size is not None:
+        chunk = _state.virtual_pipeline_rank if vp_stage is None else vp_stage
+        if chunk != _state.virtual_pipeline_size - 1:
+            return False
+    return _rank("pp") == _size("pp") - 1
+
+
+def is_rank_in_embedding_group(ignore_virtual: bool = True, vp_stage: int | None = None) -> bool:
+    """Whether this rank (and chunk, unless ignored) holds the tied word embedding."""
+    ranks = _state.group_ranks.get("embd", [])
+    rank = dist.get_rank()
+    if ignore_virtual or rank not in ranks:
+        return rank in ranks
+    if rank == ranks[0] and is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage):
+        return True
+    return rank == ranks[-1] and is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage)
+
+
+def is_rank_in_position_embedding_group() -> bool:
+    """Whether this rank holds position embeddings."""
+    return dist.get_rank() in _state.group_ranks.get("pos_embd", [])
+
+
+def is_inside_encoder(rank: int | None = None) -> bool:
+    """Always true: models with an encoder stack share one pipeline layout with their decoder."""
+    return True
+
+
+def is_inside_decoder(rank: int | None = None) -> bool:
+    """Always true, see `is_inside_encoder`."""
+    return True
+
+
+def get_pipeline_model_parallel_decoder_start() -> int | None:
+    """First decoder stage of a split pipeline; None, pipelines are not split."""
+    return None
+
+
+def get_pipeline_model_parallel_split_rank() -> int | None:
+    """Split of an encoder-decoder pipeline; None, pipelines are not split."""
+    return None
+
+
+def get_all_ranks() -> str:
+    """This rank's place along tp, dp, cp, pp and ep, e.g. `"0_1_0_2_0"`."""
+    return "_".join(str(_rank(name)) for name in ("tp", "dp", "cp", "pp", "ep"))
+
+
+def set_tensor_model_parallel_rank(rank: int) -> None:
+    """Pretend a tensor parallel rank."""
+    _state.overrides["tp_rank"] = rank
+
+
+def set_tensor_model_parallel_world_size(world_size: int) -> None:
+    """Pretend a tensor parallel size."""
+    _state.overrides["tp_size"] = world_size
+
+
+def set_pipeline_model_parallel_rank(rank: int) -> None:
+    """Pretend a stage."""
+    _state.overrides["pp_rank"] = rank
+
+
+def set_pipeline_model_parallel_world_size(world_size: int) -> None:
+    """Pretend a number of stages."""
+    _state.overrides["pp_size"] = world_size
+
+
+def set_data_parallel_rank(rank: int) -> None:
+    """Pretend a data parallel rank."""
+    _state.overrides["dp_rank"] = rank
+
+
+def set_expert_model_parallel_rank(rank: int) -> None:
+    """Pretend an expert parallel rank."""
+    _state.overrides["ep_rank"] = rank
+
+
+def set_expert_model_parallel_world_size(world_size: int) -> None:
+    """Pretend an expert parallel size."""
+    _state.overrides["ep_size"] = world_size
+
+
+def set_expert_tensor_parallel_rank(rank: int) -> None:
+    """Pretend an expert tensor parallel rank."""
+    _state.overrides["expt_tp_rank"] = rank
+
+
+def set_expert_tensor_parallel_world_size(world_size: int) -> None:
+    """Pretend an expert tensor parallel size."""
+    _state.overrides["expt_tp_size"] = world_size
+
+
+def create_group(
+    ranks: list[int] | None = None,
+    timeout: datetime.timedelta | None = None,
+    backend: str | None = None,
+    group_desc: str | None = None,
+) -> ProcessGroup:
+    """`torch.distributed.new_group` on the backend of this device."""
+    return dist.new_group(ranks, timeout=timeout, backend=backend or device.communication_backend(), group_desc=group_desc)
+
+
+def barrier(group: ProcessGroup | None = None) -> None:
+    """Wait for all ranks of `group`, on whatever device they compute."""
+    token = torch.zeros(1, device=device.current_device())
+    dist.all_reduce(token, group=group)
+    device.synchronize()

@@ -1,0 +1,63 @@
+"""Handing a batch from the rank that reads data to the other ranks of its tensor parallel group."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from megatron.core import device
+from megatron.core.utils import get_pg_rank, get_pg_size, get_tensor_model_parallel_group_if_none
+
+_MAX_DIM = 5
+
+
+def broadcast_data(
+    keys: Sequence[str],
+    data: Mapping[str, Tensor] | None,
+    datatype: torch.dtype,
+    tp_group: ProcessGroup | None = None,
+) -> dict[str, Tensor]:
+    """`{key: tensor}` on every rank of the tensor parallel group, read from the first one's `data`.
+
+    Communicates: two broadcasts, the shapes and one flat tensor of all values. Other ranks may pass None as `data`.
+
+    Raises:
+        ValueError: a tensor is not of `datatype`, or has more than 5 dimensions.
+    """
+    group = get_tensor_model_parallel_group_if_none(tp_group)
+    target = device.current_device()
+    if get_pg_rank(group) == 0:
+        assert data is not None
+        for key in keys:
+            if data[key].dtype != datatype or data[key].dim() > _MAX_DIM:
+                raise ValueError(f"{key!r} is {data[key].dtype} with {data[key].dim()} dimensions; expected {datatype}")
+    if get_pg_size(group) == 1:
+        assert data is not None
+        return {key: data[key].to(target, non_blocking=True) for key in keys}
+    shapes = _broadcast_shapes(keys, data, group)
+    numels = [torch.Size(shape).numel() for shape in shapes]
+    if get_pg_rank(group) == 0:
+        assert data is not None
+        flat = torch.cat([data[key].contiguous().view(-1) for key in keys]).to(target)
+    else:
+        flat = torch.empty(sum(numels), dtype=datatype, device=target)
+    dist.broadcast(flat, group_src=0, group=group)
+    return {key: part.view(shape) for key, part, shape in zip(keys, flat.split(numels), shapes)}
+
+
+def _broadcast_shapes(
+    keys: Sequence[str], data: Mapping[str, Tensor] | None, group: ProcessGroup | None
+) -> list[list[int]]:
+    table = torch.zeros(len(keys), _MAX_DIM + 1, dtype=torch.int64)  # per key: number of dims, then the dims
+    if get_pg_rank(group) == 0:
+        assert data is not None
+        for row, key in enumerate(keys):
+            shape = data[key].shape
+            table[row, : len(shape) + 1] = torch.tensor([len(shape), *shape])
+    table = table.to(device.current_device())
+    dist.broadcast(table, group_src=0, group=group)
+    return [row[1 : row[0] + 1] for row in table.tolist()]

@@ -1,0 +1,198 @@
+"""The matrix products under the parallel layers, with their gradients written out so that communication overlaps with
+computation and weight gradients go straight into the accumulation buffer.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from megatron.core.tensor_parallel.mappings import _gather_first_dim
+from megatron.core.utils import divide, get_pg_size, get_tensor_model_parallel_group_if_none
+
+
+def _accumulate_wgrad(weight: Tensor, grad_output: Tensor, x: Tensor, fused: bool) -> Tensor | None:
+    """grad_outputᵀ x, added to `weight.main_grad` (then None is returned) where there is one and `fused` is set."""
+    main_grad = getattr(weight, "main_grad", None)
+    if not fused or main_grad is None:
+        return grad_output.t().matmul(x)
+    if main_grad.dtype == grad_output.dtype:
+        main_grad.addmm_(grad_output.t(), x)
+    else:
+        main_grad.add_(grad_output.t().matmul(x))
+    return None
+
+
+class LinearWithGradAccumulationAndAsyncCommunication(torch.autograd.Function):
+    """x Wᵀ + b; forward may all-gather x, backward all-reduces or reduce-scatters dx while it computes dW."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        fused_accumulation: bool,
+        allreduce_dgrad: bool,
+        sequence_parallel: bool,
+        group: ProcessGroup | None,
+    ) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.weight = weight  # the parameter object itself, which carries `main_grad`
+        ctx.has_bias, ctx.fused_accumulation = bias is not None, fused_accumulation
+        ctx.allreduce_dgrad, ctx.sequence_parallel, ctx.group = allreduce_dgrad, sequence_parallel, group
+        full = _gather_first_dim(x, group) if sequence_parallel else x
+        return F.linear(full, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        x, weight = ctx.saved_tensors
+        gathering = None
+        if ctx.sequence_parallel:  # x was not stored whole; fetch it while dx is being computed
+            full_x = x.new_empty(x.size(0) * get_pg_size(ctx.group), *x.shape[1:])
+            gathering = dist.all_gather_into_tensor(full_x, x.contiguous(), group=ctx.group, async_op=True)
+        else:
+            full_x = x
+        dgrad = grad_output.matmul(weight) if ctx.needs_input_grad[0] else None
+        reducing = None
+        if dgrad is not None and ctx.allreduce_dgrad:
+            dgrad = dgrad.contiguous()
+            reducing = dist.all_reduce(dgrad, group=ctx.group, async_op=True)
+        elif dgrad is not None and ctx.sequence_parallel:
+            partial = dgrad.contiguous()
+            dgrad = partial.new_empty(divide(partial.size(0), get_pg_size(ctx.group)), *partial.shape[1:])
+            reducing = dist.reduce_scatter_tensor(dgrad, partial, group=ctx.group, async_op=True)
+        if gathering is not None:
+            gathering.wait()
+        wgrad = bgrad = None
+        flat_grad = grad_output.reshape(-1, grad_output.size(-1))
+        if ctx.needs_input_grad[1]:
+            wgrad = _accumulate_wgrad(ctx.weight, flat_grad, full_x.reshape(-1, full_x.size(-1)), ctx.fused_accumulation)
+        if ctx.has_bias and ctx.needs_input_grad[2]:
+            bgrad = flat_grad.sum(0)
+        if reducing is not None:
+            reducing.wait()
+        return dgrad, wgrad, bgrad, None, None, None, None
+
+
+def linear_with_grad_accumulation_and_async_allreduce(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    gradient_accumulation_fusion: bool,
+    allreduce_dgrad: bool,
+    sequence_parallel: bool,
+    grad_output_buffer: list[Tensor] | None = None,
+    wgrad_deferral_limit: int | None = 0,
+    async_grad_allreduce: bool | None = None,
+    tp_group: ProcessGroup | None = None,
+) -> Tensor:
+    """x Wᵀ + b.
+
+    Args:
+        input: [s, b, in], or [s/tp, b, in] with `sequence_parallel`, then all-gathered first.
+        weight: [out, in], this rank's shard.
+        gradient_accumulation_fusion: add dW to `weight.main_grad` instead of returning it.
+        allreduce_dgrad: all-reduce dx over the group, overlapped with the computation of dW.
+        sequence_parallel: all-gather x, reduce-scatter dx, overlapped likewise.
+
+    Raises:
+        NotImplementedError: a buffer for deferred weight gradients is given.
+    """
+    if grad_output_buffer is not None:
+        raise NotImplementedError("deferred weight gradients of the output layer are not built yet")
+    if async_grad_allreduce is not None:
+        allreduce_dgrad = async_grad_allreduce
+    if allreduce_dgrad and sequence_parallel:
+        raise ValueError("allreduce_dgrad and sequence_parallel exclude each other: dx is reduce-scattered instead")
+    group = get_tensor_model_parallel_group_if_none(tp_group)
+    many = get_pg_size(group) > 1
+    return LinearWithGradAccumulationAndAsyncCommunication.apply(
+        input, weight, bias, gradient_accumulation_fusion, allreduce_dgrad and many, sequence_parallel and many, group
+    )
+
+
+class LinearWithFrozenWeight(torch.autograd.Function):
+    """x Wᵀ + b without a gradient for W; backward all-reduces dx on request."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, allreduce_dgrad: bool, group: ProcessGroup | None
+    ) -> Tensor:
+        ctx.save_for_backward(weight)
+        ctx.allreduce_dgrad, ctx.group = allreduce_dgrad, group
+        return F.linear(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        (weight,) = ctx.saved_tensors
+        dgrad = grad_output.matmul(weight)
+        if ctx.allreduce_dgrad:
+            dist.all_reduce(dgrad, group=ctx.group)
+        return dgrad, None, None, None, None
+
+
+def linear_with_frozen_weight(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    gradient_accumulation_fusion: bool,
+    allreduce_dgrad: bool,
+    sequence_parallel: bool,
+    tp_group: ProcessGroup | None,
+    grad_output_buffer: None = None,
+    wgrad_deferral_limit: None = None,
+    async_grad_allreduce: bool | None = None,
+) -> Tensor:
+    """As `linear_with_grad_accumulation_and_async_allreduce` for a weight that is not trained."""
+    from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
+
+    group = get_tensor_model_parallel_group_if_none(tp_group)
+    if sequence_parallel:
+        input = gather_from_sequence_parallel_region(input, tensor_parallel_output_grad=True, group=group)
+    reduce = allreduce_dgrad and not sequence_parallel and get_pg_size(group) > 1
+    return LinearWithFrozenWeight.apply(input, weight, bias, reduce, group)
+
+
+class _EmbeddingLookup(torch.autograd.Function):
+    """Rows of W; backward adds to the rows that were looked up, straight into `main_grad` where there is one."""
+
+    @staticmethod
+    def forward(ctx: Any, ids: Tensor, weight: Tensor, first: int, fused_accumulation: bool, sharded: bool) -> Tensor:
+        local = ids
+        outside = None
+        if sharded:
+            local = ids - first
+            outside = (local < 0) | (local >= weight.size(0))
+            local = local.masked_fill(outside, 0)
+        ctx.save_for_backward(local, *(() if outside is None else (outside,)))
+        ctx.weight, ctx.fused_accumulation = weight, fused_accumulation
+        rows = F.embedding(local, weight)
+        return rows if outside is None else rows.masked_fill_(outside.unsqueeze(-1), 0)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        local, *outside = ctx.saved_tensors
+        if outside:
+            grad = grad.masked_fill(outside[0].unsqueeze(-1), 0)
+        flat = grad.reshape(-1, grad.size(-1))
+        main_grad = getattr(ctx.weight, "main_grad", None)
+        if ctx.fused_accumulation and main_grad is not None:
+            main_grad.index_add_(0, local.reshape(-1), flat.to(main_grad.dtype))
+            return None, None, None, None, None
+        # fp32: a bf16 sum over many occurrences of one token loses them
+        wgrad = torch.zeros(ctx.weight.shape, dtype=torch.float32, device=flat.device)
+        wgrad.index_add_(0, local.reshape(-1), flat.float())
+        return None, wgrad.to(ctx.weight.dtype), None, None, None
+
+
+def embedding_lookup(
+    ids: Tensor, weight: Tensor, first: int, gradient_accumulation_fusion: bool, sharded: bool
+) -> Tensor:
+    """Rows of `weight` for `ids`; zeros for ids outside `[first, first + len(weight))` if the table is `sharded`."""
+    return _EmbeddingLookup.apply(ids, weight, first, gradient_accumulation_fusion, sharded)
