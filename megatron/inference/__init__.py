@@ -1,0 +1,1 @@
+"""Serving of trained models, on top of the library and the training application."""

@@ -1,0 +1,128 @@
+"""Text from a trained model under any tensor- and pipeline-parallel layout. b prompts, s tokens, v vocabulary.
+
+Every new token costs one forward pass over the context; nothing is cached between passes. Prompts of different lengths
+share a batch: each row is aligned left, the padding on its right is invisible to it because attention is causal, and
+its next token is read at its own last position.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from megatron.core import parallel_state
+from megatron.core.device import current_device
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
+from megatron.core.utils import get_model_config
+from megatron.inference.sampling import SamplingParams, row_generators, sample
+
+
+def pad_right(windows: Sequence[Sequence[int]], multiple: int) -> Tensor:
+    """[b, s] int64: rows aligned left, filled with 0; s is the longest row rounded up to a multiple."""
+    longest = max(len(window) for window in windows)
+    width = -(-longest // multiple) * multiple
+    return torch.tensor([[*window, *[0] * (width - len(window))] for window in windows])
+
+
+def last_logits(model: list[nn.Module], windows: Sequence[Sequence[int]], vocab_size: int) -> Tensor | None:
+    """[b, vocab_size] logits of the token after each window, on every rank of the last stage; None on other stages.
+
+    All ranks of the model take part. Gathers the logits of one position a row over the tensor-parallel group.
+    """
+    config = get_model_config(model[0])
+    # Sequence parallelism cuts the sequence into equal parts.
+    multiple = config.tensor_model_parallel_size if config.sequence_parallel else 1
+    tokens = pad_right(windows, multiple).to(current_device())
+    positions = torch.arange(tokens.size(1), device=tokens.device).expand_as(tokens)
+    ends = torch.tensor([len(window) - 1 for window in windows], device=tokens.device)
+
+    def pick_last(output: Tensor, non_loss_data: bool = True) -> Tensor:
+        logits = output[torch.arange(len(windows), device=output.device), ends]  # [b, v/tp]
+        return gather_from_tensor_model_parallel_region(logits)[:, :vocab_size]
+
+    def forward_step(data_iterator: object, chunk: nn.Module) -> tuple[Tensor, object]:
+        return chunk(tokens, positions, None), pick_last
+
+    with torch.no_grad():
+        collected = get_forward_backward_func()(
+            forward_step_func=forward_step,
+            data_iterator=[None] * len(model) if len(model) > 1 else None,
+            model=model,
+            num_microbatches=1,
+            seq_length=tokens.size(1),
+            micro_batch_size=tokens.size(0),
+            forward_only=True,
+            collect_non_loss_data=True,
+        )
+    return collected[0] if parallel_state.is_pipeline_last_stage(ignore_virtual=True) else None
+
+
+def share_next_tokens(next_tokens: Tensor | None, num_rows: int) -> list[int]:
+    """The sampled tokens on every rank of the model: one broadcast over its tensor x pipeline group.
+
+    The last rank of that group decides for all: it is in the last stage, and no two ranks can ever disagree on a draw.
+    """
+    device = current_device()
+    group = parallel_state.get_model_parallel_group()
+    shared = torch.empty(num_rows, dtype=torch.int64, device=device)
+    if next_tokens is not None:
+        shared.copy_(next_tokens)
+    torch.distributed.broadcast(shared, group=group, group_src=group.size() - 1)
+    return shared.tolist()
+
+
+def generate(
+    model: list[nn.Module],
+    prompts: Sequence[Sequence[int]],
+    params: SamplingParams,
+    *,
+    vocab_size: int,
+    max_context: int,
+    end_of_document: int | None = None,
+) -> list[list[int]]:
+    """The continuation of each prompt, as token ids without the prompt; the same on every rank.
+
+    A continuation that reaches `end_of_document` stops before it. Text longer than `max_context` is continued from its
+    last `max_context` tokens.
+
+    Args:
+        model: the chunks of this rank, with or without their wrappers.
+        vocab_size: tokens of the vocabulary without padding; a padding token is never chosen.
+        max_context: tokens that the model can look at.
+
+    Raises:
+        ValueError: no prompt, an empty one, or a token outside the vocabulary.
+    """
+    check_prompts(prompts, vocab_size)
+    was_training = [chunk.training for chunk in model]
+    for chunk in model:
+        chunk.eval()
+    texts = [list(prompt) for prompt in prompts]
+    unfinished = list(range(len(texts)))
+    generators = row_generators(params, len(texts))
+    for _ in range(params.num_tokens_to_generate):
+        if not unfinished:
+            break
+        logits = last_logits(model, [texts[row][-max_context:] for row in unfinished], vocab_size)
+        drawn = None if logits is None else sample(logits, params, [generators[row] for row in unfinished])
+        for row, token in zip(list(unfinished), share_next_tokens(drawn, len(unfinished))):
+            if token == end_of_document:
+                unfinished.remove(row)
+            else:
+                texts[row].append(token)
+    for chunk, training in zip(model, was_training):
+        chunk.train(training)
+    return [text[len(prompt) :] for text, prompt in zip(texts, prompts)]
+
+
+def check_prompts(prompts: Sequence[Sequence[int]], vocab_size: int) -> None:
+    if not prompts:
+        raise ValueError("no prompt was given; at least one is needed")
+    for number, prompt in enumerate(prompts):
+        if not prompt:
+            raise ValueError(f"prompt {number} is empty; the model continues text, so give at least one token")
+        if not 0 <= min(prompt) <= max(prompt) < vocab_size:
+            raise ValueError(f"prompt {number} has token ids outside the vocabulary of {vocab_size}: {list(prompt)}")
