@@ -1,0 +1,132 @@
+"""What has to happen to gradients between the last backward and the optimizer step (each once, in this order)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+
+from megatron.core import device
+from megatron.core.process_groups_config import ProcessGroupCollection, default_process_groups
+from megatron.core.utils import get_attr_wrapped_model, get_model_config, get_pg_rank, get_pg_size
+
+
+def finalize_model_grads(
+    model: list[nn.Module], num_tokens: Tensor | None = None, groups: ProcessGroupCollection | None = None
+) -> None:
+    """Complete the gradients of all model chunks, in place in `main_grad`.
+
+    Communicates, in this order: the data parallel reduction; over the tensor parallel group the sum of gradients of
+    parameters that each rank used on a part of the sequence; over the embedding groups the sum of the tied embeddings'
+    gradients; with `num_tokens` (the tokens this rank's loss was summed over) their total, by which all gradients are
+    divided.
+    """
+    groups = groups or default_process_groups()
+    config = get_model_config(model[0])
+    with _timer(config, "all-grads-sync"):
+        for chunk in model:
+            chunk.finish_grad_sync()  # type: ignore[operator]
+    with _timer(config, "non-tensor-parallel-grads-all-reduce"):
+        _reduce_sequence_parallel_grads(model, config, groups.tp)
+    with _timer(config, "embedding-grads-all-reduce"):
+        _reduce_shared_grads(model, groups.embd, _shared_word_embedding)
+        _reduce_shared_grads(model, groups.pos_embd, _position_embedding)
+    if num_tokens is not None:
+        _divide_by_tokens(model, num_tokens, groups)
+
+
+class _timer:
+    """A level-1 timer of the config, if it has any."""
+
+    def __init__(self, config: Any, name: str) -> None:
+        self.timer = None if config.timers is None else config.timers(name, log_level=1)
+        self.barrier = config.barrier_with_L1_time
+
+    def __enter__(self) -> None:
+        if self.timer is not None:
+            self.timer.start(barrier=self.barrier)
+
+    def __exit__(self, *exception: object) -> None:
+        if self.timer is not None and exception[0] is None:
+            self.timer.stop()
+
+
+def _gradient(param: nn.Parameter) -> Tensor | None:
+    return param.main_grad if hasattr(param, "main_grad") else param.grad  # type: ignore[return-value]
+
+
+def _trained(model: list[nn.Module]) -> Iterator[tuple[str, nn.Parameter]]:
+    for chunk in model:
+        for name, param in chunk.named_parameters():
+            if param.requires_grad:
+                yield name, param
+
+
+def _reduce_sequence_parallel_grads(model: list[nn.Module], config: Any, group: ProcessGroup | None) -> None:
+    """Sum what the ranks of a tensor parallel group computed on different tokens, or on different heads."""
+    if get_pg_size(group) == 1:
+        return
+    head_norms = getattr(config, "qk_layernorm", False)
+    partial = [
+        grad
+        for name, param in _trained(model)
+        if (
+            (config.sequence_parallel and getattr(param, "sequence_parallel", False))
+            or (head_norms and ("q_layernorm" in name or "k_layernorm" in name))
+        )
+        and (grad := _gradient(param)) is not None
+    ]
+    _coalesced_sum(partial, group)
+
+
+def _coalesced_sum(tensors: list[Tensor], group: ProcessGroup | None) -> None:
+    """One all-reduce for each dtype."""
+    for dtype in {t.dtype for t in tensors}:
+        same = [t for t in tensors if t.dtype == dtype]
+        flat = torch.cat([t.reshape(-1) for t in same])
+        dist.all_reduce(flat, group=group)
+        for tensor, summed in zip(same, flat.split([t.numel() for t in same])):
+            tensor.copy_(summed.view_as(tensor))
+
+
+def _shared_word_embedding(chunk: nn.Module) -> nn.Parameter | None:
+    bare = get_attr_wrapped_model(chunk, "share_embeddings_and_output_weights", return_model_obj=True)
+    if not bare.share_embeddings_and_output_weights:
+        return None
+    return bare.shared_embedding_or_output_weight()
+
+
+def _position_embedding(chunk: nn.Module) -> nn.Parameter | None:
+    bare = get_attr_wrapped_model(chunk, "position_embeddings", return_model_obj=True)
+    return bare.position_embeddings.weight
+
+
+def _reduce_shared_grads(
+    model: list[nn.Module], group: ProcessGroup | None, find: Callable[[nn.Module], nn.Parameter | None]
+) -> None:
+    """Sum the gradients of a parameter of which several stages hold a copy."""
+    if group is None or get_pg_size(group) == 1:
+        return
+    chunk = model[0] if get_pg_rank(group) == 0 else model[-1]
+    try:
+        shared = find(chunk)
+    except RuntimeError:  # a model without such an embedding
+        return
+    if shared is not None and (grad := _gradient(shared)) is not None:
+        dist.all_reduce(grad, group=group)
+
+
+def _divide_by_tokens(model: list[nn.Module], num_tokens: Tensor, groups: ProcessGroupCollection) -> None:
+    """Divide every gradient by the tokens of the whole batch, which the last stage knows."""
+    total = num_tokens.to(device.current_device()).clone()
+    if get_pg_size(groups.pp) > 1:
+        dist.broadcast(total, group_src=get_pg_size(groups.pp) - 1, group=groups.pp)
+    if get_pg_size(groups.dp_cp) > 1:
+        dist.all_reduce(total, group=groups.dp_cp)
+    scaling = 1.0 / max(float(total), 1.0)
+    for chunk in model:
+        chunk.scale_gradients(scaling)  # type: ignore[operator]
