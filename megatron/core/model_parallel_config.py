@@ -23,7 +23,7 @@ class ModelParallelConfig:
     # --- parallel layout ---
     tensor_model_parallel_size: int = 1
     """Ranks that split every layer's matrices (tensor parallelism)."""
-    pipeline_model_parallel_comm_backend: Literal["nccl", "ucc", "gloo"] | None = None
+    pipeline_model_parallel_comm_backend: Literal["nccl", "ucc"] | None = None
     """torch.distributed backend of the pipeline groups; unset takes that of the other groups."""
     pipeline_model_parallel_size: int = 1
     """Ranks that split the stack of layers (pipeline stages)."""
