@@ -1,0 +1,101 @@
+"""Base of the datasets that cut samples out of one low-level dataset."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from abc import ABC, abstractmethod
+from collections import OrderedDict
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy
+import torch
+
+from megatron.core.datasets.blended_megatron_dataset_config import BlendedMegatronDatasetConfig
+from megatron.core.datasets.index_cache import IndexCache
+from megatron.core.datasets.indexed_dataset import IndexedDataset
+from megatron.core.datasets.utils import Split
+
+LowLevelDataset = IndexedDataset | Iterable
+
+
+class MegatronDataset(ABC, torch.utils.data.Dataset):
+    """Samples of one split of one low-level dataset.
+
+    Args:
+        dataset: the low-level dataset.
+        dataset_path: where it was read from, None for mock data.
+        indices: its elements that belong to this split.
+        num_samples: samples wanted at least; None: one pass over the data.
+        index_split: the split.
+        config: settings.
+    """
+
+    def __init__(
+        self,
+        dataset: LowLevelDataset,
+        dataset_path: str | None,
+        indices: numpy.ndarray,
+        num_samples: int | None,
+        index_split: Split,
+        config: BlendedMegatronDatasetConfig,
+    ) -> None:
+        self.dataset: Any = dataset
+        self.dataset_path = dataset_path
+        self.indices = indices
+        self.num_samples = num_samples
+        self.index_split = index_split
+        self.config = config
+        self.unique_identifiers = self._describe()
+        self.unique_description, self.unique_description_hash = describe_uniquely(self.unique_identifiers)
+        self.built_anew_on_cache_miss = False
+
+    def _describe(self) -> OrderedDict[str, Any]:
+        """Everything that the samples depend on; names the index cache."""
+        identifiers: OrderedDict[str, Any] = OrderedDict()
+        identifiers["class"] = type(self).__name__
+        identifiers["dataset_path"] = self.dataset_path
+        identifiers["num_samples"] = self.num_samples
+        identifiers["index_split"] = self.index_split.name
+        for name in self._key_config_attributes():
+            identifiers[name] = getattr(self.config, name)
+        return identifiers
+
+    @staticmethod
+    def _key_config_attributes() -> list[str]:
+        """Settings that the samples depend on; subclasses add theirs."""
+        return ["random_seed", "sequence_length", "split", "split_matrix", "tokenizer"]
+
+    def _index_cache(self) -> IndexCache:
+        """Files of this dataset's index: in the configured directory, else beside the data, else none."""
+        directory = self.config.path_to_cache
+        if directory is None and isinstance(self.dataset, IndexedDataset) and not self.config.mock:
+            directory = os.path.join(self.dataset.path_prefix, "cache", f"{type(self).__name__}_indices")
+        name = f"{self.unique_description_hash}-{type(self).__name__}-{self.index_split.name}"
+        return IndexCache(directory, name, self.unique_description)
+
+    @staticmethod
+    @abstractmethod
+    def numel_low_level_dataset(low_level_dataset: Any) -> int:
+        """Number of elements that the split is taken of."""
+
+    @staticmethod
+    @abstractmethod
+    def build_low_level_dataset(dataset_path: str | None, config: BlendedMegatronDatasetConfig) -> Any:
+        """Open the low-level dataset at a path."""
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """Number of samples."""
+
+    @abstractmethod
+    def __getitem__(self, idx: int) -> Mapping[str, torch.Tensor | numpy.ndarray]:
+        """One sample."""
+
+
+def describe_uniquely(identifiers: OrderedDict[str, Any]) -> tuple[str, str]:
+    """The identifiers as JSON text, and the MD5 hash of that text."""
+    text = json.dumps(identifiers, indent=4, default=lambda value: value.unique_identifiers)
+    return text, hashlib.md5(text.encode("utf-8"), usedforsecurity=False).hexdigest()
