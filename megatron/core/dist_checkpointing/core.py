@@ -1,4 +1,5 @@
-"""The mark that makes a directory a distributed checkpoint: `metadata.json`, written after everything else."""
+"""The mark that makes a directory a distributed checkpoint: `metadata.json`, written after everything
+else."""
 
 import json
 import os
@@ -16,7 +17,8 @@ class CheckpointingException(Exception):
 class CheckpointingConfig:
     """Which formats the two halves of a checkpoint are written in.
 
-    `sharded_backend` names the format of tensors and sharded objects, `common_backend` that of everything else.
+    `sharded_backend` names the format of tensors and sharded objects, `common_backend` that of everything
+    else.
     """
 
     sharded_backend: str
@@ -31,7 +33,8 @@ def check_is_distributed_checkpoint(checkpoint_dir: str | Path) -> bool:
 
 
 def maybe_load_config(checkpoint_dir: str | Path) -> CheckpointingConfig | None:
-    """The formats of the checkpoint in `checkpoint_dir`; None if it is not a complete distributed checkpoint."""
+    """The formats of the checkpoint in `checkpoint_dir`; None if it is not a complete distributed
+    checkpoint."""
     path = Path(checkpoint_dir) / CONFIG_FNAME
     try:
         content = json.loads(path.read_text())

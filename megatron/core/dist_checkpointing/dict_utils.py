@@ -15,7 +15,8 @@ V = TypeVar("V")
 def extract_matching_values(
     x: Tree, predicate: Callable[[Any], bool], return_lists_as_dicts: bool = False
 ) -> tuple[Tree, Tree]:
-    """Two trees: the leaves that satisfy `predicate`, and the others. Empty branches appear in the second one only.
+    """Two trees: the leaves that satisfy `predicate`, and the others. Empty branches appear in the second one
+    only.
 
     With `return_lists_as_dicts` lists become dictionaries from index to value, so that positions survive.
     """
@@ -42,7 +43,8 @@ def extract_matching_values(
 
 
 def diff(x1: Any, x2: Any, prefix: Path = ()) -> tuple[list, list, list]:
-    """What distinguishes two trees: (paths only in x1, paths only in x2, (path, type 1, type 2) of differing leaves)."""
+    """What distinguishes two trees: (paths only in x1, paths only in x2, (path, type 1, type 2) of differing
+    leaves)."""
     if isinstance(x1, dict) and isinstance(x2, dict):
         keys1, keys2 = list(x1), list(x2)
     elif isinstance(x1, list) and isinstance(x2, list):
@@ -141,8 +143,8 @@ def merge(x1: Any, x2: Any, key: Path = ()) -> Any:
     Raises:
         ValueError: both have a leaf at the same path.
     """
-    if isinstance(x1, dict) and isinstance(x2, dict):
-        for k, value in x2.items():
+    if isinstance(x1, dict) and isinstance(x2, (dict, list)):
+        for k, value in x2.items() if isinstance(x2, dict) else enumerate(x2):
             x1[k] = merge(x1[k], value, (*key, k)) if k in x1 else value
         return x1
     if isinstance(x1, list) and isinstance(x2, dict):
@@ -165,6 +167,20 @@ def _merge_at_positions(x1: list, x2: dict, key: Path) -> list:
         raise ValueError(f"merging lists at {key} leaves gaps: {sorted(merged)}")
     x1[:] = [merged[i] for i in range(len(merged))]
     return x1
+
+
+def restore_lists(part: Any, original: Any) -> Any:
+    """`part` with dictionaries of all positions made lists again wherever `original` has a list. Shares the
+    leaves."""
+    if not isinstance(part, (dict, list)) or not isinstance(original, (dict, list)):
+        return part
+    children = original if isinstance(original, dict) else dict(enumerate(original))
+    items = part.items() if isinstance(part, dict) else enumerate(part)
+    restored = {key: restore_lists(value, children.get(key)) for key, value in items}
+    complete = sorted(restored, key=repr) == sorted(children, key=repr)
+    if isinstance(part, list) or isinstance(original, list) and complete:
+        return [restored[i] for i in range(len(restored))]
+    return restored
 
 
 def map_reduce(

@@ -1,4 +1,5 @@
-"""Values that describe the local part of a global state: which tensor or object it belongs to, and where it lies.
+"""Values that describe the local part of a global state: which tensor or object it belongs to, and where it
+lies.
 
 A state dict of these values says nothing about ranks: a `ShardedTensor` is a box inside a global tensor, a
 `ShardedObject` a cell of a grid of objects. What one layout writes, every other layout can therefore read.
@@ -28,7 +29,8 @@ ReplicaId = int | tuple[int, ...]
 
 
 class ShardedBase(ABC):
-    """A leaf of a sharded state dict: something named `key`, of which this process holds the copy `replica_id`."""
+    """A leaf of a sharded state dict: something named `key`, of which this process holds the copy
+    `replica_id`."""
 
     key: str
     data: object
@@ -47,8 +49,8 @@ class ShardedBase(ABC):
 class ShardedTensor(ShardedBase):
     """A box of the global tensor `key`.
 
-    `local_shape` is the shape of the box without the `prepend_axis_num` leading axes of length 1 that exist only in
-    the global tensor (a stack of layers, say). `global_shape` and `global_offset` include those axes.
+    `local_shape` is the shape of the box without the `prepend_axis_num` leading axes of length 1 that exist
+    only in the global tensor (a stack of layers, say). `global_shape` and `global_offset` include those axes.
 
     With `flattened_range` the process holds only that range of the row-major flattened box, as a 1-D `data`.
     """
@@ -64,7 +66,8 @@ class ShardedTensor(ShardedBase):
     replica_id: ReplicaId = 0
     prepend_axis_num: int = 0
     allow_shape_mismatch: bool = False
-    """The checkpoint may hold another global shape: what overlaps is read and the rest is zero (padded vocabularies)."""
+    """The checkpoint may hold another global shape (padded vocabularies): what overlaps is read, the rest is
+    zero."""
     flattened_range: slice | None = None
 
     def __post_init__(self) -> None:
@@ -79,7 +82,9 @@ class ShardedTensor(ShardedBase):
             raise CheckpointingException(f"axis_fragmentations has not {rank} axes in {self}")
         for axis, (offset, length) in enumerate(zip(self.global_offset, self.shape_in_global)):
             if offset < 0 or offset + length > self.global_shape[axis] and not self.allow_shape_mismatch:
-                raise CheckpointingException(f"axis {axis} of the shard lies outside of the global tensor: {self}")
+                raise CheckpointingException(
+                    f"axis {axis} of the shard lies outside of the global tensor: {self}"
+                )
             if self.axis_fragmentations is not None and length and offset % length:
                 raise CheckpointingException(f"axis {axis} of the shard is not aligned to the grid: {self}")
         if self.flattened_range is not None:
@@ -89,14 +94,21 @@ class ShardedTensor(ShardedBase):
 
     def _validate_flattened_range(self, flattened_range: slice) -> None:
         start, stop, step = flattened_range.start, flattened_range.stop, flattened_range.step
-        if step is not None or start is None or stop is None or not 0 <= start <= stop <= prod(self.local_shape):
+        if (
+            step is not None
+            or start is None
+            or stop is None
+            or not 0 <= start <= stop <= prod(self.local_shape)
+        ):
             raise CheckpointingException(f"flattened_range is no contiguous range of the shard: {self}")
 
     def _validate_data(self, data: torch.Tensor) -> None:
         if data.dtype != self.dtype:
             raise CheckpointingException(f"data has dtype {data.dtype}, expected {self.dtype} in {self}")
         if tuple(data.shape) != self.data_shape:
-            raise CheckpointingException(f"data has shape {tuple(data.shape)}, expected {self.data_shape} in {self}")
+            raise CheckpointingException(
+                f"data has shape {tuple(data.shape)}, expected {self.data_shape} in {self}"
+            )
 
     @property
     def shape_in_global(self) -> tuple[int, ...]:
@@ -128,7 +140,8 @@ class ShardedTensor(ShardedBase):
         return np.unravel_index(flat, self.local_shape)
 
     def global_coordinates(self) -> tuple[np.ndarray, ...]:
-        """Coordinates in the global tensor of each element of the flattened range, one array per global axis."""
+        """Coordinates in the global tensor of each element of the flattened range, one array per global
+        axis."""
         inside = self.local_coordinates()
         count = self.data_shape[0]
         prepended = (np.zeros(count, dtype=np.int64) for _ in range(self.prepend_axis_num))
@@ -171,24 +184,30 @@ class ShardedTensor(ShardedBase):
         Args:
             key: name of the global tensor.
             data: the box, without prepended axes.
-            rank_offsets: (global axis, position, number of boxes) for every axis that is cut or prepended. Axes not
-                mentioned are whole; a prepended axis not mentioned has length 1.
+            rank_offsets: (global axis, position, number of boxes) for every axis that is cut or prepended.
+                Axes not mentioned are whole; a prepended axis not mentioned has length 1.
             replica_id: which copy of the box this is; only the one that is all zeros is written.
             prepend_axis_num: number of leading axes that only the global tensor has.
             flattened_range: not allowed here, see `from_rank_offsets_flat`.
             init_kwargs: further fields, such as `allow_shape_mismatch`.
         """
         if flattened_range is not None:
-            raise ValueError("flattened_range is for from_rank_offsets_flat, from_rank_offsets takes a whole shard")
+            raise ValueError(
+                "flattened_range is for from_rank_offsets_flat, from_rank_offsets takes a whole shard"
+            )
         local_shape = tuple(data.shape)
         shape = [1] * prepend_axis_num + list(local_shape)
         global_shape, offsets, fragmentations = list(shape), [0] * len(shape), [1] * len(shape)
         mentioned: set[int] = set()
         for axis, position, count in rank_offsets:
             if not 0 <= axis < len(shape) or axis in mentioned:
-                raise CheckpointingException(f"axis {axis} in rank_offsets of {key} is repeated or not in {shape}")
+                raise CheckpointingException(
+                    f"axis {axis} in rank_offsets of {key} is repeated or not in {shape}"
+                )
             if not 0 <= position < count:
-                raise CheckpointingException(f"position {position} of {count} on axis {axis} of {key} does not exist")
+                raise CheckpointingException(
+                    f"position {position} of {count} on axis {axis} of {key} does not exist"
+                )
             mentioned.add(axis)
             global_shape[axis] = shape[axis] * count
             offsets[axis] = shape[axis] * position
@@ -216,7 +235,8 @@ class ShardedTensor(ShardedBase):
         flattened_range: slice | None = None,
         **kwargs: Any,
     ) -> ShardedTensor:
-        """A range of the flattened box of shape `non_flat_local_shape`; further arguments as `from_rank_offsets`.
+        """A range of the flattened box of shape `non_flat_local_shape`; further arguments as
+        `from_rank_offsets`.
 
         `data` is 1-D with the elements of `flattened_range`.
         """
@@ -228,7 +248,9 @@ class ShardedTensor(ShardedBase):
         whole = cls.from_rank_offsets(key, box, *args, **kwargs)
         return replace(whole, data=data, flattened_range=flattened_range)
 
-    def init_data(self, device: str | torch.device, init_fn: Callable[..., torch.Tensor] = torch.empty) -> None:
+    def init_data(
+        self, device: str | torch.device, init_fn: Callable[..., torch.Tensor] = torch.empty
+    ) -> None:
         """Give a description without data a tensor made by `init_fn`."""
         if self.data is None:
             self.data = init_fn(self.data_shape, dtype=self.dtype, device=device)
@@ -239,17 +261,24 @@ class ShardedTensor(ShardedBase):
         One element, or none if the flattened range lies outside of the narrowed box (then `dim` must be 0).
         """
         axis, old = dim + self.prepend_axis_num, self.local_shape[dim]
-        scaled = {
-            name: tuple(v * length // old if i == axis else v for i, v in enumerate(getattr(self, name)))
-            for name in ("global_shape", "global_offset")
-        }
-        local_shape = tuple(length if i == dim else n for i, n in enumerate(self.local_shape))
-        description = replace(self.without_data(), flattened_range=None, local_shape=local_shape, **scaled)
+
+        def scaled(values: tuple[int, ...]) -> tuple[int, ...]:
+            return tuple(v * length // old if i == axis else v for i, v in enumerate(values))
+
+        description = replace(
+            self.without_data(),
+            flattened_range=None,
+            local_shape=tuple(length if i == dim else n for i, n in enumerate(self.local_shape)),
+            global_shape=scaled(self.global_shape),
+            global_offset=scaled(self.global_offset),
+        )
         if self.flattened_range is None:
             data = None if self.data is None else self.data.narrow(dim, start, length)
             return [replace(description, data=data)]
         if dim != 0:
-            raise CheckpointingException(f"a flattened shard can be narrowed along axis 0 only, not {dim}: {self}")
+            raise CheckpointingException(
+                f"a flattened shard can be narrowed along axis 0 only, not {dim}: {self}"
+            )
         row = prod(self.local_shape[1:])
         first, last = start * row, (start + length) * row
         begin, end = max(self.flattened_range.start, first), min(self.flattened_range.stop, last)
@@ -295,7 +324,9 @@ class ShardedObject(ShardedBase):
             0 <= off < size for off, size in zip(self.global_offset, self.global_shape)
         )
         if not inside:
-            raise CheckpointingException(f"cell {self.global_offset} is not in grid {self.global_shape} of {self.key}")
+            raise CheckpointingException(
+                f"cell {self.global_offset} is not in grid {self.global_shape} of {self.key}"
+            )
 
     def without_data(self) -> ShardedObject:
         """The same description with `data` None."""
@@ -330,7 +361,7 @@ class ShardedTensorFactory(ShardedBase):
     """
 
     key: str
-    data: torch.Tensor
+    data: torch.Tensor | None
     build_fn: FactoryBuildFn
     merge_fn: FactoryMergeFn
     replica_id: ReplicaId = 0
@@ -338,6 +369,8 @@ class ShardedTensorFactory(ShardedBase):
 
     def build(self) -> ShardedStateDict:
         """The parts."""
+        if self.data is None:
+            raise CheckpointingException(f"factory {self.key} has no data to build from")
         return self.build_fn(self.key, self.data, self.replica_id, self.flattened_range)
 
     def validate_metadata_integrity(self) -> None:
@@ -350,12 +383,12 @@ class ShardedTensorFactory(ShardedBase):
 
 def apply_factories(sharded_state_dict: ShardedStateDict) -> None:
     """Replace each factory by its parts, in place."""
-    dict_list_map_inplace(lambda x: x.build() if isinstance(x, ShardedTensorFactory) else x, sharded_state_dict)
+    dict_list_map_inplace(
+        lambda x: x.build() if isinstance(x, ShardedTensorFactory) else x, sharded_state_dict
+    )
 
 
-def apply_factory_merges(
-    x1: StateDict, x2: ShardedStateDict, key: tuple[str | int, ...] = ()
-) -> StateDict:
+def apply_factory_merges(x1: Any, x2: Any, key: tuple[str | int, ...] = ()) -> Any:
     """`x1`, where the loaded parts of each factory of `x2` are merged into one tensor. Changes `x1` in place.
 
     Args:
@@ -364,7 +397,7 @@ def apply_factory_merges(
         key: path to `x1`, for messages.
     """
     if isinstance(x2, ShardedTensorFactory):
-        return x2.merge_fn(x1)  # type: ignore[return-value]
+        return x2.merge_fn(x1)
     if isinstance(x1, dict) and isinstance(x2, dict):
         missing = [k for k in x2 if k not in x1]
         if missing:
@@ -376,7 +409,9 @@ def apply_factory_merges(
         items = enumerate(x2) if isinstance(x2, list) else x2.items()
         for i, sub in items:
             if not isinstance(i, int) or i >= len(x1):
-                raise ValueError(f"cannot merge factories at {key}: entry {i} was not loaded ({len(x1)} entries)")
+                raise ValueError(
+                    f"cannot merge factories at {key}: entry {i} was not loaded ({len(x1)} entries)"
+                )
             x1[i] = apply_factory_merges(x1[i], sub, (*key, i))
         return x1
     raise ValueError(f"cannot merge factories at {key}: {type(x1).__name__} against {type(x2).__name__}")

@@ -1,0 +1,325 @@
+"""`save` and `load`: a state dict of shards to a directory, and into the shards of any other layout."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from .collective import on_first_rank, sync_directory, together
+from .core import CONFIG_FNAME, CheckpointingConfig, CheckpointingException, save_config
+from .dict_utils import dict_list_map_outplace, extract_matching_values, merge, restore_lists
+from .mapping import (
+    CommonStateDict,
+    LocalNonpersistentObject,
+    ShardedBase,
+    ShardedStateDict,
+    ShardedTensorFactory,
+    StateDict,
+    apply_factories,
+    apply_factory_merges,
+)
+from .strategies import common as _common  # noqa: F401  # registers the default strategy
+from .strategies import torch as _torch  # noqa: F401  # registers the default strategy
+from .strategies.base import (
+    LoadCommonStrategy,
+    LoadShardedStrategy,
+    SaveCommonStrategy,
+    SaveShardedStrategy,
+    SaveStrategyBase,
+    StrategyAction,
+    get_default_strategy,
+)
+from .strategies.common import COMMON_STATE_FNAME
+from .strategies.torch_files import DATA_SUFFIX, METADATA_FNAME
+from .validation import (
+    CkptShardedMetadata,
+    StrictHandling,
+    determine_global_metadata,
+    parse_strict_flag,
+    validate_integrity_and_strict_load,
+    validate_sharded_objects_handling,
+    validate_sharding_integrity,
+    verify_checkpoint_and_load_strategy,
+)
+
+logger = logging.getLogger(__name__)
+
+CONTENT_METADATA = "content_metadata"
+
+
+# ---- saving ----
+
+
+def save(
+    sharded_state_dict: ShardedStateDict,
+    checkpoint_dir: str | Path,
+    sharded_strategy: SaveShardedStrategy | tuple[str, int] | None = None,
+    common_strategy: SaveCommonStrategy | tuple[str, int] | None = None,
+    validate_access_integrity: bool = True,
+    async_sharded_save: bool = False,
+    preprocess_common_before_consistancy_check: Callable[[CommonStateDict], StateDict] | None = None,
+    content_metadata: dict | None = None,
+) -> None:
+    """Write a checkpoint into the existing directory `checkpoint_dir`. All ranks call this.
+
+    The directory is a checkpoint from the moment that its `metadata.json` is there, which is written last. If
+    any rank fails, all ranks raise and the files of the attempt are removed.
+
+    Args:
+        sharded_state_dict: tree of sharded values, which all ranks write together, and of other ones, of
+            which those of the first rank are written.
+        checkpoint_dir: where; the same for all ranks, on a file system that they share.
+        sharded_strategy, common_strategy: how, or (format, version).
+        validate_access_integrity: check first that the shards of all ranks make up the global state exactly,
+            and log where the common state of ranks differs.
+        async_sharded_save: not available yet.
+        preprocess_common_before_consistancy_check: leaves out of that comparison what may differ.
+        content_metadata: anything that a reader needs to know to request the right state, see
+            `load_content_metadata`.
+    """
+    if async_sharded_save:
+        raise NotImplementedError("async_sharded_save: saving in the background is not available yet")
+    directory = Path(checkpoint_dir)
+    sharded, common = split_for_saving(sharded_state_dict)
+    if content_metadata is not None:
+        common[CONTENT_METADATA] = content_metadata
+    if validate_access_integrity:
+        check_before_saving(sharded, common, preprocess_common_before_consistancy_check)
+    save_sharded = resolve_save_strategy(StrategyAction.SAVE_SHARDED, sharded_strategy, ("torch_dist", 1))
+    save_common = resolve_save_strategy(StrategyAction.SAVE_COMMON, common_strategy, ("torch", 1))
+    assert isinstance(save_sharded, SaveShardedStrategy) and isinstance(save_common, SaveCommonStrategy)
+    validate_sharded_objects_handling(save_sharded, save_common)
+    config = CheckpointingConfig(
+        save_sharded.backend, save_sharded.version, save_common.backend, save_common.version
+    )
+    on_first_rank(f"cannot save to {directory}", lambda: make_room(directory))
+    try:
+        save_common.save_common(common, directory)
+        save_sharded.save(sharded, directory)
+        on_first_rank(f"cannot complete {directory}", lambda: publish(config, directory))
+    except CheckpointingException:
+        on_first_rank(f"cannot clean {directory}", lambda: remove_checkpoint_files(directory))
+        raise
+
+
+def split_for_saving(sharded_state_dict: ShardedStateDict) -> tuple[ShardedStateDict, CommonStateDict]:
+    """(sharded values with factories built, values that all ranks share). The argument is not changed."""
+    state = dict_list_map_outplace(lambda value: value, sharded_state_dict)
+    apply_factories(state)
+    _, persistent = extract_matching_values(state, _is_nonpersistent, return_lists_as_dicts=True)
+    sharded, common = extract_matching_values(persistent, _is_sharded, return_lists_as_dicts=True)
+    common = restore_lists(common, state)
+    assert isinstance(sharded, dict) and isinstance(common, dict)
+    return sharded, common
+
+
+def check_before_saving(
+    sharded: ShardedStateDict,
+    common: CommonStateDict,
+    preprocess_common: Callable[[CommonStateDict], StateDict] | None,
+) -> None:
+    """Compare the ranks' states; the same exception is raised everywhere."""
+    _, global_metadata = determine_global_metadata(sharded)
+    validate_sharding_integrity(global_metadata, preprocess_common(common) if preprocess_common else common)
+
+
+def resolve_save_strategy(
+    action: StrategyAction, given: SaveStrategyBase | tuple[str, int] | None, default: tuple[str, int]
+) -> SaveStrategyBase:
+    """`given`, or the strategy of that format, or the default."""
+    strategy = (
+        get_default_strategy(action, *(given or default))
+        if given is None or isinstance(given, tuple)
+        else given
+    )
+    assert isinstance(strategy, SaveStrategyBase)
+    return strategy
+
+
+def make_room(directory: Path) -> None:
+    """Make a directory that holds an older checkpoint, whole or not, empty of it."""
+    if not directory.is_dir():
+        raise CheckpointingException("the directory does not exist")
+    if any(directory.iterdir()):
+        logger.warning("overwriting the checkpoint in %s", directory)
+        remove_checkpoint_files(directory)
+
+
+def publish(config: CheckpointingConfig, directory: Path) -> None:
+    """Declare the directory a complete checkpoint, once all its files are on the disk."""
+    sync_directory(directory)
+    save_config(config, directory)
+    sync_directory(directory)
+
+
+def remove_checkpoint_files(directory: Path) -> None:
+    """Remove a checkpoint's files, the one that declares it complete first. Other files stay."""
+    for name in (CONFIG_FNAME, METADATA_FNAME, COMMON_STATE_FNAME):
+        for path in (directory / name, directory / (name + ".partial")):
+            path.unlink(missing_ok=True)
+    for path in directory.glob(f"*{DATA_SUFFIX}"):
+        path.unlink()
+
+
+def _is_sharded(value: Any) -> bool:
+    return isinstance(value, ShardedBase)
+
+
+def _is_nonpersistent(value: Any) -> bool:
+    return isinstance(value, LocalNonpersistentObject)
+
+
+# ---- loading ----
+
+
+def load(
+    sharded_state_dict: ShardedStateDict,
+    checkpoint_dir: str | Path,
+    sharded_strategy: LoadShardedStrategy | tuple[str, int] | None = None,
+    common_strategy: LoadCommonStrategy | tuple[str, int] | None = None,
+    validate_access_integrity: bool = True,
+    strict: str | StrictHandling = StrictHandling.ASSUME_OK_UNEXPECTED,
+) -> StateDict | tuple[StateDict, set[str], set[str]]:
+    """State dict with the checkpoint's common values and the requested sharded ones. All ranks call this.
+
+    Tensors are read in place where a shard has data. Before that names and shapes are compared, so that a
+    checkpoint of something else changes nothing on any rank.
+
+    Args:
+        sharded_state_dict: what is requested, in this program's layout; values that are not sharded are
+            ignored.
+        checkpoint_dir: a complete checkpoint.
+        sharded_strategy, common_strategy: how to read, or (format, version); default by what the directory
+            holds.
+        validate_access_integrity: check that the ranks together request each tensor exactly once.
+        strict: what to do about names that are only requested, or only in the checkpoint.
+
+    Returns:
+        The state dict; in the RETURN modes of `strict` also the missing and the unexpected names.
+    """
+    sharded_reader, common_reader = verify_checkpoint_and_load_strategy(
+        checkpoint_dir, sharded_strategy, common_strategy
+    )
+    mode = parse_strict_flag(strict)
+    with together(f"cannot load {checkpoint_dir}"):
+        state = common_reader.load_common(Path(checkpoint_dir))
+    requested = dict_list_map_outplace(lambda value: value, sharded_state_dict)
+    factories, _ = extract_matching_values(
+        requested, lambda value: isinstance(value, ShardedTensorFactory), return_lists_as_dicts=True
+    )
+    apply_factories(requested)
+    nonpersistent, rest = extract_matching_values(requested, _is_nonpersistent, return_lists_as_dicts=True)
+    sharded, _ = extract_matching_values(rest, _is_sharded, return_lists_as_dicts=True)
+    assert isinstance(sharded, dict)
+    if nonpersistent or sharded:
+        validate_sharded_objects_handling(sharded_reader, common_reader)
+    sharded, missing, unexpected = _match(
+        sharded, checkpoint_dir, sharded_reader, mode, validate_access_integrity
+    )
+    merge(state, dict_list_map_outplace(lambda value: value.unwrap(), nonpersistent))
+    loaded = sharded_reader.load(sharded, Path(checkpoint_dir))
+    _drop_not_loaded(factories, loaded)
+    merge(state, loaded)
+    state = restore_lists(apply_factory_merges(state, factories), sharded_state_dict)
+    if StrictHandling.requires_returning_mismatch_keys(mode):
+        return state, missing, unexpected
+    return state
+
+
+def _match(
+    sharded: ShardedStateDict,
+    checkpoint_dir: str | Path,
+    reader: LoadShardedStrategy,
+    mode: StrictHandling,
+    validate_access_integrity: bool,
+) -> tuple[ShardedStateDict, set[str], set[str]]:
+    """What of the request is loaded, and the names that do not match."""
+    explicit = StrictHandling.requires_explicit_ckpt_mismatch_check(mode)
+    if not (explicit or validate_access_integrity):
+        return sharded, set(), set()
+    local, everywhere = determine_global_metadata(sharded)
+    available: CkptShardedMetadata | None = None
+    if explicit:
+        with together(f"cannot load {checkpoint_dir}"):
+            available = reader.load_sharded_metadata(Path(checkpoint_dir))
+    return validate_integrity_and_strict_load(
+        sharded, mode, validate_access_integrity, local, everywhere, available
+    )
+
+
+def _drop_not_loaded(factories: Any, loaded: Any) -> None:
+    """Remove, in place, the factories of which nothing was loaded because the checkpoint does not have it."""
+    for key in list(factories):
+        if not isinstance(loaded, dict) or key not in loaded:
+            del factories[key]
+        elif isinstance(factories[key], dict):
+            _drop_not_loaded(factories[key], loaded[key])
+
+
+def load_common_state_dict(checkpoint_dir: str | Path) -> StateDict:
+    """The values of a checkpoint that are not sharded."""
+    _, reader = verify_checkpoint_and_load_strategy(checkpoint_dir)
+    return reader.load_common(Path(checkpoint_dir))
+
+
+def load_content_metadata(
+    checkpoint_dir: str | Path | None = None, *, preloaded_state_dict: StateDict | None = None
+) -> dict | None:
+    """What `save` was given as `content_metadata`; None if nothing."""
+    if preloaded_state_dict is None:
+        if checkpoint_dir is None:
+            raise ValueError("load_content_metadata needs checkpoint_dir or preloaded_state_dict")
+        preloaded_state_dict = load_common_state_dict(checkpoint_dir)
+    return preloaded_state_dict.get(CONTENT_METADATA)
+
+
+def load_tensors_metadata(
+    checkpoint_dir: str | Path, sharded_strategy: LoadShardedStrategy | None = None
+) -> CkptShardedMetadata:
+    """Name -> whole tensor, without data, for each tensor in a checkpoint. Not a collective call."""
+    reader, _ = verify_checkpoint_and_load_strategy(checkpoint_dir, sharded_strategy)
+    return reader.load_tensors_metadata(Path(checkpoint_dir))
+
+
+def load_sharded_metadata(
+    checkpoint_dir: str | Path,
+    sharded_strategy: LoadShardedStrategy | None = None,
+    common_strategy: LoadCommonStrategy | None = None,
+) -> CkptShardedMetadata:
+    """As `load_tensors_metadata`, and the sharded objects under their unique keys."""
+    reader, _ = verify_checkpoint_and_load_strategy(checkpoint_dir, sharded_strategy, common_strategy)
+    return reader.load_sharded_metadata(Path(checkpoint_dir))
+
+
+def load_plain_tensors(checkpoint_dir: str | Path) -> StateDict:
+    """Name -> whole tensor, on the CPU; every rank gets every tensor."""
+    reader, _ = verify_checkpoint_and_load_strategy(checkpoint_dir)
+    return reader.load(reader.load_tensors_metadata(Path(checkpoint_dir)), Path(checkpoint_dir))
+
+
+def remove_sharded_tensors(checkpoint_dir: str | Path, key_prefix: str) -> None:
+    """Drop the tensors and objects whose name starts with `key_prefix` from a checkpoint. One rank calls
+    this."""
+    reader, _ = verify_checkpoint_and_load_strategy(checkpoint_dir)
+    reader.remove_sharded_tensors(Path(checkpoint_dir), key_prefix)
+
+
+def get_default_save_sharded_strategy(backend: str = "torch_dist", version: int = 1) -> SaveShardedStrategy:
+    """The strategy that writes sharded values in that format."""
+    strategy = get_default_strategy(StrategyAction.SAVE_SHARDED, backend, version)
+    assert isinstance(strategy, SaveShardedStrategy)
+    return strategy
+
+
+def get_default_save_common_strategy(backend: str = "torch", version: int = 1) -> SaveCommonStrategy:
+    """The strategy that writes common values in that format."""
+    strategy = get_default_strategy(StrategyAction.SAVE_COMMON, backend, version)
+    assert isinstance(strategy, SaveCommonStrategy)
+    return strategy
+
+
+def get_default_load_sharded_strategy(checkpoint_dir: str | Path) -> LoadShardedStrategy:
+    """The strategy that reads the sharded values of a checkpoint."""
+    return verify_checkpoint_and_load_strategy(checkpoint_dir)[0]

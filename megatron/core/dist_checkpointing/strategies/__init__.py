@@ -1,0 +1,1 @@
+"""How the two halves of a checkpoint, sharded and common, meet the disk."""

@@ -1,0 +1,118 @@
+"""Interfaces of the parts that write and read a checkpoint, and the table of those that are used by
+default."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from enum import Enum
+from pathlib import Path
+
+from ..core import CheckpointingException
+from ..mapping import ShardedStateDict, StateDict
+
+
+class StrategyAction(Enum):
+    """What a strategy does."""
+
+    LOAD_COMMON = "load_common"
+    LOAD_SHARDED = "load_sharded"
+    SAVE_COMMON = "save_common"
+    SAVE_SHARDED = "save_sharded"
+
+
+class LoadStrategyBase(ABC):  # noqa: B024  # what its two kinds have in common
+    """Reads checkpoints of some formats."""
+
+    def check_backend_compatibility(self, loaded_backend: str) -> None:  # noqa: B027  # no limits by default
+        """Raise `CheckpointingException` if the checkpoint's format is not one that this strategy reads."""
+
+    def check_version_compatibility(self, loaded_version: int) -> None:  # noqa: B027
+        """Raise `CheckpointingException` if the checkpoint's version is not one that this strategy reads."""
+
+    @property
+    def can_handle_sharded_objects(self) -> bool:
+        """Whether `ShardedObject`s are read too."""
+        return False
+
+
+class SaveStrategyBase(ABC):  # noqa: B024  # what its two kinds have in common
+    """Writes checkpoints of one format and version."""
+
+    def __init__(self, backend: str, version: int) -> None:
+        self.backend = backend
+        self.version = version
+
+    @property
+    def can_handle_sharded_objects(self) -> bool:
+        """Whether `ShardedObject`s are written too."""
+        return False
+
+
+class LoadCommonStrategy(LoadStrategyBase):
+    """Reads the part of a checkpoint that all ranks share."""
+
+    @abstractmethod
+    def load_common(self, checkpoint_dir: str | Path) -> StateDict:
+        """The common state dict."""
+
+
+class LoadShardedStrategy(LoadStrategyBase):
+    """Reads tensors and objects by their place in the global state."""
+
+    @abstractmethod
+    def load(self, sharded_state_dict: ShardedStateDict, checkpoint_dir: str | Path) -> StateDict:
+        """The state dict with each sharded value replaced by what was read. All ranks call this."""
+
+    @abstractmethod
+    def load_tensors_metadata(self, checkpoint_dir: str | Path) -> dict[str, ShardedStateDict]:
+        """Name -> whole tensor without data, of each tensor in the checkpoint."""
+
+    def load_sharded_metadata(self, checkpoint_dir: str | Path) -> dict[str, ShardedStateDict]:
+        """As `load_tensors_metadata`, and the objects under their unique keys."""
+        if not self.can_handle_sharded_objects:
+            return self.load_tensors_metadata(checkpoint_dir)
+        raise NotImplementedError(f"{type(self).__name__} cannot list sharded objects")
+
+    def remove_sharded_tensors(self, checkpoint_dir: str | Path, key_prefix: str) -> None:
+        """Drop the tensors and objects whose name starts with `key_prefix` from a checkpoint."""
+        raise NotImplementedError(f"{type(self).__name__} cannot remove tensors")
+
+
+class SaveCommonStrategy(SaveStrategyBase):
+    """Writes the part of a checkpoint that all ranks share."""
+
+    @abstractmethod
+    def save_common(self, common_state_dict: StateDict, checkpoint_dir: str | Path) -> None:
+        """Write the common state dict. All ranks call this, the first one writes."""
+
+
+class SaveShardedStrategy(SaveStrategyBase):
+    """Writes tensors and objects under their place in the global state."""
+
+    @abstractmethod
+    def save(self, sharded_state_dict: ShardedStateDict, checkpoint_dir: str | Path) -> None:
+        """Write the sharded values of all ranks. All ranks call this."""
+
+
+_default_strategies: dict[tuple[StrategyAction, str, int], LoadStrategyBase | SaveStrategyBase] = {}
+
+
+def register_default_strategy(
+    action: StrategyAction, backend: str, version: int, strategy: LoadStrategyBase | SaveStrategyBase
+) -> None:
+    """Use `strategy` wherever nothing else is asked for."""
+    _default_strategies[action, backend, version] = strategy
+
+
+def get_default_strategy(
+    action: StrategyAction, backend: str, version: int
+) -> LoadStrategyBase | SaveStrategyBase:
+    """The strategy used by default for a format and its version."""
+    try:
+        return _default_strategies[action, backend, version]
+    except KeyError:
+        known = sorted(f"{b} version {v}" for a, b, v in _default_strategies if a is action)
+        raise CheckpointingException(
+            f"cannot {action.value.replace('_', ' ')} state as {backend!r} version {version}; "
+            f"known formats: {', '.join(known)}"
+        ) from None
