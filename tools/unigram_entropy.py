@@ -7,8 +7,12 @@ has a lower validation loss.
 """
 
 import argparse
+import sys
+from pathlib import Path
 
 import numpy
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # works in a clone that is not installed, too
 
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
