@@ -17,7 +17,6 @@ from .mapping import (
     ShardedStateDict,
     ShardedTensorFactory,
     StateDict,
-    apply_factories,
     apply_factory_merges,
 )
 from .strategies import common as _common  # noqa: F401  # registers the default strategy
@@ -106,13 +105,24 @@ def save(
 
 def split_for_saving(sharded_state_dict: ShardedStateDict) -> tuple[ShardedStateDict, CommonStateDict]:
     """(sharded values with factories built, values that all ranks share). The argument is not changed."""
-    state = dict_list_map_outplace(lambda value: value, sharded_state_dict)
-    apply_factories(state)
+    state = build_factories(sharded_state_dict)
     _, persistent = extract_matching_values(state, _is_nonpersistent, return_lists_as_dicts=True)
     sharded, common = extract_matching_values(persistent, _is_sharded, return_lists_as_dicts=True)
     common = restore_lists(common, state)
     assert isinstance(sharded, dict) and isinstance(common, dict)
     return sharded, common
+
+
+def build_factories(sharded_state_dict: ShardedStateDict) -> ShardedStateDict:
+    """A copy of the tree with each factory replaced by its parts; one without parts becomes a value that is
+    not saved."""
+
+    def build(value: Any) -> Any:
+        if not isinstance(value, ShardedTensorFactory):
+            return value
+        return value.build() or LocalNonpersistentObject([])
+
+    return dict_list_map_outplace(build, sharded_state_dict)
 
 
 def check_before_saving(
@@ -205,11 +215,10 @@ def load(
     mode = parse_strict_flag(strict)
     with together(f"cannot load {checkpoint_dir}"):
         state = common_reader.load_common(Path(checkpoint_dir))
-    requested = dict_list_map_outplace(lambda value: value, sharded_state_dict)
+    requested = build_factories(sharded_state_dict)
     factories, _ = extract_matching_values(
-        requested, lambda value: isinstance(value, ShardedTensorFactory), return_lists_as_dicts=True
+        sharded_state_dict, lambda value: isinstance(value, ShardedTensorFactory), return_lists_as_dicts=True
     )
-    apply_factories(requested)
     nonpersistent, rest = extract_matching_values(requested, _is_nonpersistent, return_lists_as_dicts=True)
     sharded, _ = extract_matching_values(rest, _is_sharded, return_lists_as_dicts=True)
     assert isinstance(sharded, dict)
@@ -220,8 +229,8 @@ def load(
     )
     merge(state, dict_list_map_outplace(lambda value: value.unwrap(), nonpersistent))
     loaded = sharded_reader.load(sharded, Path(checkpoint_dir))
-    _drop_not_loaded(factories, loaded)
     merge(state, loaded)
+    _drop_not_loaded(factories, state)
     state = restore_lists(apply_factory_merges(state, factories), sharded_state_dict)
     if StrictHandling.requires_returning_mismatch_keys(mode):
         return state, missing, unexpected
@@ -249,13 +258,14 @@ def _match(
     )
 
 
-def _drop_not_loaded(factories: Any, loaded: Any) -> None:
+def _drop_not_loaded(factories: Any, state: Any) -> None:
     """Remove, in place, the factories of which nothing was loaded because the checkpoint does not have it."""
     for key in list(factories):
-        if not isinstance(loaded, dict) or key not in loaded:
+        present = key in state if isinstance(state, dict) else key < len(state)
+        if not present:
             del factories[key]
         elif isinstance(factories[key], dict):
-            _drop_not_loaded(factories[key], loaded[key])
+            _drop_not_loaded(factories[key], state[key])
 
 
 def load_common_state_dict(checkpoint_dir: str | Path) -> StateDict:

@@ -20,13 +20,13 @@ class StrategyAction(Enum):
     SAVE_SHARDED = "save_sharded"
 
 
-class LoadStrategyBase(ABC):  # noqa: B024  # what its two kinds have in common
+class LoadStrategyBase(ABC):  # what its two kinds have in common
     """Reads checkpoints of some formats."""
 
-    def check_backend_compatibility(self, loaded_backend: str) -> None:  # noqa: B027  # no limits by default
+    def check_backend_compatibility(self, loaded_backend: str) -> None:  # no limits by default
         """Raise `CheckpointingException` if the checkpoint's format is not one that this strategy reads."""
 
-    def check_version_compatibility(self, loaded_version: int) -> None:  # noqa: B027
+    def check_version_compatibility(self, loaded_version: int) -> None:
         """Raise `CheckpointingException` if the checkpoint's version is not one that this strategy reads."""
 
     @property
@@ -35,7 +35,7 @@ class LoadStrategyBase(ABC):  # noqa: B024  # what its two kinds have in common
         return False
 
 
-class SaveStrategyBase(ABC):  # noqa: B024  # what its two kinds have in common
+class SaveStrategyBase(ABC):  # what its two kinds have in common
     """Writes checkpoints of one format and version."""
 
     def __init__(self, backend: str, version: int) -> None:

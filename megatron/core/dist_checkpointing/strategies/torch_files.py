@@ -319,7 +319,7 @@ def _open_entries(
             if file is None or file.name != str(path):
                 if file is not None:
                     file.close()
-                file = open(path, "rb")  # noqa: SIM115  # stays open for the next entries
+                file = open(path, "rb")  # stays open for the next entries
             yield index, FileSlice(file, place.offset, place.length)
     finally:
         if file is not None:
