@@ -64,7 +64,8 @@ def test_a_row_draws_the_same_whatever_is_beside_it() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("temperature", -0.1), ("top_k", -1), ("top_p", 1.1), ("top_p", -0.1), ("num_tokens_to_generate", -1)]
+    ("name", "value"),
+    [("temperature", -0.1), ("top_k", -1), ("top_p", 1.1), ("top_p", -0.1), ("num_tokens_to_generate", -1)],
 )
 def test_impossible_settings_are_named(name: str, value: float) -> None:
     with pytest.raises(ValueError, match=name):
