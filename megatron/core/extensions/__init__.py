@@ -1,0 +1,1 @@
+"""Optional accelerator packages, each imported in one file here and nowhere else."""

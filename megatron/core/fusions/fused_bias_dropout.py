@@ -1,0 +1,53 @@
+"""y = residual + dropout(x + bias): how each half of a transformer layer returns to the residual stream."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+BiasDropoutAdd = Callable[[tuple[Tensor, Tensor | None], Tensor, float], Tensor]
+
+
+def _bias_dropout_add(
+    x_with_bias: tuple[Tensor, Tensor | None], residual: Tensor, prob: float, training: bool
+) -> Tensor:
+    """residual + dropout(x + bias), in the wider type of the two (an fp32 residual stream stays fp32)."""
+    x, bias = x_with_bias
+    if prob == 0.0 or not training:
+        out = residual + x
+        return out if bias is None else out.add_(bias)  # in place: `out` is new, and no backward reads it
+    if bias is not None:
+        x = x + bias
+    return residual + torch.nn.functional.dropout(x, p=prob, training=True)
+
+
+def bias_dropout_add_unfused(training: bool) -> BiasDropoutAdd:
+    """The function (x_with_bias, residual, prob) -> residual + dropout(x + bias)."""
+
+    def bias_dropout_add(x_with_bias: tuple[Tensor, Tensor | None], residual: Tensor, prob: float) -> Tensor:
+        return _bias_dropout_add(x_with_bias, residual, prob, training)
+
+    return bias_dropout_add
+
+
+def bias_dropout_add_fused_train(
+    x_with_bias: tuple[Tensor, Tensor | None], residual: Tensor, prob: float
+) -> Tensor:
+    """residual + dropout(x + bias) with dropout on."""
+    return _bias_dropout_add(x_with_bias, residual, prob, True)
+
+
+def bias_dropout_add_fused_inference(
+    x_with_bias: tuple[Tensor, Tensor | None], residual: Tensor, prob: float
+) -> Tensor:
+    """residual + x + bias: dropout is off."""
+    return _bias_dropout_add(x_with_bias, residual, prob, False)
+
+
+def get_bias_dropout_add(training: bool, fused: bool) -> BiasDropoutAdd:
+    """The function for training or inference; `fused` chooses between two forms of the same arithmetic."""
+    if not fused:
+        return bias_dropout_add_unfused(training)
+    return bias_dropout_add_fused_train if training else bias_dropout_add_fused_inference

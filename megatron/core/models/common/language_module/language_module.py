@@ -1,0 +1,130 @@
+"""What every language model shares: the loss, and the tie between embedding and output layer.
+
+s sequence, b microbatch, v vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron.core.dist_checkpointing.mapping import ShardedStateDict
+from megatron.core.fusions.fused_cross_entropy import fused_vocab_parallel_cross_entropy
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.cross_entropy import vocab_parallel_cross_entropy
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.utils import groups_or_default
+from megatron.core.utils import get_pg_rank, make_tp_sharded_tensor_for_checkpoint
+
+
+class LanguageModule(MegatronModule):
+    """Base of language models.
+
+    Subclasses have `pre_process`, `post_process`, `share_embeddings_and_output_weights` and, where they
+    apply, `embedding` and `output_layer`.
+    """
+
+    pre_process: bool
+    post_process: bool
+    share_embeddings_and_output_weights: bool
+    true_vocab_size: int | None = None
+
+    def __init__(
+        self, config: TransformerConfig, model_comm_pgs: ProcessGroupCollection | None = None
+    ) -> None:
+        super().__init__(config)
+        self.model_comm_pgs = groups_or_default(model_comm_pgs)
+
+    def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
+        """Cross entropy of each token, [b, s] fp32, equal on all tensor parallel ranks.
+
+        Args:
+            labels: [b, s].
+            logits: [s, b, v/tp].
+        """
+        labels = labels.transpose(0, 1).contiguous()
+        tp_group = self.model_comm_pgs.tp
+        if self.config.cross_entropy_loss_fusion:
+            loss = fused_vocab_parallel_cross_entropy(
+                logits, labels, tp_group, vocab_size=self.true_vocab_size
+            )
+        else:
+            loss = vocab_parallel_cross_entropy(
+                logits, labels, tp_group=tp_group, vocab_size=self.true_vocab_size
+            )
+        return loss.transpose(0, 1).contiguous()
+
+    def setup_embeddings_and_output_layer(self) -> None:
+        """Mark embedding and output weights, and, of a tied pair on two stages, that it is one tensor.
+
+        The last stage's copy starts with the same values because both are initialised under the embedding's
+        name; in training their gradients are summed over the embedding group (arXiv:1909.08053, section 3;
+        parallel over stages).
+        """
+        if self.pre_process:
+            self.embedding.word_embeddings.weight.is_embedding_or_output_parameter = True  # type: ignore[union-attr]
+        if self.post_process and self.output_layer.weight is not None:  # type: ignore[union-attr]
+            self.output_layer.weight.is_embedding_or_output_parameter = True  # type: ignore[union-attr]
+        if not self.share_embeddings_and_output_weights or (self.pre_process and self.post_process):
+            return
+        if self.pre_process:
+            self.embedding.word_embeddings.weight.shared_embedding = True  # type: ignore[union-attr]
+        elif self.post_process:
+            weight = self.output_layer.weight  # type: ignore[union-attr]
+            weight.shared = True  # type: ignore[union-attr]  # counted once in norms, on the first stage
+            weight.shared_embedding = True  # type: ignore[union-attr]
+
+    def shared_embedding_or_output_weight(self) -> Tensor | None:
+        """The tied weight [v/tp, h] where this stage holds it, else None."""
+        if self.pre_process:
+            return self.embedding.word_embeddings.weight  # type: ignore[union-attr, return-value]
+        if self.post_process:
+            return self.output_layer.weight  # type: ignore[union-attr, return-value]
+        return None
+
+    def sharded_state_dict(
+        self,
+        prefix: str = "",
+        sharded_offsets: tuple[tuple[int, int, int], ...] = (),
+        metadata: dict[str, Any] | None = None,
+    ) -> ShardedStateDict:
+        """As of the parts; the tied output weight points at the embedding, and padded rows may differ in
+        number.
+
+        Raises:
+            ValueError: `sharded_offsets` is not empty.
+        """
+        if sharded_offsets:
+            raise ValueError(f"a language model cannot be stacked along further axes {sharded_offsets}")
+        sharded = super().sharded_state_dict(prefix, sharded_offsets, metadata)
+        embedding_key = f"{prefix}embedding.word_embeddings.weight"
+        output_key = f"{prefix}output_layer.weight"
+        sharded.pop(f"{prefix}output_layer._extra_state", None)
+        if self.share_embeddings_and_output_weights:
+            self.tie_embeddings_and_output_weights_state_dict(sharded, output_key, embedding_key)
+        for key in (embedding_key, output_key, f"{prefix}output_layer.bias"):
+            if key in sharded:
+                sharded[key].allow_shape_mismatch = True
+        return sharded
+
+    def tie_embeddings_and_output_weights_state_dict(
+        self,
+        sharded_state_dict: ShardedStateDict,
+        output_layer_weight_key: str,
+        first_stage_word_emb_key: str,
+    ) -> None:
+        """Describe a tied output weight as a further copy of the embedding; changes `sharded_state_dict`."""
+        sharded_state_dict.pop(output_layer_weight_key, None)
+        if self.pre_process or not self.post_process:
+            return
+        weight = self.shared_embedding_or_output_weight()
+        assert isinstance(weight, torch.Tensor)
+        sharded_state_dict[output_layer_weight_key] = make_tp_sharded_tensor_for_checkpoint(
+            weight,
+            first_stage_word_emb_key,
+            replica_id=(1, 0, get_pg_rank(self.model_comm_pgs.dp_cp)),
+            allow_shape_mismatch=True,
+        )

@@ -1,0 +1,7 @@
+"""Decoder-only language models."""
+
+from __future__ import annotations
+
+from megatron.core.models.gpt.gpt_model import GPTModel
+
+__all__ = ["GPTModel"]

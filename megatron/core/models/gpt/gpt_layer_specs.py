@@ -1,0 +1,140 @@
+"""What GPT layers are made of."""
+
+from __future__ import annotations
+
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.fusions.fused_layer_norm import FusedLayerNorm
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.attention_backends import build_core_attention
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.torch_norm import L2Norm
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+
+CHECKPOINT_NAMES_OF_NORMS = {
+    "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
+    "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
+}
+"""A distributed checkpoint names a norm after the linear layer that follows it."""
+
+
+def get_gpt_layer_local_spec(
+    num_experts: int | None = None,
+    moe_grouped_gemm: bool | None = False,
+    qk_layernorm: bool | None = False,
+    multi_latent_attention: bool | None = False,
+    fp8: str | None = None,
+    moe_use_legacy_grouped_gemm: bool | None = False,
+    normalization: str | None = None,
+    qk_l2_norm: bool | None = False,
+    use_kitchen: bool = False,
+) -> ModuleSpec:
+    """A layer of torch's own operations: works on every device. `config.attention_backend` chooses the core.
+
+    Args:
+        qk_layernorm: normalise queries and keys of each head.
+        qk_l2_norm: the same without parameters.
+        normalization: kept for the public interface; `config.normalization` decides.
+
+    Raises:
+        NotImplementedError: experts, latent attention, fp8 or kitchen are asked for.
+    """
+    _refuse_unbuilt(
+        num_experts=num_experts,
+        moe_grouped_gemm=moe_grouped_gemm,
+        multi_latent_attention=multi_latent_attention,
+        fp8=fp8,
+        use_kitchen=use_kitchen,
+    )
+    head_norm = L2Norm if qk_l2_norm else FusedLayerNorm if qk_layernorm else IdentityOp
+    attention = ModuleSpec(
+        module=SelfAttention,
+        params={"attn_mask_type": AttnMaskType.causal},
+        submodules=SelfAttentionSubmodules(
+            linear_qkv=ColumnParallelLinear,
+            core_attention=ModuleSpec(module=build_core_attention),
+            linear_proj=RowParallelLinear,
+            q_layernorm=head_norm,
+            k_layernorm=head_norm,
+        ),
+    )
+    return ModuleSpec(
+        module=TransformerLayer,
+        submodules=TransformerLayerSubmodules(
+            input_layernorm=FusedLayerNorm,
+            self_attention=attention,
+            self_attn_bda=get_bias_dropout_add,
+            pre_mlp_layernorm=FusedLayerNorm,
+            mlp=_get_mlp_module_spec(use_te=False),
+            mlp_bda=get_bias_dropout_add,
+            sharded_state_dict_keys_map=dict(CHECKPOINT_NAMES_OF_NORMS),
+        ),
+    )
+
+
+def get_gpt_layer_with_transformer_engine_spec(
+    num_experts: int | None = None,
+    moe_grouped_gemm: bool | None = False,
+    qk_layernorm: bool | None = False,
+    multi_latent_attention: bool | None = False,
+    fp8: str | None = None,
+    moe_use_legacy_grouped_gemm: bool | None = False,
+    qk_l2_norm: bool | None = False,
+    use_te_op_fuser: bool | None = False,
+    use_kitchen: bool = False,
+) -> ModuleSpec:
+    """A layer of Transformer Engine's modules.
+
+    Raises:
+        NotImplementedError: always, they are not built yet.
+    """
+    raise NotImplementedError(
+        "layers of Transformer Engine are not built yet: use get_gpt_layer_local_spec "
+        "(--transformer-impl local), which has the same parameters and checkpoint keys"
+    )
+
+
+def get_gpt_decoder_block_spec(
+    config: TransformerConfig,
+    use_transformer_engine: bool,
+    normalization: str | None = None,
+    qk_l2_norm: bool | None = False,
+    vp_stage: int | None = None,
+) -> TransformerBlockSubmodules:
+    """The layers of this rank's virtual stage and the final norm, for models whose layers may differ."""
+    make = get_gpt_layer_with_transformer_engine_spec if use_transformer_engine else get_gpt_layer_local_spec
+    layer = make(
+        num_experts=config.num_moe_experts,
+        moe_grouped_gemm=config.moe_grouped_gemm,
+        qk_layernorm=config.qk_layernorm,
+        multi_latent_attention=config.multi_latent_attention,
+        fp8=config.fp8,
+        qk_l2_norm=qk_l2_norm,
+        use_kitchen=config.use_kitchen,
+    )
+    return TransformerBlockSubmodules([layer] * get_num_layers_to_build(config, vp_stage), FusedLayerNorm)
+
+
+def _get_mlp_module_spec(
+    use_te: bool | None = True,
+    num_experts: int | None = None,
+    moe_grouped_gemm: bool | None = False,
+    fp8: str | None = None,
+    moe_use_legacy_grouped_gemm: bool | None = False,
+) -> ModuleSpec:
+    """The dense feed-forward block."""
+    _refuse_unbuilt(use_te=use_te, num_experts=num_experts, moe_grouped_gemm=moe_grouped_gemm, fp8=fp8)
+    return ModuleSpec(
+        module=MLP, submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+    )
+
+
+def _refuse_unbuilt(**wanted: object) -> None:
+    given = [f"{name}={value!r}" for name, value in wanted.items() if value]
+    if given:
+        raise NotImplementedError(f"GPT layers with {', '.join(given)} are not built yet")

@@ -1,0 +1,106 @@
+"""Rotary positions applied to queries and keys (RoFormer, arXiv:2104.09864). s sequence, b microbatch, a
+heads, d head width."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from megatron.core.fusions.fused_rotary import RotatePairs
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.utils import get_pg_rank, get_pg_size
+
+
+def apply_rotary_pos_emb(
+    t: Tensor,
+    freqs: Tensor,
+    config: TransformerConfig,
+    cu_seqlens: Tensor | None = None,
+    mscale: float = 1.0,
+    cp_group: ProcessGroup | None = None,
+) -> Tensor:
+    """t with its first r channels rotated by the angles of their positions.
+
+    Args:
+        t: [s, b, a, d]; with `cu_seqlens` also [n, a, d].
+        freqs: angles [s, 1, 1, r], each of the r/2 given twice: by halves, or in pairs when
+            `rotary_interleaved`.
+        cu_seqlens: starts of packed sequences on the flattened [b, s] (or [n]) token axis; positions count
+            from each.
+        mscale: factor on cos and sin (YaRN's temperature).
+        cp_group: context parallel group over which t is cut.
+
+    Raises:
+        NotImplementedError: packed sequences under context parallelism.
+    """
+    if cu_seqlens is not None:
+        if get_pg_size(cp_group) > 1:
+            raise NotImplementedError(
+                "rotary positions of packed sequences with context parallelism are not built yet"
+            )
+        if t.dim() == 3:
+            return _rotate(
+                t.unsqueeze(1), _packed_angles(freqs, cu_seqlens, t.size(0), 1), config, mscale
+            ).squeeze(1)
+        freqs = _packed_angles(freqs, cu_seqlens, t.size(0), t.size(1))
+    return _rotate(t, freqs, config, mscale)
+
+
+def _rotate(t: Tensor, freqs: Tensor, config: TransformerConfig, mscale: float) -> Tensor:
+    return _apply_rotary_pos_emb_bshd(
+        t,
+        freqs,
+        rotary_interleaved=config.rotary_interleaved,
+        multi_latent_attention=config.multi_latent_attention,
+        mscale=mscale,
+    )
+
+
+def _apply_rotary_pos_emb_bshd(
+    t: Tensor,
+    freqs: Tensor,
+    rotary_interleaved: bool = False,
+    multi_latent_attention: bool = False,
+    mscale: float = 1.0,
+) -> Tensor:
+    """t [s, b, a, d] rotated by angles [s, 1 or b, 1, r]; latent attention sorts even before odd channels
+    first."""
+    width = freqs.size(-1)
+    angles = freqs[..., 0::2] if rotary_interleaved else freqs[..., : width // 2]
+    if multi_latent_attention:
+        t = torch.cat((t[..., :width:2], t[..., 1:width:2], t[..., width:]), dim=-1)
+    return RotatePairs.apply(t, angles.cos() * mscale, angles.sin() * mscale, rotary_interleaved)
+
+
+def _packed_angles(freqs: Tensor, cu_seqlens: Tensor, s: int, b: int) -> Tensor:
+    """[s, b, 1, r]: the angle of every token, its position counted from the start of its packed sequence."""
+    tokens = torch.arange(b * s, device=freqs.device)
+    starts = cu_seqlens.to(freqs.device, torch.int64)
+    sequence = torch.searchsorted(starts, tokens, right=True) - 1
+    position = (tokens - starts[sequence]).view(b, s).transpose(0, 1)
+    return freqs[position, 0]  # [s, b, 1, r]
+
+
+def get_pos_emb_on_this_cp_rank(pos_emb: Tensor, seq_dim: int, cp_group: ProcessGroup | None) -> Tensor:
+    """This rank's positions: of 2 cp chunks along `seq_dim`, chunk c and chunk 2 cp - 1 - c (balanced causal
+    work)."""
+    size, rank = get_pg_size(cp_group), get_pg_rank(cp_group)
+    chunks = pos_emb.chunk(2 * size, dim=seq_dim)
+    return torch.cat((chunks[rank], chunks[2 * size - 1 - rank]), dim=seq_dim) if size > 1 else pos_emb
+
+
+def yarn_mscale(scale: float, mscale: float = 1.0) -> float:
+    """YaRN's attention temperature for a context `scale` times as long, 0.1 m ln(scale) + 1
+    (arXiv:2309.00071, section 3.4)."""
+    return 1.0 if scale <= 1 else 0.1 * mscale * math.log(scale) + 1.0
+
+
+def yarn_concentration(config: TransformerConfig) -> float:
+    """Factor on cos and sin of the configuration's YaRN positions; 1 without YaRN."""
+    factor = config.yarn_rotary_scaling_factor
+    if factor is None:
+        return 1.0
+    return yarn_mscale(factor, config.yarn_mscale) / yarn_mscale(factor, config.yarn_mscale_all_dim)
