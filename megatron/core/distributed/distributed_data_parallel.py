@@ -1,0 +1,195 @@
+"""Data parallelism on flat gradient buffers: replicas see other samples and step with the mean gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed import ProcessGroup
+from torch.nn import Parameter
+
+from megatron.core.distributed.data_parallel_base import _BaseDataParallel
+from megatron.core.distributed.distributed_data_parallel_config import DistributedDataParallelConfig
+from megatron.core.distributed.param_and_grad_buffer import _ParamAndGradBuffer, partition_buckets
+from megatron.core.process_groups_config import (
+    ProcessGroupCollection,
+    default_process_groups,
+    has_default_process_groups,
+)
+from megatron.core.utils import get_pg_rank, get_pg_size
+
+if TYPE_CHECKING:
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+
+class DistributedDataParallel(_BaseDataParallel):
+    """`module`, with gradients that accumulate in `param.main_grad` and are then averaged over replicas.
+
+    Gradients are averaged over data × context parallel ranks (`config.calculate_per_token_loss`: summed,
+    because the caller divides by the number of tokens). `param.grad` is freed as soon as it has been added to
+    `main_grad`; whoever adds to `main_grad` directly says so by `param.grad_added_to_main_grad = True`.
+    Parameters whose attribute `allreduce` is False are experts, with replicas in the expert data-parallel
+    group.
+
+    The order of a step: `zero_grad_buffer`, microbatches (all but the last in `no_sync`), `finish_grad_sync`.
+
+    Args:
+        config: the model's.
+        ddp_config: the form of the buffers and their reduction.
+        module: the model chunk; its parameters' data moves into flat buffers with the distributed optimizer.
+        disable_bucketing: one bucket whatever `bucket_size` says, for chunks whose reduction cannot overlap
+            anyway.
+        grad_comm_pgs: groups to reduce over (`dp_cp`, `intra_dp_cp`, `expt_dp`, `intra_expt_dp`); default
+            `parallel_state`.
+        model_comm_pgs: groups the model is cut over (`pp`); default `parallel_state`.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        ddp_config: DistributedDataParallelConfig,
+        module: torch.nn.Module,
+        disable_bucketing: bool = False,
+        grad_comm_pgs: ProcessGroupCollection | None = None,
+        model_comm_pgs: ProcessGroupCollection | None = None,
+    ) -> None:
+        super().__init__(config, module)
+        if config.calculate_per_token_loss and ddp_config.average_in_collective:
+            raise ValueError(
+                "average_in_collective must be False with calculate_per_token_loss, which sums gradients"
+            )
+        self.ddp_config = ddp_config
+        default = default_process_groups() if has_default_process_groups() else ProcessGroupCollection()
+        self.grad_comm_pgs = grad_comm_pgs or default
+        self.model_comm_pgs = model_comm_pgs or default
+        self.bucket_size = None if disable_bucketing else self._useful_bucket_size()
+
+        params = {param: name for name, param in module.named_parameters() if param.requires_grad}
+        self.param_to_name = params
+        dense = [param for param in params if not is_expert_parallel(param)]
+        experts = [param for param in params if is_expert_parallel(param)]
+        groups = self.grad_comm_pgs
+        self.param_and_grad_buffers = self._make_buffers(dense, groups.intra_dp_cp or groups.dp_cp)
+        self.expert_param_and_grad_buffers = self._make_buffers(
+            experts, groups.intra_expt_dp or groups.expt_dp
+        )
+        self.bucket_groups = partition_buckets(self._all_buffers())
+        self.is_last_microbatch = True
+        for param in params:
+            param.grad_added_to_main_grad = False  # type: ignore[attr-defined]
+            param.register_post_accumulate_grad_hook(_add_to_main_grad)
+
+    def _useful_bucket_size(self) -> int | None:
+        """Several buckets only help where a reduction can start early: overlapped, and on the first stage."""
+        if not self.ddp_config.overlap_grad_reduce or get_pg_rank(self.model_comm_pgs.pp) > 0:
+            return None
+        if self.ddp_config.bucket_size is not None:
+            return self.ddp_config.bucket_size
+        return max(40_000_000, 1_000_000 * get_pg_size(self.grad_comm_pgs.dp_cp))
+
+    def _make_buffers(self, params: list[Parameter], group: ProcessGroup | None) -> list[_ParamAndGradBuffer]:
+        """One buffer for each pair of types."""
+        by_dtypes: dict[tuple[torch.dtype, torch.dtype], list[Parameter]] = {}
+        for param in params:
+            grad_dtype = torch.float32 if self.ddp_config.grad_reduce_in_fp32 else param.dtype
+            by_dtypes.setdefault((param.dtype, grad_dtype), []).append(param)
+        return [
+            _ParamAndGradBuffer(
+                self.ddp_config,
+                *dtypes,
+                members,
+                group,
+                self.bucket_size,
+                self.param_to_name,
+                self._gradient_scaling_factor(group),
+            )
+            for dtypes, members in by_dtypes.items()
+        ]
+
+    def _gradient_scaling_factor(self, group: ProcessGroup | None) -> float:
+        """What makes the collective over `group` yield the mean over data × context ranks.
+
+        An expert's gradient already sums the tokens of all ranks that sent it some; its replicas are fewer.
+        """
+        if self.config.calculate_per_token_loss:
+            return 1.0
+        num_replicas = get_pg_size(self.grad_comm_pgs.dp_cp)
+        return (get_pg_size(group) if self.ddp_config.average_in_collective else 1) / num_replicas
+
+    def _all_buffers(self) -> list[_ParamAndGradBuffer]:
+        return self.param_and_grad_buffers + self.expert_param_and_grad_buffers
+
+    @contextmanager
+    def no_sync(self) -> Iterator[None]:
+        self.is_last_microbatch = False
+        try:
+            yield
+        finally:
+            self.is_last_microbatch = True
+
+    def start_grad_sync(self, *unused: Any) -> None:
+        """Launch the reduction of every bucket."""
+        for bucket_group in self.bucket_groups:
+            bucket_group.start_grad_sync()
+
+    def finish_grad_sync(self) -> None:
+        """Wait for the reduction of every bucket, launching what has not been.
+
+        All collectives of a model are in flight together.
+        """
+        for bucket_group in self.bucket_groups:
+            bucket_group.ensure_grad_sync_started()
+        for bucket_group in self.bucket_groups:
+            bucket_group.finish_grad_sync()
+
+    def start_param_sync(self, *unused: Any, force_sync: bool = False, force_dispatch: bool = False) -> None:
+        """Gather sharded weights from their owners; returns when they have arrived.
+
+        `force_sync` and `force_dispatch` ask for what always happens while gathers are not overlapped.
+        """
+        for bucket_group in self.bucket_groups:
+            bucket_group.start_param_sync()
+        for bucket_group in self.bucket_groups:
+            bucket_group.finish_param_sync()
+
+    def enable_forward_pre_hook(self) -> None:
+        """Gathers do not overlap with forward: weights are whole after every step, no hook is needed."""
+
+    def disable_forward_pre_hook(self, param_sync: bool = True) -> None:
+        """Counterpart of `enable_forward_pre_hook`; weights are whole already."""
+
+    def scale_gradients(self, scaling_factor: float) -> None:
+        for buffer in self._all_buffers():
+            buffer.scale_gradients(scaling_factor)
+
+    def zero_grad_buffer(self) -> None:
+        for param in self.param_to_name:
+            param.grad_added_to_main_grad = False  # type: ignore[attr-defined]
+        for buffer in self._all_buffers():
+            buffer.reset()
+
+    def broadcast_params(self) -> None:
+        groups = self.grad_comm_pgs
+        for param in self.module.parameters():
+            group = groups.expt_dp if is_expert_parallel(param) else groups.dp_cp
+            if group is not None and get_pg_size(group) > 1:
+                dist.broadcast(param.data, src=dist.get_global_rank(group, 0), group=group)
+
+
+def is_expert_parallel(param: Parameter) -> bool:
+    """Whether data × context parallel ranks hold different experts here instead of replicas."""
+    return not getattr(param, "allreduce", True)
+
+
+def _add_to_main_grad(param: Parameter) -> None:
+    """Runs when autograd has accumulated `param.grad` in a backward pass."""
+    grad, param.grad = param.grad, None
+    # A kernel that adds to main_grad itself may still have to return some gradient, to keep autograd going.
+    is_placeholder = getattr(param, "grad_added_to_main_grad", False) and not getattr(
+        param, "zero_out_wgrad", False
+    )
+    if grad is not None and not is_placeholder:
+        param.main_grad.add_(grad)  # type: ignore[attr-defined]

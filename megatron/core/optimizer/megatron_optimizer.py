@@ -1,0 +1,214 @@
+"""What every optimizer of a training loop has: main parameters, statistics, the order of a step."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup
+from torch.nn import Parameter
+
+from megatron.core.dist_checkpointing.mapping import ShardedStateDict
+from megatron.core.optimizer.clip_grads import (
+    clip_grad_by_total_norm_fp32,
+    count_zeros_fp32,
+    get_grad_norm_fp32,
+)
+from megatron.core.optimizer.optimizer_config import OptimizerConfig
+from megatron.core.process_groups_config import default_process_groups, has_default_process_groups
+from megatron.core.utils import get_pg_rank
+
+InitStateFn = Callable[[torch.optim.Optimizer], None]
+StepResult = tuple[bool, float | None, float | None]
+"""Whether weights were updated, the gradient norm before clipping, zeros among the gradients (if counted)."""
+
+
+class MegatronOptimizer(ABC):
+    """A torch optimizer whose parameters (`main params`) stand for parameters of a model.
+
+    `model_params[g][i]` is the model's parameter of which `param_groups[g]["params"][i]` is the fp32 main
+    version: itself, a copy, or this rank's shard. `grad_stats_parallel_group` and `tensor_parallel_group`
+        come from
+    `parallel_state` unless they are set.
+
+    Args:
+        optimizer: over the model's parameters, not stepped yet.
+        config: clipping and statistics; timers.
+        init_state_fn: allocates the state that a first step would, so that a checkpoint can be loaded into
+            it.
+    """
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        config: OptimizerConfig,
+        init_state_fn: InitStateFn = lambda optimizer: None,
+    ) -> None:
+        self.optimizer = optimizer
+        self.config = config
+        self.init_state_fn = init_state_fn
+        self.model_params: list[list[Parameter]] = [list(group["params"]) for group in optimizer.param_groups]
+        self.grad_stats_parallel_group: ProcessGroup | None = None
+        self.tensor_parallel_group: ProcessGroup | None = None
+        if has_default_process_groups():
+            groups = default_process_groups()
+            self.grad_stats_parallel_group, self.tensor_parallel_group = groups.mp, groups.tp
+
+    # --- parameters and gradients
+    # -----------------------------------------------------------------------------
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """Groups of main params; the scheduler writes `lr` and `weight_decay` into them."""
+        return self.optimizer.param_groups
+
+    @property
+    def state(self) -> Any:
+        """Moments by main param."""
+        return self.optimizer.state
+
+    def get_parameters(self) -> list[Tensor]:
+        """Main params of all groups."""
+        return [param for group in self.param_groups for param in group["params"]]
+
+    def _pairs(self) -> Iterator[tuple[Parameter, Tensor]]:
+        """(model parameter, main param), group after group."""
+        return zip(chain.from_iterable(self.model_params), self.get_parameters(), strict=True)
+
+    def get_main_grads_for_grad_norm(self) -> list[Tensor]:
+        """Gradients that this rank counts: every element of the model is counted by exactly one rank.
+
+        Not those of a tied copy (`shared`), nor, except on the first tensor-parallel rank, of weights that
+        all tensor-parallel ranks hold whole.
+        """
+        is_first_tp_rank = get_pg_rank(self.tensor_parallel_group) == 0
+        return [
+            main.grad
+            for model_param, main in self._pairs()
+            if main.grad is not None
+            and not getattr(model_param, "shared", False)
+            and (is_first_tp_rank or getattr(model_param, "tensor_model_parallel", False))
+        ]
+
+    def get_grad_stats_parallel_group(self) -> ProcessGroup | None:
+        """Ranks that together hold each gradient once."""
+        return self.grad_stats_parallel_group
+
+    def get_grad_norm(self) -> float:
+        """L2 norm of the gradient of the whole model."""
+        grads = self.get_main_grads_for_grad_norm()
+        return get_grad_norm_fp32(grads, grad_stats_parallel_group=self.get_grad_stats_parallel_group())
+
+    def clip_grad_norm(self, clip_grad: float) -> float:
+        """Scale gradients so that their norm is at most `clip_grad`; returns the norm they had."""
+        grad_norm = self.get_grad_norm()
+        clip_grad_by_total_norm_fp32(self.get_parameters(), clip_grad, grad_norm)
+        return grad_norm
+
+    def count_zeros(self) -> float:
+        """Number of gradient elements of the whole model that are exactly zero."""
+        return count_zeros_fp32(self.get_main_grads_for_grad_norm(), self.get_grad_stats_parallel_group())
+
+    # --- loss scale
+    # -------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def get_loss_scale(self) -> Tensor:
+        """fp32 [1]; what the loss is to be multiplied by before backward."""
+
+    def scale_loss(self, loss: Tensor) -> Tensor:
+        """The loss to run backward from."""
+        return self.get_loss_scale() * loss
+
+    # --- the step
+    # ---------------------------------------------------------------------------------------------
+
+    def step(self) -> StepResult:
+        """Update the weights with the gradients in the buffers, unless these overflowed."""
+        if self.prepare_grads():
+            return False, None, None
+        grad_norm, num_zeros = self.clip_and_count()
+        return self.step_with_ready_grads(), grad_norm, num_zeros
+
+    def clip_and_count(self) -> tuple[float, float | None]:
+        """Norm of the prepared gradients, which are then clipped; their zeros if they are to be counted."""
+        with timed(self.config, "optimizer-clip-main-grad"):
+            clip_grad = self.config.clip_grad
+            grad_norm = self.clip_grad_norm(clip_grad) if clip_grad > 0.0 else self.get_grad_norm()
+        if not self.config.log_num_zeros_in_grad:
+            return grad_norm, None
+        with timed(self.config, "optimizer-count-zeros"):
+            return grad_norm, self.count_zeros()
+
+    def prepare_grads(self) -> bool:
+        """Give main params unscaled gradients and adapt the loss scale; True if a gradient overflowed."""
+        found_inf = self.collect_grads()
+        scaler = getattr(self, "grad_scaler", None)
+        if scaler is not None:
+            scaler.update(found_inf)
+        return found_inf
+
+    @abstractmethod
+    def collect_grads(self) -> bool:
+        """`prepare_grads` without adapting the loss scale."""
+
+    @abstractmethod
+    def step_with_ready_grads(self) -> bool:
+        """Update main params, then the model's; True when done."""
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Drop the gradients of main and model parameters. The buffers have `zero_grad_buffer`."""
+        for model_param, main in self._pairs():
+            for param in (model_param, main):
+                if set_to_none:
+                    param.grad = None
+                elif param.grad is not None:
+                    param.grad.zero_()
+
+    @abstractmethod
+    def reload_model_params(self) -> None:
+        """Make the model's parameters the main ones, after they were loaded without optimizer state."""
+
+    # --- checkpoints
+    # ------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def state_dict(self) -> dict[str, Any]:
+        """State as the `torch` checkpoint format stores it."""
+
+    @abstractmethod
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore `state_dict`, or a loaded `sharded_state_dict`."""
+
+    @abstractmethod
+    def sharded_state_dict(
+        self,
+        model_sharded_state_dict: ShardedStateDict,
+        is_loading: bool = False,
+        metadata: dict[str, Any] | None = None,
+    ) -> ShardedStateDict:
+        """State as shards of global tensors, described after the shards of the model's parameters.
+
+        Args:
+            model_sharded_state_dict: of the chunks that this optimizer updates; its `data` are the
+                parameters.
+            is_loading: whether the result is to be filled rather than written.
+            metadata: `distrib_optim_sharding_type`.
+        """
+
+
+@contextmanager
+def timed(config: OptimizerConfig, name: str) -> Iterator[None]:
+    """Measure a phase of the step with the timer `name`, if there are timers."""
+    if config.timers is None:
+        yield
+        return
+    timer = config.timers(name, log_level=1)
+    timer.start(barrier=config.barrier_with_L1_time)
+    yield
+    timer.stop()
