@@ -2,8 +2,8 @@
 
 Usage: python requirements/satisfied.py EXTRA      (run from the repository root; needs no network)
 
-Walks the requirements in pyproject.toml and, through installed metadata, those of every package found, and compares
-each version with requirements/constraints.txt. The first thing missing is named on standard output.
+Walks the requirements in pyproject.toml and, through installed metadata, those of every package found, and
+compares each version with requirements/constraints.txt. The first thing missing is named on standard output.
 """
 
 import re

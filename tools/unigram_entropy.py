@@ -1,9 +1,9 @@
-"""Entropy of a dataset's tokens taken one by one: the loss of a model that knows frequencies and nothing of the context.
+"""Entropy of a dataset's tokens taken one by one: the loss of a model that knows their frequencies only.
 
     python tools/unigram_entropy.py --data-path corpus_text_document
 
-prints the entropy in nats per token, the unit of the training loss. A model that has learned anything from the context
-has a lower validation loss.
+prints the entropy in nats per token, the unit of the training loss. A model that has learned anything from
+the context has a lower validation loss.
 """
 
 import argparse
@@ -38,7 +38,9 @@ def entropy(counts: numpy.ndarray) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--data-path", required=True, help="dataset, without .bin or .idx")
     args = parser.parse_args()
     try:

@@ -56,7 +56,7 @@ def keep_top_k(logits: Tensor, k: int) -> Tensor:
 
 
 def keep_top_p(logits: Tensor, p: float) -> Tensor:
-    """[b, v] with -inf outside the nucleus (Holtzman et al., arXiv:1904.09751): the fewest tokens whose mass reaches p."""
+    """[b, v] with -inf outside the nucleus, the fewest tokens whose mass reaches p (arXiv:1904.09751)."""
     if p in (0.0, 1.0):
         return logits
     ordered, order = logits.sort(dim=-1, descending=True, stable=True)

@@ -1,8 +1,8 @@
-"""Text from a trained model under any tensor- and pipeline-parallel layout. b prompts, s tokens, v vocabulary.
+"""Text from a trained model under any tensor- and pipeline-parallel layout. b prompts, s tokens, v words.
 
-Every new token costs one forward pass over the context; nothing is cached between passes. Prompts of different lengths
-share a batch: each row is aligned left, the padding on its right is invisible to it because attention is causal, and
-its next token is read at its own last position.
+Every new token costs one forward pass over the context; nothing is cached between passes. Prompts of
+different lengths share a batch: each row is aligned left, the padding on its right is invisible to it because
+attention is causal, and its next token is read at its own last position.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def pad_right(windows: Sequence[Sequence[int]], multiple: int) -> Tensor:
 
 
 def last_logits(model: list[nn.Module], windows: Sequence[Sequence[int]], vocab_size: int) -> Tensor | None:
-    """[b, vocab_size] logits of the token after each window, on every rank of the last stage; None on other stages.
+    """[b, vocab_size] logits of the token after each window, on all ranks of the last stage; None elsewhere.
 
     All ranks of the model take part. Gathers the logits of one position a row over the tensor-parallel group.
     """
@@ -63,7 +63,8 @@ def last_logits(model: list[nn.Module], windows: Sequence[Sequence[int]], vocab_
 def share_next_tokens(next_tokens: Tensor | None, num_rows: int) -> list[int]:
     """The sampled tokens on every rank of the model: one broadcast over its tensor x pipeline group.
 
-    The last rank of that group decides for all: it is in the last stage, and no two ranks can ever disagree on a draw.
+    The last rank of that group decides for all: it is in the last stage, and no two ranks can ever disagree
+        on a draw.
     """
     device = current_device()
     group = parallel_state.get_model_parallel_group()
@@ -85,8 +86,8 @@ def generate(
 ) -> list[list[int]]:
     """The continuation of each prompt, as token ids without the prompt; the same on every rank.
 
-    A continuation that reaches `end_of_document` stops before it. Text longer than `max_context` is continued from its
-    last `max_context` tokens.
+    A continuation that reaches `end_of_document` stops before it. Text longer than `max_context` is continued
+    from its last `max_context` tokens.
 
     Args:
         model: the chunks of this rank, with or without their wrappers.
@@ -123,6 +124,10 @@ def check_prompts(prompts: Sequence[Sequence[int]], vocab_size: int) -> None:
         raise ValueError("no prompt was given; at least one is needed")
     for number, prompt in enumerate(prompts):
         if not prompt:
-            raise ValueError(f"prompt {number} is empty; the model continues text, so give at least one token")
+            raise ValueError(
+                f"prompt {number} is empty; the model continues text, so give at least one token"
+            )
         if not 0 <= min(prompt) <= max(prompt) < vocab_size:
-            raise ValueError(f"prompt {number} has token ids outside the vocabulary of {vocab_size}: {list(prompt)}")
+            raise ValueError(
+                f"prompt {number} has token ids outside the vocabulary of {vocab_size}: {list(prompt)}"
+            )

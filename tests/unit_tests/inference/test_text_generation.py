@@ -1,4 +1,4 @@
-"""Generation: equal to a plain loop over one process, under every layout, for ragged batches and long texts."""
+"""Generation: equal to a plain loop on one process, under every layout, for ragged batches and long texts."""
 
 import pytest
 import torch
@@ -41,7 +41,7 @@ def build_model(tp_size: int = 1, pp_size: int = 1, sequence_parallel: bool = Fa
     )
 
 
-def continue_prompts(layout: tuple, prompts: list[list[int]], params: SamplingParams, eod: int | None = None) -> list:
+def continue_prompts(layout: tuple, prompts: list, params: SamplingParams, eod: int | None = None) -> list:
     model = build_model(*layout)
     return generate(
         [model], prompts, params, vocab_size=VOCAB_SIZE, max_context=MAX_CONTEXT, end_of_document=eod
@@ -102,7 +102,7 @@ def test_padding_tokens_are_never_chosen() -> None:
 
 @pytest.mark.parametrize(
     ("prompts", "message"),
-    [([], "no prompt"), ([[1], []], "prompt 1 is empty"), ([[1, VOCAB_SIZE]], "outside the vocabulary of 50")],
+    [([], "no prompt"), ([[1], []], "prompt 1 is empty"), ([[VOCAB_SIZE]], "outside the vocabulary of 50")],
 )
 def test_bad_prompts_are_named(prompts: list[list[int]], message: str) -> None:
     with pytest.raises(ValueError, match=message):

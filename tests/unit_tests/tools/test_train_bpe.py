@@ -9,7 +9,11 @@ import pytest
 from tokenizers import ByteLevelBPETokenizer
 
 ROOT = Path(__file__).resolve().parents[3]
-SENTENCES = ["The whale, the whale!", "A whale-ship was my Yale College and my Harvard.", "Call me Ishmael."] * 20
+SENTENCES = [
+    "The whale, the whale!",
+    "A whale-ship was my Yale College and my Harvard.",
+    "Call me Ishmael.",
+] * 20
 
 
 def train_bpe(*arguments: str) -> subprocess.CompletedProcess[str]:
