@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron.core.collectives import all_gather_into_tensor
 from megatron.core import device
 
 
@@ -171,11 +172,15 @@ class Timers:
         if ranks == 1:
             return mine.unsqueeze(0).cpu()
         gathered = mine.new_empty(ranks * len(names))
-        dist.all_gather_into_tensor(gathered, mine)
+        all_gather_into_tensor(gathered, mine)
         return gathered.view(ranks, len(names)).cpu()
 
     def get_all_timers_string(
-        self, names: list[str] | None = None, normalizer: float = 1.0, reset: bool = True, barrier: bool = False
+        self,
+        names: list[str] | None = None,
+        normalizer: float = 1.0,
+        reset: bool = True,
+        barrier: bool = False,
     ) -> str | None:
         """The report of the timers, milliseconds divided by `normalizer`; None if there is nothing to report."""
         names = list(self._timers) if names is None else names
@@ -191,7 +196,11 @@ class Timers:
                 lines.append(f"  {name}:")
                 lines += [f"     rank {r:2d}: {v:.2f}" for r, v in enumerate(column.tolist()) if v > 0]
             return "\n".join(lines)
-        lines = ["max time across ranks (ms):" if self._log_option == "max" else "(min, max) time across ranks (ms):"]
+        lines = [
+            "max time across ranks (ms):"
+            if self._log_option == "max"
+            else "(min, max) time across ranks (ms):"
+        ]
         for name, column in columns:
             measured = column[column > 0]
             low, high = float(measured.min()), float(measured.max())

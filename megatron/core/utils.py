@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import math
 from collections.abc import Callable
@@ -32,7 +33,8 @@ def round_up(value: int, multiple: int) -> int:
     return (value + multiple - 1) // multiple * multiple
 
 
-# --- process groups ---------------------------------------------------------------------------------------------
+# --- process groups
+# ---------------------------------------------------------------------------------------------
 
 
 def get_pg_size(group: ProcessGroup | None = None) -> int:
@@ -55,7 +57,8 @@ def get_tensor_model_parallel_group_if_none(
     return groups.expt_tp if is_expert else groups.tp
 
 
-# --- initialisers -----------------------------------------------------------------------------------------------
+# --- initialisers
+# -----------------------------------------------------------------------------------------------
 
 
 class NormalInit:
@@ -78,16 +81,22 @@ def init_method_normal(sigma: float) -> Callable[[Tensor], Tensor]:
     return NormalInit(sigma)
 
 
-def scaled_init_method_normal(sigma: float, num_layers: int, multiplier: float = 2.0) -> Callable[[Tensor], Tensor]:
+def scaled_init_method_normal(
+    sigma: float, num_layers: int, multiplier: float = 2.0
+) -> Callable[[Tensor], Tensor]:
     """Initialiser N(0, sigma / sqrt(multiplier * num_layers)) of projections back into the residual stream."""
     return NormalInit(sigma / math.sqrt(multiplier * num_layers))
 
 
-# --- modules and configs ----------------------------------------------------------------------------------------
+# --- modules and configs
+# ----------------------------------------------------------------------------------------
 
 
 def get_attr_wrapped_model(
-    model: torch.nn.Module | list[torch.nn.Module], attr: str, allow_none: bool = True, return_model_obj: bool = False
+    model: torch.nn.Module | list[torch.nn.Module],
+    attr: str,
+    allow_none: bool = True,
+    return_model_obj: bool = False,
 ) -> Any:
     """Attribute `attr` of a model, or of the nearest model inside its wrappers (`.module`) that has it.
 
@@ -148,7 +157,8 @@ class _Viewless(torch.autograd.Function):
         return grad, None
 
 
-# --- checkpoints ------------------------------------------------------------------------------------------------
+# --- checkpoints
+# ------------------------------------------------------------------------------------------------
 
 
 def make_tp_sharded_tensor_for_checkpoint(
@@ -212,7 +222,8 @@ def _checkpoint_groups(
     return tp_group or groups.tp, dp_cp_group or groups.dp_cp
 
 
-# --- the rest ---------------------------------------------------------------------------------------------------
+# --- the rest
+# ---------------------------------------------------------------------------------------------------
 
 
 def log_single_rank(logger: logging.Logger, *args: Any, rank: int = 0, **kwargs: Any) -> None:
@@ -264,7 +275,11 @@ class GlobalMemoryBuffer:
         self.buffer: dict[tuple[str, torch.dtype], Tensor] = {}
 
     def get_tensor(
-        self, tensor_shape: tuple[int, ...] | list[int], dtype: torch.dtype, name: str, device: torch.device | None = None
+        self,
+        tensor_shape: tuple[int, ...] | list[int],
+        dtype: torch.dtype,
+        name: str,
+        device: torch.device | None = None,
     ) -> Tensor:
         """An uninitialised tensor; its contents last until the same name is asked for again."""
         numel = math.prod(tensor_shape)
@@ -273,3 +288,20 @@ class GlobalMemoryBuffer:
             known = torch.empty(numel, dtype=dtype, device=device, requires_grad=False)
             self.buffer[name, dtype] = known
         return known[:numel].view(*tensor_shape)
+
+
+def check_param_hashes_across_dp_replicas(model: list[torch.nn.Module], cross_check: bool = False) -> bool:
+    """Whether all data parallel replicas hold bitwise the same parameters. Communicates: gathers one hash a rank.
+
+    Args:
+        cross_check: every rank learns the answer; else it is right on the first rank of each group only.
+    """
+    digest = hashlib.sha256()
+    for chunk in model:
+        for name, param in chunk.named_parameters():
+            digest.update(name.encode())
+            digest.update(param.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    group = default_process_groups().dp_cp
+    hashes: list[str | None] = [None] * get_pg_size(group)
+    dist.all_gather_object(hashes, digest.hexdigest(), group=group)
+    return len(set(hashes)) == 1 or not (cross_check or get_pg_rank(group) == 0)

@@ -23,7 +23,8 @@ def broadcast_data(
 ) -> dict[str, Tensor]:
     """`{key: tensor}` on every rank of the tensor parallel group, read from the first one's `data`.
 
-    Communicates: two broadcasts, the shapes and one flat tensor of all values. Other ranks may pass None as `data`.
+    Communicates: two broadcasts, the shapes and one flat tensor of all values. Other ranks may pass None as
+        `data`.
 
     Raises:
         ValueError: a tensor is not of `datatype`, or has more than 5 dimensions.
@@ -34,7 +35,9 @@ def broadcast_data(
         assert data is not None
         for key in keys:
             if data[key].dtype != datatype or data[key].dim() > _MAX_DIM:
-                raise ValueError(f"{key!r} is {data[key].dtype} with {data[key].dim()} dimensions; expected {datatype}")
+                raise ValueError(
+                    f"{key!r} is {data[key].dtype} with {data[key].dim()} dimensions; expected {datatype}"
+                )
     if get_pg_size(group) == 1:
         assert data is not None
         return {key: data[key].to(target, non_blocking=True) for key in keys}

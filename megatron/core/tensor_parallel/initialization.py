@@ -1,12 +1,13 @@
 """Parameter values that depend on the seed, the parameter's global name and the position in the full tensor, and on
 nothing else: not on the layout, the rank or the device.
 
-A layer registers how its parameter is to be filled. Inside `deferred_initialization` it then waits until the whole
-model exists and `initialize_parameters` can tell it its global name; outside it is filled at once, every rank drawing
-the same full tensor from the default CPU generator.
+A layer registers how its parameter is to be filled. Inside `deferred_initialization` it then waits until the
+whole model exists and `initialize_parameters` can tell it its global name; outside it is filled at once,
+every rank drawing the same full tensor from the default CPU generator.
 
-Full tensors are drawn on the CPU in fp32. Elementwise initialisers (`blockwise = True`) are drawn block of rows by
-block of rows, each from a generator of its own, so that a rank draws no more than the blocks it holds a part of.
+Full tensors are drawn on the CPU in fp32. Elementwise initialisers (`blockwise = True`) are drawn block of
+rows by block of rows, each from a generator of its own, so that a rank draws no more than the blocks it holds
+a part of.
 """
 
 from __future__ import annotations
@@ -91,7 +92,12 @@ def register_parameter_init(
         perform_initialization: False leaves the values as they are (a checkpoint will fill them).
     """
     spec = ParameterInit(
-        init_method, partition_dim, get_pg_size(tp_group), get_pg_rank(tp_group), stride, perform_initialization
+        init_method,
+        partition_dim,
+        get_pg_size(tp_group),
+        get_pg_rank(tp_group),
+        stride,
+        perform_initialization,
     )
     param.init_spec = spec  # type: ignore[attr-defined]
     if not _deferred and perform_initialization:
@@ -106,7 +112,8 @@ def initialize_parameters(
     Does nothing inside an outer `deferred_initialization`. Parameters that appear twice are filled once.
 
     Args:
-        global_name: maps a local parameter name to that of the whole model (layer numbers of a pipeline stage).
+        global_name: maps a local parameter name to that of the whole model (layer numbers of a pipeline
+            stage).
     """
     if _deferred:
         return
@@ -130,8 +137,8 @@ def _fill(param: nn.Parameter, spec: ParameterInit, seed: int, name: str) -> Non
         stop = min(start + block_rows, rows)
         if not _overlaps(param, spec, start, stop):
             continue
-        # The whole block is drawn even where the tensor ends inside it: a vocabulary padded to another size has the
-        # same first rows.
+        # The whole block is drawn even where the tensor ends inside it: a vocabulary padded to another size
+        # has the same first rows.
         values = _draw(spec, [block_rows, *shape[1:]], _derived_seed(seed, name, block))[: stop - start]
         _copy_rows(param, values.view([stop - start, *shape[1:]]) if shape else values, spec, start)
 

@@ -10,7 +10,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
@@ -25,7 +24,6 @@ from megatron.core.tensor_parallel.linear import (
     linear_with_grad_accumulation_and_async_allreduce,
 )
 from megatron.core.tensor_parallel.mappings import (
-    copy_to_tensor_model_parallel_region,
     gather_from_tensor_model_parallel_region,
     reduce_from_tensor_model_parallel_region,
     reduce_scatter_to_sequence_parallel_region,
@@ -55,7 +53,11 @@ __all__ = [
     "set_tensor_model_parallel_attributes",
 ]
 
-_TP_ATTRIBUTE_DEFAULTS: dict[str, Any] = {"tensor_model_parallel": False, "partition_dim": -1, "partition_stride": 1}
+_TP_ATTRIBUTE_DEFAULTS: dict[str, Any] = {
+    "tensor_model_parallel": False,
+    "partition_dim": -1,
+    "partition_stride": 1,
+}
 
 Offsets = tuple[tuple[int, int, int], ...]
 
@@ -118,15 +120,21 @@ class _TensorParallelModule(nn.Module):
     sharded_axes: dict[str, int]
     """Axis along which each parameter is cut; parameters not named are whole on every rank."""
 
-    def __init__(self, config: ModelParallelConfig, tp_group: ProcessGroup | None, is_expert: bool = False) -> None:
+    def __init__(
+        self, config: ModelParallelConfig, tp_group: ProcessGroup | None, is_expert: bool = False
+    ) -> None:
         super().__init__()
         self.config = config
         self.is_expert = is_expert
         self.tp_group = get_tensor_model_parallel_group_if_none(tp_group, is_expert=is_expert)
         self.world_size = get_pg_size(self.tp_group)
         # Experts communicate in their token dispatcher.
-        self.explicit_expert_comm = is_expert and (self.world_size > 1 or config.expert_model_parallel_size > 1)
-        self.sequence_parallel = config.sequence_parallel and self.world_size > 1 and not self.explicit_expert_comm
+        self.explicit_expert_comm = is_expert and (
+            self.world_size > 1 or config.expert_model_parallel_size > 1
+        )
+        self.sequence_parallel = (
+            config.sequence_parallel and self.world_size > 1 and not self.explicit_expert_comm
+        )
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: Offsets = (), metadata: dict[str, Any] | None = None
@@ -137,7 +145,11 @@ class _TensorParallelModule(nn.Module):
             key = prefix + name
             if name in self.sharded_axes:
                 result[key] = make_tp_sharded_tensor_for_checkpoint(
-                    param, key, self.sharded_axes[name], prepend_offsets=sharded_offsets, tp_group=self.tp_group
+                    param,
+                    key,
+                    self.sharded_axes[name],
+                    prepend_offsets=sharded_offsets,
+                    tp_group=self.tp_group,
                 )
             else:
                 result[key] = make_sharded_tensor_for_checkpoint(
@@ -157,8 +169,8 @@ class ColumnParallelLinear(_TensorParallelModule):
     """y = x Wᵀ + b with the output features cut: W [out/tp, in], b [out/tp].
 
     x [s, b, in] -> [s, b, out/tp]; with sequence parallelism x is [s/tp, b, in] and is all-gathered first.
-    Backward all-reduces (with sequence parallelism reduce-scatters) the gradient of x while the gradient of W is being
-    computed.
+    Backward all-reduces (with sequence parallelism reduce-scatters) the gradient of x while the gradient of W
+    is being computed.
 
     Args:
         gather_output: all-gather the result to [s, b, out].
@@ -218,7 +230,9 @@ class ColumnParallelLinear(_TensorParallelModule):
         """
         weight = self.weight if weight is None else weight
         if weight is None:
-            raise RuntimeError("this layer was built with skip_weight_param_allocation: forward needs a weight")
+            raise RuntimeError(
+                "this layer was built with skip_weight_param_allocation: forward needs a weight"
+            )
         reduce_grad = self.world_size > 1 and not self.explicit_expert_comm and not self.disable_grad_reduce
         output = linear_with_grad_accumulation_and_async_allreduce(
             input_,
@@ -238,8 +252,8 @@ class ColumnParallelLinear(_TensorParallelModule):
 class RowParallelLinear(_TensorParallelModule):
     """y = x Wᵀ + b with the input features cut: W [out, in/tp], b [out] on every rank.
 
-    x [s, b, in/tp] -> partial sums -> all-reduce -> [s, b, out]; with sequence parallelism they are reduce-scattered to
-    [s/tp, b, out]. The bias is added after the sum.
+    x [s, b, in/tp] -> partial sums -> all-reduce -> [s, b, out]; with sequence parallelism they are
+    reduce-scattered to [s/tp, b, out]. The bias is added after the sum.
 
     Args:
         input_is_parallel: x is cut already; else this rank's part is taken.
@@ -272,10 +286,14 @@ class RowParallelLinear(_TensorParallelModule):
         self.input_is_parallel, self.skip_bias_add = input_is_parallel, skip_bias_add
         common = {"config": config, "group": self.tp_group, "is_expert": is_expert}
         shape = (output_size, self.input_size_per_partition)
-        self.weight = _sharded_parameter(shape, init_method=init_method, partition_dim=1, stride=stride, **common)  # type: ignore[arg-type]
+        self.weight = _sharded_parameter(
+            shape, init_method=init_method, partition_dim=1, stride=stride, **common
+        )  # type: ignore[arg-type]
         self.bias: nn.Parameter | None = None
         if bias:
-            self.bias = _sharded_parameter((output_size,), init_method=nn.init.zeros_, partition_dim=-1, **common)  # type: ignore[arg-type]
+            self.bias = _sharded_parameter(
+                (output_size,), init_method=nn.init.zeros_, partition_dim=-1, **common
+            )  # type: ignore[arg-type]
             self.bias.sequence_parallel = self.sequence_parallel  # type: ignore[attr-defined]
 
     def forward(self, input_: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -338,7 +356,11 @@ class VocabParallelEmbedding(_TensorParallelModule):
     def forward(self, input_: Tensor) -> Tensor:
         """Embeddings of ids [b, s]."""
         partial = embedding_lookup(
-            input_, self.weight, self.vocab_start_index, self.config.gradient_accumulation_fusion, self.world_size > 1
+            input_,
+            self.weight,
+            self.vocab_start_index,
+            self.config.gradient_accumulation_fusion,
+            self.world_size > 1,
         )
         if self.reduce_scatter_embeddings:
             partial = partial.transpose(0, 1).contiguous()  # [s, b, h]
@@ -352,6 +374,11 @@ class VocabParallelEmbedding(_TensorParallelModule):
         key = f"{prefix}weight"
         return {
             key: make_tp_sharded_tensor_for_checkpoint(
-                self.weight, key, 0, prepend_offsets=sharded_offsets, allow_shape_mismatch=True, tp_group=self.tp_group
+                self.weight,
+                key,
+                0,
+                prepend_offsets=sharded_offsets,
+                allow_shape_mismatch=True,
+                tp_group=self.tp_group,
             )
         }

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from megatron.core.collectives import all_gather_into_tensor, reduce_scatter_tensor
 from megatron.core.tensor_parallel.mappings import _gather_first_dim
 from megatron.core.utils import divide, get_pg_size, get_tensor_model_parallel_group_if_none
 
@@ -55,7 +56,7 @@ class LinearWithGradAccumulationAndAsyncCommunication(torch.autograd.Function):
         gathering = None
         if ctx.sequence_parallel:  # x was not stored whole; fetch it while dx is being computed
             full_x = x.new_empty(x.size(0) * get_pg_size(ctx.group), *x.shape[1:])
-            gathering = dist.all_gather_into_tensor(full_x, x.contiguous(), group=ctx.group, async_op=True)
+            gathering = all_gather_into_tensor(full_x, x.contiguous(), group=ctx.group, async_op=True)
         else:
             full_x = x
         dgrad = grad_output.matmul(weight) if ctx.needs_input_grad[0] else None
@@ -66,13 +67,15 @@ class LinearWithGradAccumulationAndAsyncCommunication(torch.autograd.Function):
         elif dgrad is not None and ctx.sequence_parallel:
             partial = dgrad.contiguous()
             dgrad = partial.new_empty(divide(partial.size(0), get_pg_size(ctx.group)), *partial.shape[1:])
-            reducing = dist.reduce_scatter_tensor(dgrad, partial, group=ctx.group, async_op=True)
+            reducing = reduce_scatter_tensor(dgrad, partial, group=ctx.group, async_op=True)
         if gathering is not None:
             gathering.wait()
         wgrad = bgrad = None
         flat_grad = grad_output.reshape(-1, grad_output.size(-1))
         if ctx.needs_input_grad[1]:
-            wgrad = _accumulate_wgrad(ctx.weight, flat_grad, full_x.reshape(-1, full_x.size(-1)), ctx.fused_accumulation)
+            wgrad = _accumulate_wgrad(
+                ctx.weight, flat_grad, full_x.reshape(-1, full_x.size(-1)), ctx.fused_accumulation
+            )
         if ctx.has_bias and ctx.needs_input_grad[2]:
             bgrad = flat_grad.sum(0)
         if reducing is not None:
@@ -109,11 +112,19 @@ def linear_with_grad_accumulation_and_async_allreduce(
     if async_grad_allreduce is not None:
         allreduce_dgrad = async_grad_allreduce
     if allreduce_dgrad and sequence_parallel:
-        raise ValueError("allreduce_dgrad and sequence_parallel exclude each other: dx is reduce-scattered instead")
+        raise ValueError(
+            "allreduce_dgrad and sequence_parallel exclude each other: dx is reduce-scattered instead"
+        )
     group = get_tensor_model_parallel_group_if_none(tp_group)
     many = get_pg_size(group) > 1
     return LinearWithGradAccumulationAndAsyncCommunication.apply(
-        input, weight, bias, gradient_accumulation_fusion, allreduce_dgrad and many, sequence_parallel and many, group
+        input,
+        weight,
+        bias,
+        gradient_accumulation_fusion,
+        allreduce_dgrad and many,
+        sequence_parallel and many,
+        group,
     )
 
 
@@ -122,7 +133,12 @@ class LinearWithFrozenWeight(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, allreduce_dgrad: bool, group: ProcessGroup | None
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        allreduce_dgrad: bool,
+        group: ProcessGroup | None,
     ) -> Tensor:
         ctx.save_for_backward(weight)
         ctx.allreduce_dgrad, ctx.group = allreduce_dgrad, group
@@ -163,7 +179,9 @@ class _EmbeddingLookup(torch.autograd.Function):
     """Rows of W; backward adds to the rows that were looked up, straight into `main_grad` where there is one."""
 
     @staticmethod
-    def forward(ctx: Any, ids: Tensor, weight: Tensor, first: int, fused_accumulation: bool, sharded: bool) -> Tensor:
+    def forward(
+        ctx: Any, ids: Tensor, weight: Tensor, first: int, fused_accumulation: bool, sharded: bool
+    ) -> Tensor:
         local = ids
         outside = None
         if sharded:

@@ -1,6 +1,7 @@
 """Every tensor- and sequence-parallel communication of activations, as a pair: what forward does, what backward does.
 
-With one rank each of them is the identity. Sequence parallelism: Korthikanti et al., arXiv:2205.05198, section 4.2.2.
+With one rank each of them is the identity. Sequence parallelism: Korthikanti et al., arXiv:2205.05198,
+section 4.2.2.
 """
 
 from __future__ import annotations
@@ -12,10 +13,12 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from megatron.core.collectives import all_gather_into_tensor, reduce_scatter_tensor
 from megatron.core.tensor_parallel.utils import split_tensor_along_last_dim
 from megatron.core.utils import divide, get_pg_rank, get_pg_size, get_tensor_model_parallel_group_if_none
 
-# --- the collectives themselves ---------------------------------------------------------------------------------
+# --- the collectives themselves
+# ---------------------------------------------------------------------------------
 
 
 def _reduce(x: Tensor, group: ProcessGroup | None) -> Tensor:
@@ -47,7 +50,7 @@ def _gather_first_dim(x: Tensor, group: ProcessGroup | None, split_sizes: list[i
     x = x.contiguous()
     if split_sizes is None:
         gathered = x.new_empty(size * x.size(0), *x.shape[1:])
-        dist.all_gather_into_tensor(gathered, x, group=group)
+        all_gather_into_tensor(gathered, x, group=group)
         return gathered
     parts = [x.new_empty(rows, *x.shape[1:]) for rows in split_sizes]
     dist.all_gather(parts, x, group=group)
@@ -61,14 +64,16 @@ def _gather_last_dim(x: Tensor, group: ProcessGroup | None) -> Tensor:
     return torch.cat(_gather_first_dim(x.unsqueeze(0), group).unbind(0), dim=-1)
 
 
-def _reduce_scatter_first_dim(x: Tensor, group: ProcessGroup | None, split_sizes: list[int] | None = None) -> Tensor:
+def _reduce_scatter_first_dim(
+    x: Tensor, group: ProcessGroup | None, split_sizes: list[int] | None = None
+) -> Tensor:
     size = get_pg_size(group)
     if size == 1:
         return x
     x = x.contiguous()
     if split_sizes is None:
         scattered = x.new_empty(divide(x.size(0), size), *x.shape[1:])
-        dist.reduce_scatter_tensor(scattered, x, group=group)
+        reduce_scatter_tensor(scattered, x, group=group)
         return scattered
     parts = list(x.split(split_sizes))
     scattered = torch.empty_like(parts[get_pg_rank(group)])
@@ -95,7 +100,8 @@ def _all_to_all(
     return received
 
 
-# --- pairs of forward and backward ------------------------------------------------------------------------------
+# --- pairs of forward and backward
+# ------------------------------------------------------------------------------
 
 
 class _CopyToModelParallelRegion(torch.autograd.Function):
@@ -169,7 +175,11 @@ class _GatherFromSequenceParallelRegion(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, tensor_parallel_output_grad: bool, group: ProcessGroup | None, split_sizes: list[int] | None
+        ctx: Any,
+        x: Tensor,
+        tensor_parallel_output_grad: bool,
+        group: ProcessGroup | None,
+        split_sizes: list[int] | None,
     ) -> Tensor:
         ctx.group, ctx.split_sizes, ctx.partial = group, split_sizes, tensor_parallel_output_grad
         return _gather_first_dim(x, group, split_sizes)
@@ -227,7 +237,11 @@ class _AllToAll(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, group: ProcessGroup | None, output_splits: list[int] | None, input_splits: list[int] | None
+        ctx: Any,
+        x: Tensor,
+        group: ProcessGroup | None,
+        output_splits: list[int] | None,
+        input_splits: list[int] | None,
     ) -> Tensor:
         ctx.group, ctx.output_splits, ctx.input_splits = group, output_splits, input_splits
         return _all_to_all(x, group, output_splits, input_splits)
@@ -237,7 +251,8 @@ class _AllToAll(torch.autograd.Function):
         return _all_to_all(grad, ctx.group, ctx.input_splits, ctx.output_splits), None, None, None
 
 
-# --- the public functions; `group` defaults to the tensor parallel group ----------------------------------------
+# --- the public functions; `group` defaults to the tensor parallel group
+# ----------------------------------------
 
 
 def copy_to_tensor_model_parallel_region(input_: Tensor, group: ProcessGroup | None = None) -> Tensor:
@@ -274,11 +289,14 @@ def gather_from_sequence_parallel_region(
 ) -> Tensor:
     """[s/tp, ...] -> [s, ...] by all-gather.
 
-    Backward reduce-scatters if each rank's gradient is a part of the sum (`tensor_parallel_output_grad`), else it
-    keeps this rank's part. `output_split_sizes` are the rows of each rank where they differ.
+    Backward reduce-scatters if each rank's gradient is a part of the sum (`tensor_parallel_output_grad`),
+    else it keeps this rank's part. `output_split_sizes` are the rows of each rank where they differ.
     """
     return _GatherFromSequenceParallelRegion.apply(
-        input_, tensor_parallel_output_grad, get_tensor_model_parallel_group_if_none(group), output_split_sizes
+        input_,
+        tensor_parallel_output_grad,
+        get_tensor_model_parallel_group_if_none(group),
+        output_split_sizes,
     )
 
 
@@ -294,12 +312,16 @@ def reduce_scatter_to_sequence_parallel_region(
     )
 
 
-def all_gather_last_dim_from_tensor_parallel_region(input_: Tensor, group: ProcessGroup | None = None) -> Tensor:
+def all_gather_last_dim_from_tensor_parallel_region(
+    input_: Tensor, group: ProcessGroup | None = None
+) -> Tensor:
     """[..., h/tp] -> [..., h] by all-gather; backward reduce-scatters."""
     return _AllGatherLastDim.apply(input_, get_tensor_model_parallel_group_if_none(group))
 
 
-def reduce_scatter_last_dim_to_tensor_parallel_region(input_: Tensor, group: ProcessGroup | None = None) -> Tensor:
+def reduce_scatter_last_dim_to_tensor_parallel_region(
+    input_: Tensor, group: ProcessGroup | None = None
+) -> Tensor:
     """[..., h] -> [..., h/tp] by reduce-scatter; backward all-gathers."""
     return _ReduceScatterLastDim.apply(input_, get_tensor_model_parallel_group_if_none(group))
 

@@ -1,9 +1,10 @@
 """Random streams that are the same, or different, across tensor parallel ranks as the mathematics demands, and
 recomputation that draws the same numbers twice.
 
-Dropout of a tensor that every rank holds whole draws from the device's default generator, seeded alike on all ranks of
-a tensor parallel group. Dropout of a sharded tensor draws from the stream `model-parallel-rng`, seeded differently.
-Recomputation: Chen et al., arXiv:1604.06174; Korthikanti et al., arXiv:2205.05198, section 5.
+Dropout of a tensor that every rank holds whole draws from the device's default generator, seeded alike on all
+ranks of a tensor parallel group. Dropout of a sharded tensor draws from the stream `model-parallel-rng`,
+seeded differently. Recomputation: Chen et al., arXiv:1604.06174; Korthikanti et al., arXiv:2205.05198,
+section 5.
 """
 
 from __future__ import annotations
@@ -192,7 +193,9 @@ class CheckpointFunction(torch.autograd.Function):
     """Runs a function without storing its activations; backward runs it again with the same random numbers."""
 
     @staticmethod
-    def forward(ctx: Any, function: Callable[..., Any], distribute_saved_activations: bool, *args: Any) -> Any:
+    def forward(
+        ctx: Any, function: Callable[..., Any], distribute_saved_activations: bool, *args: Any
+    ) -> Any:
         ctx.function = function
         ctx.distribute = distribute_saved_activations
         ctx.rng_states = get_all_rng_states()
@@ -216,7 +219,9 @@ class CheckpointFunction(torch.autograd.Function):
             tensors[0] = gather_split_1d_tensor(tensors[0]).view(ctx.first_shape)
         inputs = [t.detach().requires_grad_(needs) for t, needs in zip(tensors, ctx.needs_grad)]
         remaining = iter(inputs)
-        args = [next(remaining) if is_tensor else other for is_tensor, other in zip(ctx.is_tensor, ctx.others)]
+        args = [
+            next(remaining) if is_tensor else other for is_tensor, other in zip(ctx.is_tensor, ctx.others)
+        ]
         with (
             _replayed_rng(ctx.rng_states),
             torch.enable_grad(),
@@ -233,8 +238,8 @@ def checkpoint(function: Callable[..., Any], distribute_saved_activations: bool,
     """`function(*args)` whose activations are recomputed in backward.
 
     Args:
-        distribute_saved_activations: store only 1/tp of the first argument on each rank. Communicates: all-gather in
-            backward.
+        distribute_saved_activations: store only 1/tp of the first argument on each rank. Communicates:
+            all-gather in backward.
         args: tensors that need gradients must be among them, not in the closure.
     """
     return CheckpointFunction.apply(function, distribute_saved_activations, *args)

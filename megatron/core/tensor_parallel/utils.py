@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from megatron.core.collectives import all_gather_into_tensor
 from megatron.core.utils import divide, get_pg_rank, get_pg_size, get_tensor_model_parallel_group_if_none
 
 
@@ -35,7 +36,7 @@ def gather_split_1d_tensor(tensor: Tensor, tp_group: ProcessGroup | None = None)
     gathered = tensor.new_empty(tensor.numel() * get_pg_size(group))
     if get_pg_size(group) == 1:
         return gathered.copy_(tensor)
-    dist.all_gather_into_tensor(gathered, tensor.contiguous(), group=group)
+    all_gather_into_tensor(gathered, tensor.contiguous(), group=group)
     return gathered
 
 
@@ -50,7 +51,9 @@ class VocabUtility:
         return rank * per_partition_vocab_size, (rank + 1) * per_partition_vocab_size
 
     @staticmethod
-    def vocab_range_from_global_vocab_size(global_vocab_size: int, rank: int, world_size: int) -> Sequence[int]:
+    def vocab_range_from_global_vocab_size(
+        global_vocab_size: int, rank: int, world_size: int
+    ) -> Sequence[int]:
         """Range of `rank` given the rows of all ranks."""
         rows = divide(global_vocab_size, world_size)
         return VocabUtility.vocab_range_from_per_partition_vocab_size(rows, rank, world_size)

@@ -1,0 +1,124 @@
+"""Loss on held-out data."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from megatron.core import device, parallel_state
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.training.global_vars import get_args, get_timers, get_trackers
+from megatron.training.train_step import reduce_reports
+from megatron.training.utils import print_rank_0, print_rank_last
+
+
+def evaluate(
+    forward_step_func: Callable[..., Any],
+    data_iterator: Any,
+    model: list[nn.Module],
+    *,
+    verbose: bool = False,
+    deadline: float | None = None,
+) -> tuple[dict[str, float], int] | None:
+    """(mean losses over `--eval-iters` global batches without dropout, samples seen); losses only on the last stage.
+
+    Stops with None at `deadline` (Unix time), on all ranks alike. Communicates: as training's forward.
+    """
+    args = get_args()
+    was_training = [chunk.training for chunk in model]
+    for chunk in model:
+        chunk.eval()
+    num_microbatches = args.global_batch_size // (args.micro_batch_size * args.data_parallel_size)
+    if verbose:
+        print_rank_0(f"Evaluating on {args.eval_iters * args.global_batch_size} samples")
+    totals: dict[str, Tensor] = {}
+    try:
+        for i in range(args.eval_iters):
+            if verbose and (i + 1) % args.log_interval == 0:
+                print_rank_0(f"Evaluating iter {i + 1}/{args.eval_iters}")
+            reports = get_forward_backward_func()(
+                forward_step_func=forward_step_func,
+                data_iterator=data_iterator,
+                model=model,
+                num_microbatches=num_microbatches,
+                seq_length=args.seq_length,
+                micro_batch_size=args.micro_batch_size,
+                decoder_seq_length=args.decoder_seq_length,
+                forward_only=True,
+            )
+            for name, total in reduce_reports(reports, add_up=True).items():
+                totals[name] = totals[name] + total if name in totals else total
+            if deadline is not None and _any_rank(time.time() > deadline):
+                print_rank_0("Exiting during evaluation, timelimit reached")
+                return None
+    finally:
+        for chunk, training in zip(model, was_training):
+            chunk.train(training)
+    losses = {name: float(total[0] / total[1].clamp(min=1)) for name, total in totals.items()}
+    return losses, args.eval_iters * num_microbatches * args.micro_batch_size * args.data_parallel_size
+
+
+def _any_rank(condition: bool) -> bool:
+    flag = torch.tensor(int(condition), device=device.current_device())
+    torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX)
+    return bool(flag.item())
+
+
+def evaluate_and_print_results(
+    prefix: str,
+    forward_step_func: Callable[..., Any],
+    data_iterator: Any,
+    model: list[nn.Module],
+    iteration: int,
+    consumed_samples: int,
+    *,
+    split: str = "validation",
+    verbose: bool = False,
+    deadline: float | None = None,
+) -> tuple[dict[str, float], int] | None:
+    """`evaluate`, print the result on the last rank and give it to the trackers.
+
+    Args:
+        prefix: the words after "validation loss at".
+        split: name of the data set in the trackers.
+    """
+    timers = get_timers()
+    timers("evaluate", log_level=0).start(barrier=True)
+    result = evaluate(forward_step_func, data_iterator, model, verbose=verbose, deadline=deadline)
+    timers("evaluate").stop()
+    print_rank_last(timers.get_all_timers_string(["evaluate"]) or "") if verbose else None
+    if result is None:
+        return None
+    losses = result[0]
+    if parallel_state.is_pipeline_last_stage():
+        text = f" validation loss at {prefix} | "
+        for name, loss in losses.items():
+            text += f"{name} value: {loss:.6E} | {name} PPL: {perplexity(loss):.6E} | "
+        rule = "-" * (len(text) + 1)
+        print_rank_last(f"{rule}\n{text}\n{rule}")
+    _track(losses, split, iteration, consumed_samples)
+    return result
+
+
+def perplexity(loss: float) -> float:
+    """exp(loss), with the loss cut at 20."""
+    return math.exp(min(20.0, loss))
+
+
+def _track(losses: dict[str, float], split: str, iteration: int, consumed_samples: int) -> None:
+    trackers = get_trackers()
+    if trackers is None:
+        return
+    trackers.log({f"{name} {split}": loss for name, loss in losses.items()}, iteration, consumed_samples)
+    if get_args().log_validation_ppl_to_tensorboard:
+        ppl = {f"{name} {split} ppl": perplexity(loss) for name, loss in losses.items()}
+        trackers.log(ppl, iteration, consumed_samples)
+    trackers.record(
+        {"iteration": iteration, "consumed_samples": consumed_samples}
+        | {f"{name} {split}": loss for name, loss in losses.items()}
+    )

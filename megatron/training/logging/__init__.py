@@ -1,0 +1,1 @@
+"""The log line, trackers and the live progress line."""

@@ -1,0 +1,153 @@
+"""What the training loop does besides training: each habit is one action, listed once from the flags, in order."""
+
+from __future__ import annotations
+
+import gc
+
+import torch
+
+from megatron.core import device, parallel_state
+from megatron.core.num_microbatches_calculator import get_num_microbatches
+from megatron.core.utils import check_param_hashes_across_dp_replicas
+from megatron.training.checkpointing import save_checkpoint
+from megatron.training.evaluation import evaluate_and_print_results
+from megatron.training.global_vars import get_signal_handler, get_timers, get_trackers
+from megatron.training.initialize import print_datetime
+from megatron.training.logging.training_log import training_log
+from megatron.training.run import Action, Run, StopTraining
+from megatron.training.train_step import StepResult
+from megatron.training.utils import print_rank_0
+
+
+def periodic_actions(run: Run) -> list[Action]:
+    """The actions after each iteration, in the order in which they run."""
+    args = run.args
+    listed: list[tuple[bool, Action]] = [
+        (True, training_log),
+        (bool(args.eval_interval and args.eval_iters > 0 and run.has_validation), evaluate_now),
+        (bool(args.train_sync_interval), synchronize_device),
+        (bool(args.check_weight_hash_across_dp_replicas_interval), compare_weights_of_replicas),
+        (bool(args.manual_gc and args.manual_gc_interval), collect_garbage),
+        (args.exit_signal_handler, stop_on_signal),
+        (bool(args.save and args.save_interval), save_now),
+        (bool(args.exit_duration_in_mins), stop_after_minutes),
+        (bool(args.exit_interval), stop_at_interval),
+    ]
+    return [action for is_on, action in listed if is_on]
+
+
+def evaluate_now(run: Run, result: StepResult) -> None:
+    """Validate every `--eval-interval` iterations."""
+    args = run.args
+    if run.state.iteration % args.eval_interval:
+        return
+    timers = get_timers()
+    timers("interval-time").stop()
+    if args.manual_gc and args.manual_gc_eval:
+        gc.collect()
+    run.progress.clear()
+    timers("eval-time", log_level=0).start(barrier=True)
+    deadline = run.started + args.exit_duration_in_mins * 60 if args.exit_duration_in_mins else None
+    seen = evaluate_and_print_results(
+        f"iteration {run.state.iteration}",
+        run.forward_step_func,
+        run.valid_data,
+        run.model,
+        run.state.iteration,
+        run.state.consumed_train_samples,
+        deadline=deadline,
+    )
+    run.state.consumed_valid_samples += seen[1] if seen else 0
+    timers("eval-time").stop()
+    if args.manual_gc and args.manual_gc_eval:
+        gc.collect(generation=0)
+    timers("interval-time", log_level=0).start(barrier=True)
+
+
+def synchronize_device(run: Run, result: StepResult) -> None:
+    """Wait for the device every `--train-sync-interval` iterations."""
+    if run.state.iteration % run.args.train_sync_interval == 0:
+        device.synchronize()
+
+
+def compare_weights_of_replicas(run: Run, result: StepResult) -> None:
+    """Make sure that data parallel replicas hold the same bits."""
+    if run.state.iteration % run.args.check_weight_hash_across_dp_replicas_interval:
+        return
+    if not check_param_hashes_across_dp_replicas(run.model, cross_check=True):
+        raise RuntimeError(f"the weights of data parallel replicas differ after iteration {run.state.iteration}")
+    print_rank_0(f">>> Weight hashes match after {run.state.iteration} iterations...")
+
+
+def collect_garbage(run: Run, result: StepResult) -> None:
+    """Collect garbage every `--manual-gc-interval` iterations, on all ranks at once."""
+    if run.state.iteration % run.args.manual_gc_interval == 0:
+        gc.collect()
+
+
+def save_now(run: Run, result: StepResult) -> None:
+    """Save every `--save-interval` iterations."""
+    if run.state.iteration % run.args.save_interval == 0:
+        save(run)
+
+
+def stop_on_signal(run: Run, result: StepResult) -> None:
+    """Save and stop when SIGTERM has arrived on any rank."""
+    if get_signal_handler().received_anywhere():
+        save(run)
+        raise StopTraining("exiting program after receiving SIGTERM.")
+
+
+def stop_after_minutes(run: Run, result: StepResult) -> None:
+    """Save and stop when `--exit-duration-in-mins` have passed on any rank."""
+    late = torch.tensor(run.minutes() > run.args.exit_duration_in_mins, dtype=torch.int32, device=device.current_device())
+    torch.distributed.all_reduce(late, torch.distributed.ReduceOp.MAX)
+    if late.item():
+        save(run)
+        raise StopTraining(f"exiting program after {run.minutes()} minutes")
+
+
+def stop_at_interval(run: Run, result: StepResult) -> None:
+    """Save and stop at a multiple of `--exit-interval` iterations."""
+    if run.state.iteration % run.args.exit_interval == 0:
+        save(run)
+        raise StopTraining(f"exiting program at iteration {run.state.iteration}")
+
+
+def save(run: Run) -> None:
+    """Save a checkpoint unless this iteration is saved already, or nothing is to be saved."""
+    if not run.args.save or run.saved_iteration == run.state.iteration:
+        return
+    timers = get_timers()
+    timers("interval-time").stop()
+    timers("save-checkpoint", log_level=0).start(barrier=True)
+    run.progress.clear()
+    save_checkpoint(run.args, run.state, run.model, run.optimizer, run.scheduler)
+    run.saved_iteration = run.state.iteration
+    timers("save-checkpoint").stop()
+    report = timers.log(["save-checkpoint"])
+    if report:
+        print(report, flush=True)  # noqa: T201
+    log_progress(run, "Saved checkpoint")
+    trackers = get_trackers()
+    if trackers is not None:
+        trackers.flush()
+    timers("interval-time", log_level=0).start(barrier=True)
+
+
+def log_progress(run: Run, event: str) -> None:
+    """Append a line about a saved checkpoint to progress.txt, with `--log-progress`."""
+    if run.args.log_progress and run.args.save and torch.distributed.get_rank() == 0:
+        from megatron.training.logging.progress_file import append_saved
+
+        append_saved(run, event)
+
+
+def grown_batch(run: Run, before: int) -> None:
+    """The batch size has grown: save, so that a resumed run starts at the border."""
+    if before != get_num_microbatches() and run.state.iteration:
+        print_datetime(f"batch size ramp-up: {before} -> {get_num_microbatches()} microbatches")
+        save(run)
+
+
+__all__ = ["grown_batch", "parallel_state", "periodic_actions", "save"]

@@ -1,0 +1,234 @@
+"""Building what a run needs: model, optimizer, schedule, data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import fields
+from typing import Any
+
+import torch
+from torch import nn
+
+from megatron.core import device, parallel_state
+from megatron.core.distributed import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
+from megatron.core.enums import ModelType
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.tensor_parallel import set_defaults_if_not_set_tensor_model_parallel_attributes
+from megatron.core.transformer.module import Float16Module
+from megatron.core.utils import get_model_config
+from megatron.training.datasets.data_samplers import build_pretraining_data_loader
+from megatron.training.global_vars import get_args, get_timers
+from megatron.training.nan_check import RememberingIterator
+from megatron.training.train_state import TrainState
+from megatron.training.utils import print_rank_0
+
+DatasetProvider = Callable[[list[int]], tuple[Any, Any, Any]]
+
+
+def get_model(
+    model_provider_func: Callable[..., nn.Module],
+    model_type: ModelType = ModelType.encoder_or_decoder,
+    wrap_with_ddp: bool = True,
+) -> list[nn.Module]:
+    """This rank's part of the model, ready to train: built, moved, cast, wrapped. A list of one chunk."""
+    args = get_args()
+    model: nn.Module = model_provider_func(
+        pre_process=parallel_state.is_pipeline_first_stage(),
+        post_process=parallel_state.is_pipeline_last_stage(),
+    )
+    for param in model.parameters():
+        set_defaults_if_not_set_tensor_model_parallel_attributes(param)
+    _print_size(model)
+    model.to(device.current_device())
+    config = get_model_config(model)
+    if args.fp16 or args.bf16:
+        model = Float16Module(config, model)
+    if wrap_with_ddp:
+        model = DistributedDataParallel(
+            config=config, ddp_config=ddp_config_from_args(args, model), module=model
+        )
+        if args.data_parallel_random_init:
+            model.broadcast_params()
+    return [model]
+
+
+def _print_size(model: nn.Module) -> None:
+    if parallel_state.get_data_parallel_rank(with_context_parallel=True) == 0:
+        place = (
+            parallel_state.get_tensor_model_parallel_rank(),
+            parallel_state.get_pipeline_model_parallel_rank(),
+        )
+        count = sum(param.numel() for param in model.parameters())
+        print(
+            f" > number of parameters on (tensor, pipeline) model parallel rank {place}: {count}", flush=True
+        )
+
+
+_DDP_RENAMES = {
+    "grad_reduce_in_fp32": "accumulate_allreduce_grads_in_fp32",
+    "check_for_nan_in_grad": "check_for_nan_in_loss_and_grad",
+    "pad_buckets_for_high_nccl_busbw": "ddp_pad_buckets_for_high_nccl_busbw",
+    "average_in_collective": "ddp_average_in_collective",
+}
+
+
+def ddp_config_from_args(args: Any, model: nn.Module) -> DistributedDataParallelConfig:
+    """The data parallel settings of the flags; one bucket unless gradients are reduced while backward runs."""
+    values = {}
+    for field in fields(DistributedDataParallelConfig):
+        name = _DDP_RENAMES.get(field.name, field.name)
+        if hasattr(args, name):
+            values[field.name] = getattr(args, name)
+    values["bucket_size"] = _bucket_size(args, model)
+    return DistributedDataParallelConfig(**values)
+
+
+def _bucket_size(args: Any, model: nn.Module) -> int | None:
+    if not args.overlap_grad_reduce:
+        return None
+    if args.ddp_num_buckets is not None:
+        return sum(param.numel() for param in model.parameters()) // args.ddp_num_buckets
+    if args.ddp_bucket_size is not None:
+        return args.ddp_bucket_size
+    return max(
+        40_000_000, 1_000_000 * parallel_state.get_data_parallel_world_size(with_context_parallel=True)
+    )
+
+
+def setup_model_and_optimizer(
+    model_provider_func: Callable[..., nn.Module],
+    model_type: ModelType,
+    no_wd_decay_cond: Callable[..., bool] | None = None,
+    scale_lr_cond: Callable[..., bool] | None = None,
+    lr_mult: float = 1.0,
+) -> tuple[list[nn.Module], Any, OptimizerParamScheduler]:
+    """Model, optimizer and schedule, as initialised (no checkpoint loaded)."""
+    args = get_args()
+    model = get_model(model_provider_func, model_type)
+    values = {f.name: getattr(args, f.name) for f in fields(OptimizerConfig) if hasattr(args, f.name)}
+    config = OptimizerConfig(**(values | {"timers": get_timers()}))
+    optimizer = get_megatron_optimizer(config, model, no_wd_decay_cond, scale_lr_cond, lr_mult)
+    connect(model, optimizer)
+    return model, optimizer, get_optimizer_param_scheduler(optimizer)
+
+
+def connect(model: list[nn.Module], optimizer: Any) -> None:
+    """Tell the schedules how to scale the loss, finish gradients and measure."""
+    config = get_model_config(model[0])
+    config.grad_scale_func = optimizer.scale_loss
+    config.finalize_model_grads_func = finalize_model_grads
+    config.timers = get_timers()
+    config.no_sync_func = model[0].no_sync  # type: ignore[assignment]
+
+
+def get_optimizer_param_scheduler(optimizer: Any) -> OptimizerParamScheduler:
+    """The schedule of learning rate and weight decay; its steps count samples."""
+    args = get_args()
+    if args.train_samples is None:
+        batch = args.global_batch_size
+        decay = args.lr_decay_iters * batch
+        wsd = None if args.lr_wsd_decay_iters is None else args.lr_wsd_decay_iters * batch
+        warmup, wd_steps = args.lr_warmup_iters * batch, args.train_iters * batch
+    else:
+        decay, wsd = args.lr_decay_samples, args.lr_wsd_decay_samples
+        warmup, wd_steps = args.lr_warmup_samples, args.train_samples
+    if args.lr_warmup_fraction is not None:
+        warmup = args.lr_warmup_fraction * decay
+    return OptimizerParamScheduler(
+        optimizer,
+        init_lr=args.lr_warmup_init,
+        max_lr=args.lr,
+        min_lr=args.min_lr,
+        lr_warmup_steps=warmup,
+        lr_decay_steps=decay,
+        lr_decay_style=args.lr_decay_style,
+        start_wd=args.start_weight_decay,
+        end_wd=args.end_weight_decay,
+        wd_incr_steps=wd_steps,
+        wd_incr_style=args.weight_decay_incr_style,
+        use_checkpoint_opt_param_scheduler=args.use_checkpoint_opt_param_scheduler,
+        override_opt_param_scheduler=args.override_opt_param_scheduler,
+        wsd_decay_steps=wsd,
+        lr_wsd_decay_style=args.lr_wsd_decay_style,
+    )
+
+
+# --- data
+# -------------------------------------------------------------------------------------------------------
+
+
+def get_train_valid_test_num_samples() -> tuple[int, int, int]:
+    """Samples that training, validation and the test need at most."""
+    args = get_args()
+    batch = args.global_batch_size
+    train = args.train_samples if args.train_samples else args.train_iters * batch
+    evaluations = args.train_iters // args.eval_interval + 1
+    return train, evaluations * args.eval_iters * batch, args.eval_iters * batch
+
+
+def build_train_valid_test_datasets(provider: DatasetProvider) -> tuple[Any, Any, Any]:
+    """The three data sets, None where this rank reads none."""
+    train, valid, test = get_train_valid_test_num_samples()
+    print_rank_0(
+        " > datasets target sizes (minimum size):\n"
+        f"    train:      {train}\n    validation: {valid}\n    test:       {test}"
+    )
+    return provider([train, valid, test])
+
+
+def build_train_valid_test_data_iterators(
+    provider: DatasetProvider, state: TrainState
+) -> tuple[Iterator[Any] | None, Iterator[Any] | None, Iterator[Any] | None]:
+    """Iterators over microbatches of this data parallel rank, from where `state` stands; None where nothing is read."""
+    args = get_args()
+    print_rank_0("> building train, validation, and test datasets ...")
+    reads = parallel_state.get_tensor_model_parallel_rank() == 0
+    if not reads and not getattr(provider, "is_distributed", False):
+        return None, None, None
+    train, valid, test = build_train_valid_test_datasets(provider)
+    consumed_valid = 0 if args.skip_train else state.consumed_valid_samples
+    return (
+        _iterate(train, state.consumed_train_samples) if not args.skip_train else None,
+        _iterate(valid, consumed_valid),
+        _iterate(test, 0),
+    )
+
+
+def data_presence(iterators: tuple[Iterator[Any] | None, ...]) -> tuple[bool, bool]:
+    """Whether there is validation and test data, as rank 0 (which always reads) sees it. Communicates: broadcast."""
+    present = torch.tensor([it is not None for it in iterators[1:]], dtype=torch.int32, device=device.current_device())
+    torch.distributed.broadcast(present, src=0)
+    has_validation, has_test = present.bool().tolist()
+    return has_validation, has_test
+
+
+def _iterate(dataset: Any, consumed_samples: int) -> Iterator[Any] | None:
+    args = get_args()
+    if dataset is None or parallel_state.get_tensor_model_parallel_rank() != 0:
+        return None
+    if args.dataloader_type == "external":
+        return RememberingIterator(iter(dataset))
+    loader = build_pretraining_data_loader(
+        dataset,
+        consumed_samples,
+        micro_batch_size=args.micro_batch_size,
+        data_parallel_rank=parallel_state.get_data_parallel_rank(),
+        data_parallel_size=parallel_state.get_data_parallel_world_size(),
+        dataloader_type=args.dataloader_type,
+        num_workers=args.num_workers,
+        data_sharding=args.data_sharding,
+        seed=args.seed,
+    )
+    if loader is None:
+        return None
+    return RememberingIterator(_forever(loader) if args.dataloader_type == "cyclic" else iter(loader))
+
+
+def _forever(loader: Any) -> Iterator[Any]:
+    while True:
+        yield from loader

@@ -1,0 +1,85 @@
+"""One training iteration: forward and backward of all microbatches, then the optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from megatron.core import parallel_state
+from megatron.core.num_microbatches_calculator import get_num_microbatches
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.training.global_vars import get_args, get_timers
+
+Reports = list[dict[str, Tensor]]
+
+
+@dataclass
+class StepResult:
+    """What an iteration gave."""
+
+    losses: dict[str, float]
+    """Mean losses of the global batch; empty except on the last pipeline stage."""
+    skipped: bool
+    """The optimizer rejected the gradients (overflow of the fp16 loss scale)."""
+    grad_norm: float | None
+    num_zeros: int | None
+
+
+def reduce_reports(reports: Reports, add_up: bool = False) -> dict[str, Tensor]:
+    """Losses of several microbatches as one, over the data parallel group. Communicates: all-reduce.
+
+    A report of two numbers is (sum, tokens): sums are added, then divided. A report of one number is a mean
+    that the loss function has reduced over the group already: these are averaged.
+
+    Args:
+        add_up: leave (sum, tokens) undivided, and means as (sum, count), for adding to other steps.
+    """
+    totals: dict[str, Tensor] = {}
+    for name in reports[0] if reports else {}:
+        entries = [torch.as_tensor(report[name]).detach().float().reshape(-1) for report in reports]
+        if entries[0].numel() == 2:
+            total = torch.stack(entries).sum(0)
+            dist.all_reduce(total, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
+        else:
+            mean = torch.cat(entries)
+            total = torch.stack([mean.sum(), mean.new_tensor(float(mean.numel()))])
+        totals[name] = total
+    return totals if add_up else {name: t[0] / t[1].clamp(min=1) for name, t in totals.items()}
+
+
+def train_step(
+    forward_step_func: Callable[..., Any],
+    data_iterator: Any,
+    model: list[nn.Module],
+    optimizer: Any,
+    opt_param_scheduler: Any,
+    config: Any,
+) -> StepResult:
+    """Run one iteration and advance optimizer and schedule."""
+    args, timers = get_args(), get_timers()
+    for chunk in model:
+        chunk.zero_grad_buffer()  # type: ignore[operator]
+    optimizer.zero_grad()
+    reports = get_forward_backward_func()(
+        forward_step_func=forward_step_func,
+        data_iterator=data_iterator,
+        model=model,
+        num_microbatches=get_num_microbatches(),
+        seq_length=args.seq_length,
+        micro_batch_size=args.micro_batch_size,
+        decoder_seq_length=args.decoder_seq_length,
+        forward_only=False,
+    )
+    timers("optimizer", log_level=1).start(barrier=args.barrier_with_L1_time)
+    success, grad_norm, num_zeros = optimizer.step()
+    timers("optimizer").stop()
+    if success:
+        samples = get_num_microbatches() * args.micro_batch_size * args.data_parallel_size
+        opt_param_scheduler.step(increment=samples)
+    losses = {name: float(value) for name, value in reduce_reports(reports).items()}
+    return StepResult(losses, not success, grad_norm, num_zeros)

@@ -1,0 +1,273 @@
+"""`pretrain`: from a command line to a trained model."""
+
+from __future__ import annotations
+
+import gc
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from megatron.core.enums import ModelType
+from megatron.core.num_microbatches_calculator import get_num_microbatches, update_num_microbatches
+from megatron.core.utils import get_model_config
+from megatron.training.checkpointing import load_checkpoint
+from megatron.training.evaluation import evaluate_and_print_results
+from megatron.training.flops import num_floating_point_operations
+from megatron.training.global_vars import get_args, get_timers, get_trackers
+from megatron.training.initialize import initialize_megatron, print_datetime, program_start
+from megatron.training.logging.progress import ProgressLine
+from megatron.training.logging.progress_file import append_start
+from megatron.training.nan_check import checked_forward_step
+from megatron.training.periodic import grown_batch, periodic_actions, save
+from megatron.training.profiling import Profiler
+from megatron.training.run import Run, StopTraining
+from megatron.training.setup import (
+    DatasetProvider,
+    build_train_valid_test_data_iterators,
+    build_train_valid_test_datasets,
+    data_presence,
+    get_model,
+    get_train_valid_test_num_samples,
+    setup_model_and_optimizer,
+)
+from megatron.training.train_state import TrainState
+from megatron.training.train_step import train_step
+from megatron.training.utils import print_rank_0, rank
+
+__all__ = [
+    "build_train_valid_test_datasets",
+    "get_model",
+    "get_train_valid_test_num_samples",
+    "pretrain",
+    "setup_model_and_optimizer",
+    "train",
+    "train_step",
+]
+
+
+def pretrain(
+    train_valid_test_dataset_provider: DatasetProvider,
+    model_provider: Callable[..., Any],
+    model_type: ModelType,
+    forward_step_func: Callable[..., Any],
+    process_non_loss_data_func: Callable[..., Any] | None = None,
+    extra_args_provider: Callable[..., Any] | None = None,
+    args_defaults: dict[str, Any] | None = None,
+    get_embedding_ranks: Callable[..., list[int]] | None = None,
+    get_position_embedding_ranks: Callable[..., list[int]] | None = None,
+    non_loss_data_func: Callable[..., Any] | None = None,
+    store: Any = None,
+    inprocess_call_wrapper: Any = None,
+) -> None:
+    """Train the model of a program on its data, as the command line says.
+
+    Args:
+        train_valid_test_dataset_provider: ([train, valid, test] sample counts) -> three data sets; with an attribute
+            `is_distributed` true it is called on every rank, else on the first of each tensor parallel group.
+        model_provider: (pre_process, post_process) -> this stage's model, not yet cast or wrapped.
+        forward_step_func: (data iterator, model) -> (output tensor, loss function), see `get_forward_backward_func`.
+        extra_args_provider: (parser) -> parser with the program's own flags.
+        args_defaults: values for flags that the user did not set.
+
+    An error on one rank is printed there and ends that process at once, so that the others do not wait for it.
+    """
+    for name, value in (
+        ("process_non_loss_data_func", process_non_loss_data_func),
+        ("non_loss_data_func", non_loss_data_func),
+        ("inprocess_call_wrapper", inprocess_call_wrapper),
+    ):
+        if value is not None:
+            raise NotImplementedError(f"pretrain({name}=...) is not built yet; leave it out")
+    with _exit_at_once_on_error():
+        initialize_megatron(
+            extra_args_provider,
+            args_defaults,
+            get_embedding_ranks=get_embedding_ranks,
+            get_position_embedding_ranks=get_position_embedding_ranks,
+            store=store,
+        )
+        run = _set_up(train_valid_test_dataset_provider, model_provider, model_type, forward_step_func)
+        if run.args.skip_train:
+            print_rank_0("skipping training (--skip-train is on) ...")
+        else:
+            _train_to_the_end(run)
+        _evaluate_at_the_end(run)
+        _close()
+
+
+class _exit_at_once_on_error:
+    """Ends the process on an exception: an orderly shutdown would wait for ranks that wait for this one."""
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> bool:
+        if error is None or isinstance(error, SystemExit) or not torch.distributed.is_initialized():
+            return False
+        if torch.distributed.get_world_size() == 1:
+            return False
+        from megatron.training.errors import is_users_error
+
+        text = f"{type(error).__name__}: {error}" if is_users_error(error) else "".join(
+            traceback.format_exception(kind, error, trace)
+        )
+        sys.stderr.write(f"[rank {rank()}] {text.rstrip()}\n")
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(1)
+
+
+def _set_up(
+    provider: DatasetProvider,
+    model_provider: Callable[..., Any],
+    model_type: ModelType,
+    forward_step_func: Callable[..., Any],
+) -> Run:
+    args, timers = get_args(), get_timers()
+    started = program_start()
+    print_rank_0(f"time to initialize megatron (seconds): {time.time() - started:.3f}")
+    print_datetime("after megatron is initialized")
+    if args.log_progress and args.save and rank() == 0:
+        append_start(args)
+    timers("model-and-optimizer-setup", log_level=0).start(barrier=True)
+    model, optimizer, scheduler = setup_model_and_optimizer(model_provider, model_type)
+    timers("model-and-optimizer-setup").stop()
+    timers("load-checkpoint", log_level=0).start(barrier=True)
+    state = load_checkpoint(args, model, optimizer, scheduler) if _has_something_to_load(args) else TrainState()
+    timers("load-checkpoint").stop(barrier=True)
+    update_num_microbatches(state.consumed_train_samples, consistency_check=False)
+    print_datetime("after model, optimizer, and learning rate scheduler are built")
+    timers("train/valid/test-data-iterators-setup", log_level=0).start(barrier=True)
+    iterators = build_train_valid_test_data_iterators(provider, state)
+    timers("train/valid/test-data-iterators-setup").stop()
+    print_datetime("after dataloaders are built")
+    print_rank_0("done with setup ...")
+    report = timers.log(
+        ["model-and-optimizer-setup", "load-checkpoint", "train/valid/test-data-iterators-setup"], barrier=True
+    )
+    if report:
+        print(report, flush=True)  # noqa: T201
+    return Run(
+        args,
+        state,
+        model,
+        optimizer,
+        scheduler,
+        get_model_config(model[0]),
+        forward_step_func,
+        *iterators,
+        *data_presence(iterators),
+        started=started,
+        first_iteration=state.iteration,
+        saved_iteration=state.iteration if args.load == args.save and state.iteration else None,
+        progress=ProgressLine(args.progress_bar, args.train_iters),
+        flops_at_start=state.num_floating_point_operations_so_far,
+    )
+
+
+def _has_something_to_load(args: Any) -> bool:
+    return bool(args.load or args.pretrained_checkpoint)
+
+
+def _train_to_the_end(run: Run) -> None:
+    print_rank_0("training ...")
+    try:
+        train(run)
+    except StopTraining as stop:
+        print_datetime(str(stop))
+        _close()
+        sys.exit(0)
+    print_datetime("after training is done")
+    if run.state.iteration > run.first_iteration:
+        save(run)
+
+
+def train(run: Run) -> None:
+    """The loop: iterate until `--train-iters`, doing the listed actions after each iteration."""
+    args, state = run.args, run.state
+    for chunk in run.model:
+        chunk.train()
+    actions = periodic_actions(run)
+    if args.manual_gc:
+        gc.disable()
+        gc.collect()
+    get_timers()("interval-time", log_level=0).start(barrier=True)
+    print_datetime("before the start of training step")
+    with Profiler(args) as profiler:
+        while state.iteration < args.train_iters:
+            profiler.step(state.iteration)
+            _update_batch_size(run)
+            if state.iteration + 1 in args.iterations_to_skip:
+                _skip_iteration(run)
+                continue
+            result = train_step(
+                _forward_step_of(run), run.train_data, run.model, run.optimizer, run.scheduler, run.config
+            )
+            state.iteration += 1
+            state.consumed_train_samples += run.batch_size
+            state.num_floating_point_operations_so_far += num_floating_point_operations(args, run.batch_size)
+            for action in actions:
+                action(run, result)
+    run.progress.clear()
+    get_timers()("interval-time").stop()
+
+
+def _forward_step_of(run: Run) -> Callable[..., Any]:
+    if not run.args.check_for_nan_in_loss_and_grad:
+        return run.forward_step_func
+    return checked_forward_step(run.forward_step_func, rank(), run.state.iteration + 1)
+
+
+def _update_batch_size(run: Run) -> None:
+    before = get_num_microbatches()
+    update_num_microbatches(run.state.consumed_train_samples, consistency_check=False)
+    grown_batch(run, before)
+    update_num_microbatches(run.state.consumed_train_samples, consistency_check=True, verbose=True)
+
+
+def _skip_iteration(run: Run) -> None:
+    """Read and drop the data of an iteration listed in `--iterations-to-skip`."""
+    for _ in range(get_num_microbatches()):
+        if run.train_data is not None:
+            next(run.train_data)
+    run.state.iteration += 1
+    run.state.consumed_train_samples += run.batch_size
+    run.state.skipped_train_samples += run.batch_size
+
+
+def _evaluate_at_the_end(run: Run) -> None:
+    args = run.args
+    if args.eval_iters <= 0:
+        return
+    for split, data, present in (
+        ("validation", run.valid_data, run.has_validation),
+        ("test", run.test_data, run.has_test),
+    ):
+        if present:
+            evaluate_and_print_results(
+                f"iteration {run.state.iteration} on {split} set",
+                run.forward_step_func,
+                data,
+                run.model,
+                run.state.iteration,
+                run.state.consumed_train_samples,
+                split=split,
+                verbose=True,
+            )
+
+
+def _close() -> None:
+    """Finish the trackers and leave the process groups."""
+    from megatron.core import parallel_state
+
+    trackers = get_trackers()
+    if trackers is not None:
+        trackers.close()
+    parallel_state.barrier()
+    parallel_state.destroy_model_parallel()
+    torch.distributed.destroy_process_group()
