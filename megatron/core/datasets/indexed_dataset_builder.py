@@ -5,7 +5,9 @@ from __future__ import annotations
 import fcntl
 import os
 import shutil
+import time
 from array import array
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO
@@ -17,6 +19,8 @@ from megatron.core.datasets.index_file import DType, Index, get_bin_path, get_id
 
 PARTIAL = ".partial"
 """Suffix of files that are still being written; a killed writer leaves only these behind."""
+
+_LOCK_PATIENCE = 3.0  # seconds; processes that a killed writer had started may outlive it by a second
 
 
 class IndexedDatasetBuilder:
@@ -39,6 +43,7 @@ class IndexedDatasetBuilder:
         self.dtype = dtype
         self.multimodal = multimodal
         self._file = _open_for_writing(bin_path + PARTIAL)
+        self._idx_path: str | None = None
         self._sequence_lengths = array("i")
         self._sequence_modes = array("b")
         self._document_indices = array("q", [0])
@@ -109,30 +114,39 @@ class IndexedDatasetBuilder:
             shutil.copyfileobj(source, self._file, 1 << 24)
 
     def finalize(self, idx_path: str) -> None:
-        """Publish the dataset: the token file first, the index last, an old index away before either.
+        """Publish the dataset under its names."""
+        self.complete(idx_path)
+        self.publish()
 
-        At no time do a new and an old file stand together as one dataset.
-        """
+    def complete(self, idx_path: str) -> None:
+        """Write all that is left to write, still under temporary names: what can fail, fails here."""
         modes = numpy.frombuffer(self._sequence_modes, numpy.int8) if self.multimodal else None
         lengths = numpy.frombuffer(self._sequence_lengths, numpy.intc)
-        write_index(
-            idx_path + PARTIAL,
-            self.dtype,
-            lengths,
-            numpy.frombuffer(self._document_indices, numpy.int64),
-            modes,
-        )
+        documents = numpy.frombuffer(self._document_indices, numpy.int64)
+        self._idx_path = idx_path
+        write_index(idx_path + PARTIAL, self.dtype, lengths, documents, modes)
         self._file.flush()
         os.fsync(self._file.fileno())
-        Path(idx_path).unlink(missing_ok=True)
+
+    def publish(self) -> None:
+        """Give both files their names: the token file first, the index last, an old index away before either.
+
+        So at no time do a new and an old file stand together as one dataset.
+        """
+        assert self._idx_path is not None
+        Path(self._idx_path).unlink(missing_ok=True)
         os.replace(self.bin_path + PARTIAL, self.bin_path)
-        os.replace(idx_path + PARTIAL, idx_path)
+        os.replace(self._idx_path + PARTIAL, self._idx_path)
         self._file.close()
 
     def abort(self) -> None:
-        """Remove what was written; files of an earlier dataset stay as they are."""
-        if not self._file.closed:
-            Path(self.bin_path + PARTIAL).unlink(missing_ok=True)
+        """Remove what was written, unless it is published; files of an earlier dataset stay as they are."""
+        if self._file.closed:
+            return
+        Path(self.bin_path + PARTIAL).unlink(missing_ok=True)
+        if self._idx_path is not None:
+            Path(self._idx_path + PARTIAL).unlink(missing_ok=True)
+        with suppress(OSError):  # a full disk: the file is gone already
             self._file.close()
 
     def __enter__(self) -> IndexedDatasetBuilder:
@@ -166,15 +180,18 @@ class IndexedDatasetBuilder:
 
 def _open_for_writing(path: str) -> BinaryIO:
     """An empty file that no other process writes at the same time (a killed one gives up its lock)."""
-    file = open(path, "ab")  # noqa: SIM115 (the caller closes it)
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.close()
-        raise RuntimeError(
-            f"{path} is being written by another process: choose another output path"
-        ) from None
-    except OSError:
-        pass  # a file system without locks
-    file.truncate(0)
-    return file
+    file = open(path, "ab")  # noqa: SIM115 (the builder closes it)
+    deadline = time.monotonic() + _LOCK_PATIENCE
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() < deadline:
+                time.sleep(0.1)
+                continue
+            file.close()
+            raise RuntimeError(f"{path} is being written by another process: choose another path") from None
+        except OSError:
+            pass  # a file system without locks
+        file.truncate(0)
+        return file

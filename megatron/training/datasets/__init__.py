@@ -1,0 +1,1 @@
+"""Preparing data for training and feeding it to the training loop."""

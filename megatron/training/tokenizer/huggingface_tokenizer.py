@@ -1,0 +1,126 @@
+"""Tokenizers in the files of the Hugging Face libraries."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy
+
+from megatron.core.datasets.megatron_tokenizer import MegatronTokenizer
+
+
+class HuggingFaceTokenizer(MegatronTokenizer):
+    """What `transformers.AutoTokenizer` reads, or a `tokenizer.json` alone, with its own special tokens.
+
+    Args:
+        pretrained_model_name_or_path: folder, name on the hub, or `tokenizer.json` file.
+        options: passed on to `AutoTokenizer.from_pretrained`.
+    """
+
+    identifier = "_HuggingFaceTokenizer"
+
+    def __init__(self, pretrained_model_name_or_path: str, **options: Any) -> None:
+        super().__init__(pretrained_model_name_or_path, **options)
+        self._tokenizer = _load(pretrained_model_name_or_path, options)
+        self._vocab: dict[str, int] = self._tokenizer.get_vocab()
+        self._inv_vocab = {token: name for name, token in self._vocab.items()}
+
+    def tokenize(self, text: str, **options: Any) -> list[int]:
+        return self._tokenizer(text, verbose=False, **options).input_ids
+
+    def tokenize_batch(self, texts: list[str]) -> list[list[int]]:
+        if not texts:
+            return []
+        return self._tokenizer(texts, verbose=False, return_attention_mask=False).input_ids
+
+    def detokenize(self, ids: numpy.ndarray | Iterable[int], **options: Any) -> str:
+        return self._tokenizer.decode(
+            [int(token) for token in ids], clean_up_tokenization_spaces=False, **options
+        )
+
+    def offsets(self, ids: list[int], text: str) -> list[int]:
+        found = self._tokenizer(text, verbose=False, return_offsets_mapping=True)
+        starts = [begin for begin, _ in found["offset_mapping"]]
+        if list(ids[: len(starts)]) != found.input_ids or len(ids) > len(starts) + 1:
+            raise ValueError(f"the {len(ids)} ids are not those of the text, which has {len(starts)} tokens")
+        return starts + [len(text)] * (len(ids) - len(starts))  # an end of document after the text
+
+    @property
+    def vocab_size(self) -> int:
+        return len(self._tokenizer)
+
+    @property
+    def vocab(self) -> dict[str, int]:
+        return self._vocab
+
+    @property
+    def inv_vocab(self) -> dict[int, str]:
+        return self._inv_vocab
+
+    @property
+    def eod(self) -> int:
+        return self._special("eos")
+
+    @property
+    def eos(self) -> int:
+        return self._special("eos")
+
+    @property
+    def bos(self) -> int:
+        return self._special("bos")
+
+    @property
+    def cls(self) -> int:
+        return self._special("cls")
+
+    @property
+    def sep(self) -> int:
+        return self._special("sep")
+
+    @property
+    def mask(self) -> int:
+        return self._special("mask")
+
+    def _special(self, name: str) -> int:
+        token = getattr(self._tokenizer, f"{name}_token_id")
+        if token is None:
+            raise self._lacks(name)
+        return token
+
+
+def _load(path: str, options: dict[str, Any]) -> Any:
+    file = Path(path) / "tokenizer.json" if Path(path).is_dir() else Path(path)
+    settings = Path(path) / "tokenizer_config.json"
+    try:
+        import transformers
+    except ImportError as error:
+        raise RuntimeError(
+            "HuggingFaceTokenizer needs the package transformers: pip install transformers"
+        ) from error
+    try:
+        if file.is_file() and not settings.is_file():
+            return transformers.PreTrainedTokenizerFast(
+                tokenizer_file=str(file), **(_guess_special_tokens(file) | options)
+            )
+        return transformers.AutoTokenizer.from_pretrained(path, **options)
+    except Exception as error:  # the libraries raise OSError, ValueError, plain Exception and others
+        raise ValueError(f"{path} cannot be read as a Hugging Face tokenizer: {error}") from error
+
+
+_NAMES = {
+    "eos_token": ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>"),
+    "bos_token": ("<|begin_of_text|>", "<s>", "<bos>"),
+}
+
+
+def _guess_special_tokens(file: Path) -> dict[str, str]:
+    """The usual names of special tokens, as far as a bare `tokenizer.json` has tokens of these names."""
+    content = json.loads(file.read_text(encoding="utf-8"))
+    vocabulary = content["model"].get("vocab", {})
+    known = {token["content"] for token in content.get("added_tokens", [])}
+    known |= set(vocabulary) if isinstance(vocabulary, dict) else {piece for piece, _ in vocabulary}
+    found = {kind: [name for name in names if name in known] for kind, names in _NAMES.items()}
+    return {kind: names[0] for kind, names in found.items() if names}

@@ -1,0 +1,107 @@
+"""From the command line's tokenizer settings to a tokenizer."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from megatron.core.datasets.megatron_tokenizer import MegatronTokenizer
+from megatron.training.tokenizer.null_tokenizer import NullTokenizer
+
+logger = logging.getLogger(__name__)
+
+_NullTokenizer = NullTokenizer  # its public name
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """How one tokenizer type is made."""
+
+    module: str
+    """Where the class is; imported when needed, as each needs another library."""
+    class_name: str
+    positional: tuple[str, ...]
+    """Settings that must be given, in the order of the constructor."""
+    options: tuple[str, ...] = ()
+    """Settings passed by name."""
+
+
+_PACKAGE = "megatron.training.tokenizer"
+_MODEL = ("tokenizer_model",)
+_EXTRA_IDS = ("vocab_extra_ids",)
+
+KINDS: dict[str, _Kind] = {
+    "GPT2BPETokenizer": _Kind(
+        f"{_PACKAGE}.gpt2_bpe_tokenizer", "GPT2BPETokenizer", ("vocab_file", "merge_file")
+    ),
+    "SentencePieceTokenizer": _Kind(
+        f"{_PACKAGE}.sentencepiece_tokenizer", "SentencePieceTokenizer", _MODEL, _EXTRA_IDS
+    ),
+    "GPTSentencePieceTokenizer": _Kind(
+        f"{_PACKAGE}.sentencepiece_tokenizer", "GPTSentencePieceTokenizer", _MODEL
+    ),
+    "Llama2Tokenizer": _Kind(f"{_PACKAGE}.sentencepiece_tokenizer", "Llama2Tokenizer", _MODEL),
+    "HuggingFaceTokenizer": _Kind(f"{_PACKAGE}.huggingface_tokenizer", "HuggingFaceTokenizer", _MODEL),
+    "NullTokenizer": _Kind(f"{_PACKAGE}.null_tokenizer", "NullTokenizer", ("vocab_size",)),
+}
+
+NOT_BUILT = (
+    "BertWordPieceLowerCase",
+    "BertWordPieceCase",
+    "TikTokenizer",
+    "MultimodalTokenizer",
+    "NullMultimodalTokenizer",
+    "SFTTokenizer",
+)
+
+
+def build_tokenizer(args: Any, **kwargs: Any) -> MegatronTokenizer:
+    """The tokenizer that `args.tokenizer_type` and the settings beside it describe.
+
+    Args:
+        args: anything with the attributes of the tokenizer flags; it is not changed. The vocabulary size of
+            the model is `vocab_size_with_padding(tokenizer.vocab_size, ...)`.
+        kwargs: further options of the tokenizer's class.
+
+    Raises:
+        ValueError: the type is unknown, a setting it needs is missing, or its files cannot be read as such.
+        NotImplementedError: the type is known but not built.
+    """
+    kind = _find_kind(args.tokenizer_type)
+    positional = [_require(args, name) for name in kind.positional]
+    extra_ids = getattr(args, "vocab_extra_ids", 0) or 0
+    options = dict(kwargs)
+    if "vocab_extra_ids" in kind.options:
+        options["vocab_extra_ids"] = extra_ids
+    elif extra_ids:
+        logger.warning("--vocab-extra-ids %d has no effect on %s", extra_ids, args.tokenizer_type)
+    make: Callable[..., MegatronTokenizer] = getattr(importlib.import_module(kind.module), kind.class_name)
+    return make(*positional, **options)
+
+
+def vocab_size_with_padding(
+    orig_vocab_size: int, make_vocab_size_divisible_by: int, tensor_model_parallel_size: int
+) -> int:
+    """The vocabulary size rounded up so that every tensor-parallel rank has a multiple of the divisor."""
+    multiple = make_vocab_size_divisible_by * tensor_model_parallel_size
+    return -(-orig_vocab_size // multiple) * multiple
+
+
+def _find_kind(tokenizer_type: str | None) -> _Kind:
+    if tokenizer_type in KINDS:
+        return KINDS[tokenizer_type]
+    choices = ", ".join(KINDS)
+    if tokenizer_type in NOT_BUILT:
+        raise NotImplementedError(f"--tokenizer-type {tokenizer_type} is not built yet; built are {choices}")
+    found = "is not given" if tokenizer_type is None else f"{tokenizer_type} is unknown"
+    raise ValueError(f"--tokenizer-type {found}: choose one of {choices}")
+
+
+def _require(args: Any, name: str) -> Any:
+    value = getattr(args, name, None)
+    if value is None:
+        raise ValueError(f"--tokenizer-type {args.tokenizer_type} needs --{name.replace('_', '-')}")
+    return value
