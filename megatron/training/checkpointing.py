@@ -1,0 +1,450 @@
+"""Saving and resuming a training run.
+
+Formats: `torch_dist`, which any layout can read, and `torch`, one file for each model-parallel rank. A
+checkpoint appears all at once (`checkpoint_paths`), and a load compares it with the model before it changes
+anything.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.dist_checkpointing.collective import on_first_rank, together
+from megatron.core.dist_checkpointing.core import CheckpointingException
+from megatron.core.dist_checkpointing.serialization import get_default_save_sharded_strategy
+from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
+from megatron.core.dist_checkpointing.validation import StrictHandling, parse_strict_flag
+from megatron.training.checkpoint_arguments import apply_checkpoint_args
+from megatron.training.checkpoint_checks import (
+    plain_shape_mismatches,
+    require_same_model,
+    sharded_shape_mismatches,
+)
+from megatron.training.checkpoint_paths import (
+    begin_checkpoint,
+    checkpoint_exists,
+    complete_directory,
+    detect_format,
+    discard_checkpoint,
+    get_checkpoint_name,
+    get_checkpoint_tracker_filename,
+    publish_checkpoint,
+    read_metadata,
+    read_tracker,
+)
+from megatron.training.checkpoint_state import (
+    common_entries,
+    load_model,
+    restore_rng_state,
+    restored_state,
+    rng_object,
+    sharded_model,
+    sharded_rng_state,
+)
+from megatron.training.checkpoint_torch import (
+    load_torch_optimizer,
+    read_first_rank,
+    read_own,
+    save_torch,
+)
+from megatron.training.train_state import TrainState
+from megatron.training.utils import print_rank_0
+
+__all__ = [
+    "checkpoint_exists",
+    "get_checkpoint_name",
+    "get_checkpoint_tracker_filename",
+    "load_args_from_checkpoint",
+    "load_checkpoint",
+    "read_metadata",
+    "save_checkpoint",
+]
+
+FORMATS = ("torch_dist", "torch")
+MODEL_SPACE, DP_ZERO = "fully_sharded_model_space", "dp_zero_gather_scatter"
+
+
+# ---- saving ----
+
+
+def save_checkpoint(
+    args: argparse.Namespace,
+    state: TrainState,
+    model: list[nn.Module],
+    optimizer: Any | None,
+    opt_param_scheduler: Any | None,
+) -> Path:
+    """Write a checkpoint into `args.save` and make it the latest; returns its directory. All ranks call this.
+
+    If any rank fails, all raise `CheckpointingException`, what was written is removed, and the previous
+    checkpoint stays the latest.
+    """
+    require_known_format(args.ckpt_format)
+    print_rank_0(
+        f"saving checkpoint at iteration {state.iteration:7d} to {args.save} in {args.ckpt_format} format"
+    )
+    task = f"cannot save a checkpoint to {args.save}"
+    folder = Path(args.save)
+    directory = on_first_rank(task, lambda: begin_checkpoint(folder, state.iteration))
+    try:
+        if args.ckpt_format == "torch":
+            save_torch(directory, args, state, model, optimizer, opt_param_scheduler)
+        else:
+            save_torch_dist(directory, args, state, model, optimizer, opt_param_scheduler)
+        final = on_first_rank(task, lambda: publish_checkpoint(directory, state.iteration))
+    except Exception:
+        on_first_rank(task, lambda: discard_checkpoint(directory))
+        raise
+    print_rank_0(
+        f"  successfully saved checkpoint from iteration {state.iteration:7d} to {args.save} {place_of_rank()}"
+    )
+    return final
+
+
+def save_torch_dist(
+    directory: Path,
+    args: argparse.Namespace,
+    state: TrainState,
+    model: list[nn.Module],
+    optimizer: Any | None,
+    scheduler: Any | None,
+) -> None:
+    """Write a `torch_dist` checkpoint into an empty directory."""
+    with together(f"cannot save to {directory}"):
+        contents = common_entries(args, state, scheduler)
+    metadata = content_metadata(args)
+    model_state = sharded_model(model, metadata)
+    contents.update(model_state)
+    if optimizer is not None and not args.no_save_optim:
+        contents["optimizer"] = optimizer.sharded_state_dict(model_state, metadata=metadata)
+    if not args.no_save_rng:
+        contents["rng_state"] = sharded_rng_state()
+    strategy = get_default_save_sharded_strategy("torch_dist")
+    if args.ckpt_fully_parallel_save:
+        group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+        strategy = FullyParallelSaveStrategyWrapper(strategy, group)
+    dist_checkpointing.save(
+        contents,
+        directory,
+        strategy,
+        preprocess_common_before_consistancy_check=without_arguments,
+        content_metadata=metadata,
+    )
+
+
+def content_metadata(args: argparse.Namespace) -> dict[str, Any]:
+    """What a reader must know to request the right state."""
+    if not args.use_distributed_optimizer:
+        return {}
+    return {"distrib_optim_sharding_type": MODEL_SPACE if args.ckpt_fully_parallel_save else DP_ZERO}
+
+
+def without_arguments(common: dict[str, Any]) -> dict[str, Any]:
+    """The common state apart from the arguments, which name the rank."""
+    return {key: value for key, value in common.items() if key != "args"}
+
+
+def require_known_format(name: str) -> None:
+    """Raise for a format that cannot be written or read."""
+    if name not in FORMATS:
+        raise NotImplementedError(
+            f"--ckpt-format {name} is not available; available formats: {', '.join(FORMATS)}"
+        )
+
+
+def place_of_rank() -> str:
+    """This rank's place in the model-parallel grid, counted from 1."""
+    ps = parallel_state
+    return (
+        f"[ t {ps.get_tensor_model_parallel_rank() + 1}/{ps.get_tensor_model_parallel_world_size()}, "
+        f"p {ps.get_pipeline_model_parallel_rank() + 1}/{ps.get_pipeline_model_parallel_world_size()} ]"
+    )
+
+
+# ---- finding ----
+
+
+@dataclass(frozen=True)
+class Found:
+    """A checkpoint on the disk."""
+
+    directory: Path
+    folder: str
+    iteration: int
+    release: bool
+    weights_only: bool
+    """Take nothing but the weights: a release, or a fallback for a run that starts."""
+    format: str
+
+    def __str__(self) -> str:
+        kind = "distributed checkpoint" if self.format == "torch_dist" else "checkpoint"
+        if self.release:
+            return f"release {kind} from {self.folder}"
+        return f"{kind} from {self.folder} at iteration {self.iteration}"
+
+
+def find_checkpoint(args: argparse.Namespace, load_arg: str = "load") -> Found | None:
+    """The checkpoint that the flags ask for, as this rank sees it; None if there is none.
+
+    Raises:
+        CheckpointingException: what the flags name is not a checkpoint of a format that they allow.
+        FileNotFoundError: neither the folder nor `--pretrained-checkpoint` has one.
+    """
+    folder, weights_only = getattr(args, load_arg), bool(args.finetune)
+    pretrained = getattr(args, "pretrained_checkpoint", None)
+    has_own = folder is not None and (checkpoint_exists(folder) or args.ckpt_step is not None)
+    if not has_own and pretrained is not None:
+        if not checkpoint_exists(pretrained):
+            raise FileNotFoundError(
+                f"neither --{load_arg} ({folder}) nor --pretrained-checkpoint ({pretrained}) holds a checkpoint"
+            )
+        folder, weights_only, has_own = pretrained, True, True
+    if not has_own:
+        return None
+    iteration, release = args.ckpt_step, False
+    if iteration is None or weights_only and folder == pretrained:
+        iteration, release = read_tracker(get_checkpoint_tracker_filename(folder))
+    directory = complete_directory(folder, iteration, release)
+    on_disk = detect_format(directory)
+    require_allowed_format(args, directory, on_disk)
+    return Found(directory, str(folder), iteration, release, weights_only or release, on_disk)
+
+
+def report_missing(args: argparse.Namespace, folder: str) -> None:
+    """Say that there is no checkpoint; stop if that is not acceptable."""
+    print_rank_0(f"WARNING: could not find the metadata file {get_checkpoint_tracker_filename(folder)}")
+    if args.exit_on_missing_checkpoint:
+        print_rank_0(">> '--exit-on-missing-checkpoint' set ... exiting. <<")
+        sys.exit(1)
+    print_rank_0("    will not load any checkpoints and will start from random")
+
+
+def require_allowed_format(args: argparse.Namespace, directory: Path, on_disk: str) -> None:
+    """Raise unless the format is the expected one, or any is accepted."""
+    if on_disk == args.ckpt_format or args.auto_detect_ckpt_format and on_disk in FORMATS:
+        return
+    require_known_format(on_disk)
+    raise CheckpointingException(
+        f"{directory} has format {on_disk}, --ckpt-format is {args.ckpt_format}: "
+        f"set --auto-detect-ckpt-format to load it"
+    )
+
+
+# ---- loading ----
+
+
+def load_args_from_checkpoint(args: argparse.Namespace, load_arg: str = "load") -> argparse.Namespace | None:
+    """Fill `args` with the model's settings of a checkpoint, before they are checked; returns all that it
+    saved.
+
+    Needs no process groups. The format may be any that can be read, as it is one of the settings taken over.
+    """
+    any_format = argparse.Namespace(**{**vars(args), "auto_detect_ckpt_format": True})
+    found = find_checkpoint(any_format, load_arg)
+    if found is None:
+        report_missing(args, getattr(args, load_arg))
+        return None
+    saved = saved_args(read_common(found))
+    if saved is None:
+        raise CheckpointingException(f"{found.directory} does not say which arguments it was made with")
+    apply_checkpoint_args(args, saved, path=str(found.directory))
+    return saved
+
+
+def load_checkpoint(
+    args: argparse.Namespace,
+    model: list[nn.Module],
+    optimizer: Any | None,
+    opt_param_scheduler: Any | None,
+    load_arg: str = "load",
+    strict: bool = True,
+) -> TrainState:
+    """Restore model, optimizer, schedule and random numbers; returns where the run stands. All ranks call
+    this.
+
+    A fresh `TrainState` is returned if there is no checkpoint, and if only weights are taken (`--finetune`,
+    `--pretrained-checkpoint`, a release).
+
+    Raises:
+        CheckpointingException: on every rank, before the model is changed: the checkpoint is of another model
+            (all differing settings, names and shapes are listed), damaged, or lacks what is to be loaded.
+    """
+    folder = getattr(args, load_arg)
+    found = on_first_rank(f"cannot load from {folder}", lambda: find_checkpoint(args, load_arg))
+    if found is None:
+        if folder is not None:
+            report_missing(args, folder)
+        return TrainState()
+    print_rank_0(f" loading {found}")
+    common: dict[str, Any] = {}
+    with together(f"cannot load {found.directory}"):
+        common = read_common(found)
+    load = load_torch if found.format == "torch" else load_torch_dist
+    load(found, args, common, model, optimizer, opt_param_scheduler, strict)
+    state = TrainState() if found.weights_only else restored_state(common)
+    print_rank_0(
+        f"  successfully loaded checkpoint from {found.folder} {place_of_rank()} at iteration {state.iteration}"
+    )
+    return state
+
+
+def read_common(found: Found) -> dict[str, Any]:
+    """What does not depend on the layout: arguments, counters, schedule."""
+    if found.format == "torch":
+        return read_first_rank(found.directory)
+    return dist_checkpointing.load_common_state_dict(found.directory)
+
+
+def saved_args(common: dict[str, Any]) -> argparse.Namespace | None:
+    """Arguments of the run that wrote the checkpoint, if it says."""
+    saved = common.get("args")
+    return saved if isinstance(saved, argparse.Namespace) else None
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Which parts of a run's state are taken from a checkpoint."""
+
+    optimizer: bool
+    scheduler: bool
+    rng: bool
+
+
+def parts_to_load(
+    found: Found, args: argparse.Namespace, saved: argparse.Namespace | None, optimizer: Any, scheduler: Any
+) -> Parts:
+    """What the flags ask for. The random state is left out where the layout has changed."""
+    resuming = not found.weights_only
+    with_optimizer = resuming and not args.no_load_optim
+    same_layout = saved is None or layout_of(saved) == layout_of(args)
+    rng = resuming and not args.no_load_rng and not getattr(saved, "no_save_rng", False)
+    if rng and not same_layout:
+        print_rank_0(
+            f"(TP, PP) changed from {layout_of(saved)} to {layout_of(args)} in the checkpoint: "
+            "the state of the random generators is ignored"
+        )
+    return Parts(
+        optimizer=with_optimizer and optimizer is not None,
+        scheduler=with_optimizer and scheduler is not None,
+        rng=rng and same_layout,
+    )
+
+
+def layout_of(args: Any) -> tuple[int, int]:
+    """Tensor and pipeline parallel sizes."""
+    return getattr(args, "tensor_model_parallel_size", 1), getattr(args, "pipeline_model_parallel_size", 1)
+
+
+def load_torch_dist(
+    found: Found,
+    args: argparse.Namespace,
+    common: dict[str, Any],
+    model: list[nn.Module],
+    optimizer: Any | None,
+    scheduler: Any | None,
+    strict: bool,
+) -> None:
+    """Restore from a `torch_dist` checkpoint of any layout."""
+    saved = saved_args(common)
+    parts = parts_to_load(found, args, saved, optimizer, scheduler)
+    mode = parse_strict_flag(args.dist_ckpt_strictness)
+    metadata = dist_checkpointing.load_content_metadata(preloaded_state_dict=common) or {}
+    with together(f"cannot load {found.directory}"):
+        require_entries(found, common, parts)
+        sharding = sharding_type(args, saved, metadata, parts.optimizer)
+    request = sharded_model(model, metadata)
+    with together(f"cannot load {found.directory}"):
+        tolerant = mode is not StrictHandling.ASSUME_OK_UNEXPECTED or not strict
+        mismatches = sharded_shape_mismatches(request, found.directory, only_shapes=tolerant)
+    require_same_model(args, None if found.weights_only else saved, found.directory, found.format, mismatches)
+    if parts.optimizer:
+        assert optimizer is not None
+        request["optimizer"] = optimizer.sharded_state_dict(
+            dict(request), is_loading=True, metadata={**metadata, "distrib_optim_sharding_type": sharding}
+        )
+    if parts.rng:
+        request["rng_state"] = rng_object(None)
+    if not strict and mode is StrictHandling.ASSUME_OK_UNEXPECTED:
+        mode = StrictHandling.LOG_UNEXPECTED
+    loaded = dist_checkpointing.load(request, found.directory, strict=mode)
+    contents = loaded[0] if isinstance(loaded, tuple) else loaded
+    load_model(model, contents, strict=strict and mode is StrictHandling.ASSUME_OK_UNEXPECTED)
+    restore_rest(contents, parts, optimizer, scheduler)
+
+
+def require_entries(found: Found, common: dict[str, Any], parts: Parts) -> None:
+    """Raise if the checkpoint lacks parts that are to be loaded."""
+    missing = [
+        name
+        for name, wanted in (("optimizer", parts.optimizer), ("opt_param_scheduler", parts.scheduler))
+        if wanted and name not in common and not (name == "opt_param_scheduler" and "lr_scheduler" in common)
+    ]
+    if missing:
+        raise CheckpointingException(
+            f"{found.directory} has no {' and no '.join(missing)}: set --no-load-optim to start the optimizer "
+            "afresh, or --finetune to take only the weights"
+        )
+
+
+def sharding_type(
+    args: argparse.Namespace, saved: argparse.Namespace | None, metadata: dict[str, Any], with_optimizer: bool
+) -> str:
+    """How the distributed optimizer's state was cut; raises if that cut does not fit this layout."""
+    default = MODEL_SPACE if getattr(saved, "ckpt_fully_parallel_save", True) else DP_ZERO
+    kind = metadata.get("distrib_optim_sharding_type", default)
+    fixed = with_optimizer and args.use_distributed_optimizer and kind != MODEL_SPACE
+    if fixed and saved is not None and layout_of(saved) != layout_of(args):
+        raise CheckpointingException(
+            f"the optimizer's state was saved with --no-ckpt-fully-parallel-save and fits only (TP, PP) = "
+            f"{layout_of(saved)}, not {layout_of(args)}: set --no-load-optim to start it afresh"
+        )
+    return kind
+
+
+def load_torch(
+    found: Found,
+    args: argparse.Namespace,
+    common: dict[str, Any],
+    model: list[nn.Module],
+    optimizer: Any | None,
+    scheduler: Any | None,
+    strict: bool,
+) -> None:
+    """Restore from a `torch` checkpoint of the same layout."""
+    saved = saved_args(common)
+    parts = parts_to_load(found, args, saved, optimizer, scheduler)
+    require_same_model(args, None if found.weights_only else saved, found.directory, found.format, [])
+    contents: dict[str, Any] = {}
+    mismatches: list[str] = []
+    with together(f"cannot load {found.directory}"):
+        contents = read_own(found.directory)
+        require_entries(found, contents, parts)
+        mismatches = plain_shape_mismatches(model, contents, strict)
+    require_same_model(args, None, found.directory, found.format, mismatches)
+    load_model(model, contents, strict)
+    if parts.optimizer:
+        load_torch_optimizer(found.directory, args, contents, optimizer)
+    restore_rest(contents, parts, None if parts.optimizer else optimizer, scheduler)
+
+
+def restore_rest(
+    contents: dict[str, Any], parts: Parts, optimizer: Any | None, scheduler: Any | None
+) -> None:
+    """Restore optimizer, schedule and random numbers, after the model."""
+    if parts.optimizer and optimizer is not None:
+        optimizer.load_state_dict(contents["optimizer"])
+    elif optimizer is not None:
+        optimizer.reload_model_params()
+    if parts.scheduler and scheduler is not None:
+        scheduler.load_state_dict(contents.get("opt_param_scheduler", contents.get("lr_scheduler")))
+    if parts.rng:
+        if "rng_state" not in contents:
+            raise CheckpointingException("the checkpoint has no rng_state: set --no-load-rng to start afresh")
+        restore_rng_state(contents["rng_state"])
