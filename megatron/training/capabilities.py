@@ -1,0 +1,187 @@
+"""What is not built yet: setting such a flag is refused. A row goes when its capability arrives."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+from megatron.core.not_built import FIELDS_NOT_BUILT
+from megatron.training.config.flags import Flag, all_flags
+from megatron.training.settings import ConfigurationError, was_given
+
+Used = Callable[[Any], bool]
+
+GROUPS_NOT_BUILT: dict[str, str] = {
+    "moe": "mixture of experts",
+    "mla": "multi-latent attention",
+    "heterogeneous architecture": "heterogeneous layers",
+    "biencoder": "retrieval with two encoders",
+    "vision": "vision models",
+    "retro": "training with retrieval",
+    "inference": "the inference engine",
+    "Transformer-Engine": "Transformer Engine",
+    "rerun engine": "detection of faulty results",
+    "config logger": "dumping of configuration objects",
+    "sft": "supervised fine-tuning",
+    "pretrain_gpt.py when modelopt installed: modelopt-generic": "quantization and distillation",
+    "pretrain_vlm.py: vision language model specific arguments": "vision-language models",
+}
+"""Whole headings of --help that wait for their capability."""
+
+BUILT_WITHIN_GROUPS = frozenset({"qk_layernorm", "qk_l2_norm"})
+"""What works although it stands under such a heading."""
+
+ARGUMENTS_NOT_BUILT: dict[str, str] = {
+    "decoder_num_layers": "encoder-decoder models",
+    "decoder_seq_length": "encoder-decoder models",
+    "bert_binary_head": "BERT",
+    "mask_prob": "masked language models",
+    "short_seq_prob": "masked language models",
+    "retriever_seq_length": "retrieval with two encoders",
+    "sample_rate": "retrieval with two encoders",
+    "relative_attention_num_buckets": "relative positions",
+    "relative_attention_max_distance": "relative positions",
+    "check_for_spiky_loss": "detection of faulty results",
+    "result_rejected_tracker_filename": "detection of faulty results",
+    "record_memory_history": "the record of memory allocations",
+    "memory_snapshot_path": "the record of memory allocations",
+    "tp_comm_overlap_cfg": "overlapped tensor parallel communication",
+    "tp_comm_overlap_ag": "overlapped tensor parallel communication",
+    "tp_comm_overlap_rs": "overlapped tensor parallel communication",
+    "tp_comm_overlap_rs_dgrad": "overlapped tensor parallel communication",
+    "tp_comm_bulk_dgrad": "overlapped tensor parallel communication",
+    "tp_comm_bulk_wgrad": "overlapped tensor parallel communication",
+    "tp_comm_split_ag": "overlapped tensor parallel communication",
+    "tp_comm_split_rs": "overlapped tensor parallel communication",
+    "tp_comm_bootstrap_backend": "overlapped tensor parallel communication",
+    "optimizer_offload_fraction": "the offloaded optimizer",
+    "use_torch_optimizer_for_cpu_offload": "the offloaded optimizer",
+    "overlap_cpu_optimizer_d2h_h2d": "the offloaded optimizer",
+    "pin_cpu_grads": "the offloaded optimizer",
+    "pin_cpu_params": "the offloaded optimizer",
+    "main_grads_dtype": "low-precision optimizer states",
+    "main_params_dtype": "low-precision optimizer states",
+    "exp_avg_dtype": "low-precision optimizer states",
+    "exp_avg_sq_dtype": "low-precision optimizer states",
+    "pipeline_model_parallel_comm_backend": "a backend of the pipeline groups' own",
+    "high_priority_stream_groups": "process groups with priority",
+    "use_sharp": "reduction in the network",
+    "nccl_communicator_config_path": "NCCL settings per process group",
+    "num_layers_per_virtual_pipeline_stage": "the interleaved pipeline schedule",
+    "num_virtual_stages_per_pipeline_rank": "the interleaved pipeline schedule",
+    "microbatch_group_size_per_vp_stage": "the interleaved pipeline schedule",
+    "wgrad_deferral_limit": "postponed embedding gradients",
+    "align_grad_reduce": "overlapped gradient reduction",
+    "align_param_gather": "overlapped parameter gathering",
+    "use_torch_fsdp2": "fully sharded data parallelism",
+    "torch_fsdp2_reshard_after_forward": "fully sharded data parallelism",
+    "gradient_reduce_div_fusion": "fully sharded data parallelism",
+    "suggested_communication_unit_size": "fully sharded data parallelism",
+    "keep_fp8_transpose_cache_when_using_custom_fsdp": "fully sharded data parallelism",
+    "cp_comm_type": "context parallelism",
+    "replication": "checkpoints on the nodes' own disks",
+    "replication_jump": "checkpoints on the nodes' own disks",
+    "replication_factor": "checkpoints on the nodes' own disks",
+    "non_persistent_save_interval": "non-persistent checkpoints",
+    "non_persistent_ckpt_type": "non-persistent checkpoints",
+    "non_persistent_global_ckpt_dir": "non-persistent checkpoints",
+    "non_persistent_local_ckpt_dir": "non-persistent checkpoints",
+    "non_persistent_local_ckpt_algo": "non-persistent checkpoints",
+    "async_save": "asynchronous saving",
+    "use_persistent_ckpt_worker": "asynchronous saving",
+    "ckpt_convert_format": "conversion of checkpoints",
+    "ckpt_convert_save": "conversion of checkpoints",
+    "load_model_opt_format": "quantization and distillation",
+    "object_storage_cache_path": "data in object storage",
+    "vocab_extra_ids": "sentinel tokens",
+    "tiktoken_pattern": "TikTokenizer",
+    "tiktoken_num_special_tokens": "TikTokenizer",
+    "tiktoken_special_tokens": "TikTokenizer",
+    "log_energy": "energy measurement",
+    "enable_experimental": "experimental functions",
+    "hybrid_attention_ratio": "hybrid models",
+    "hybrid_mlp_ratio": "hybrid models",
+    "hybrid_override_pattern": "hybrid models",
+    "mamba_state_dim": "hybrid models",
+    "mamba_head_dim": "hybrid models",
+    "mamba_num_groups": "hybrid models",
+    "mamba_num_heads": "hybrid models",
+    "disable_mamba_mem_eff_path": "hybrid models",
+    "mtp_loss_scaling_factor": "multi-token prediction",
+    # Without documentation in --help, but ignoring them would change the model or its layout.
+    "use_legacy_models": "the older model classes",
+    "encoder_tensor_model_parallel_size": "encoders with a layout of their own",
+    "encoder_pipeline_model_parallel_size": "encoders with a layout of their own",
+    "pipeline_model_parallel_split_rank": "encoders with a layout of their own",
+    "vision_pretraining": "vision models",
+    "kitchen_config_file": "custom quantization recipes",
+    "kitchen_recipe_number": "custom quantization recipes",
+}
+"""Single arguments, in use as soon as they differ from their default."""
+
+VALUES_NOT_BUILT: dict[str, tuple[Used, str]] = {
+    "position_embedding_type": (lambda value: value in ("relative", "mrope"), "this kind of positions"),
+    "cross_entropy_fusion_impl": (lambda value: value == "te", "Transformer Engine's loss"),
+    "dataloader_type": (lambda value: value == "external", "data loaders of the program's own"),
+    "ckpt_format": (lambda value: value in ("zarr", "torch_dcp"), "this checkpoint format"),
+    "tokenizer_type": (
+        lambda value: value not in (None, *TOKENIZERS_BUILT),
+        "this tokenizer",
+    ),
+}
+"""Arguments of which only some values wait."""
+
+TOKENIZERS_BUILT = ("GPT2BPETokenizer", "HuggingFaceTokenizer", "SentencePieceTokenizer", "NullTokenizer")
+
+WHEN_GIVEN_NOT_BUILT: dict[str, tuple[Used, str]] = {
+    "transformer_impl": (
+        lambda value: value == "transformer_engine",
+        "Transformer Engine (use --transformer-impl local)",
+    ),
+}
+"""Arguments whose default waits too: refused only where somebody asked for it."""
+
+
+@cache
+def capabilities_not_built() -> dict[str, tuple[Used, str]]:
+    """Argument -> (whether a value of it is in use, the capability that it waits for)."""
+    rows: dict[str, tuple[Used, str]] = {}
+    for flag in all_flags().values():
+        capability = (
+            ARGUMENTS_NOT_BUILT.get(flag.dest)
+            or (FIELDS_NOT_BUILT.get(flag.field) if flag.dest not in _ON_BY_DEFAULT else None)
+            or (GROUPS_NOT_BUILT.get(flag.group) if flag.dest not in BUILT_WITHIN_GROUPS else None)
+        )
+        if capability is not None and flag.dest not in WHEN_GIVEN_NOT_BUILT:
+            rows[flag.dest] = (_differs_from(flag), capability)
+    return rows | VALUES_NOT_BUILT
+
+
+_ON_BY_DEFAULT = frozenset({"overlap_p2p_comm"})
+"""Fields that programs switch on and a rule switches off again while nothing uses them."""
+
+
+def refuse_capabilities_not_built(args: argparse.Namespace) -> None:
+    """Setting what does not exist yet stops the program; all such flags are named at once."""
+    found = [
+        f"{all_flags()[dest].names[0]} ({_shown(getattr(args, dest))}): {capability} is not built yet"
+        for dest, (used, capability) in capabilities_not_built().items()
+        if hasattr(args, dest) and used(getattr(args, dest))
+    ]
+    found += [
+        f"{all_flags()[dest].names[0]} ({getattr(args, dest)}): {capability} is not built yet"
+        for dest, (used, capability) in WHEN_GIVEN_NOT_BUILT.items()
+        if hasattr(args, dest) and was_given(args, dest) and used(getattr(args, dest))
+    ]
+    if found:
+        raise ConfigurationError("\n".join([*found, "leave out what is not built yet"]))
+
+
+def _differs_from(flag: Flag) -> Used:
+    return lambda value: value != flag.default
+
+
+def _shown(value: Any) -> str:
+    return " ".join(map(str, value)) if isinstance(value, list) else str(value)

@@ -1,0 +1,158 @@
+"""Rules about data sources, sequence lengths and tokenizers."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+
+from megatron.training.settings import refuse_unless, was_given
+
+logger = logging.getLogger(__name__)
+
+SPLIT_PATHS = ("train_data_path", "valid_data_path", "test_data_path")
+TOKENIZER_NEEDS: dict[str, tuple[str, ...]] = {
+    "BertWordPieceLowerCase": ("vocab_file",),
+    "BertWordPieceCase": ("vocab_file",),
+    "GPT2BPETokenizer": ("vocab_file", "merge_file"),
+    "SentencePieceTokenizer": ("tokenizer_model",),
+    "GPTSentencePieceTokenizer": ("tokenizer_model",),
+    "Llama2Tokenizer": ("tokenizer_model",),
+    "HuggingFaceTokenizer": ("tokenizer_model",),
+    "TikTokenizer": ("tokenizer_model", "tiktoken_pattern"),
+    "NullTokenizer": ("vocab_size",),
+    "NullMultimodalTokenizer": ("vocab_size",),
+}
+
+
+def require_one_data_source(args: argparse.Namespace) -> None:
+    """Data comes from one place: a shared blend, a blend per split, or nowhere (mock)."""
+    per_split = [_flag(name) for name in SPLIT_PATHS if getattr(args, name)]
+    shared = ["--data-path"] if args.data_path else []
+    mock = ["--mock-data"] if args.mock_data else []
+    kinds = [kind for kind in (shared, per_split, mock) if kind]
+    refuse_unless(
+        len(kinds) <= 1, f"{' and '.join(sum(kinds, []))} exclude each other; name one source of data"
+    )
+    refuse_unless(
+        not (args.data_path and args.data_args_path),
+        "--data-path and --data-args-path exclude each other; the latter is a file with the words of the "
+        "former",
+    )
+    refuse_unless(
+        not (per_split and args.per_split_data_args_path),
+        f"{' and '.join(per_split)} and --per-split-data-args-path exclude each other; the latter is a "
+        "file with "
+        "the words of the former",
+    )
+
+
+def derive_split(args: argparse.Namespace) -> None:
+    """Shared data is mostly for training."""
+    if args.data_path is not None and args.split is None:
+        args.split = "969, 30, 1"
+        logger.warning("--split is not given; data is split into %s (training, validation, test)", args.split)
+
+
+def refuse_split_of_separate_data(args: argparse.Namespace) -> None:
+    """Data that is given for each split is not split again."""
+    per_split = [_flag(name) for name in SPLIT_PATHS if getattr(args, name)]
+    refuse_unless(
+        not per_split or args.split is None,
+        f"--split {args.split} has no meaning with {' and '.join(per_split)}; leave one of them out",
+    )
+
+
+def derive_dataloader_type(args: argparse.Namespace) -> None:
+    """Samples come once, in the order of the data set."""
+    if args.dataloader_type is None:
+        args.dataloader_type = "single"
+
+
+def require_builder_threads(args: argparse.Namespace) -> None:
+    """Somebody has to build the indices."""
+    threads = args.num_dataset_builder_threads
+    refuse_unless(threads > 0, f"--num-dataset-builder-threads ({threads}) must be positive")
+    refuse_unless(args.num_workers >= 0, f"--num-workers ({args.num_workers}) must not be negative")
+
+
+def derive_sequence_length(args: argparse.Namespace) -> None:
+    """`--seq-length` and `--encoder-seq-length` are two names of one thing."""
+    copy_alias(args, "seq_length", "encoder_seq_length")
+    if args.seq_length is not None:
+        refuse_unless(args.seq_length > 0, f"--seq-length ({args.seq_length}) must be positive")
+
+
+def require_positions_for_sequence(args: argparse.Namespace) -> None:
+    """Every token of a sample has a position."""
+    for name in ("seq_length", "decoder_seq_length"):
+        length, positions = getattr(args, name), args.max_position_embeddings
+        if length is not None and positions is not None:
+            refuse_unless(
+                positions >= length,
+                f"--max-position-embeddings ({positions}) is smaller than {_flag(name)} ({length}); raise "
+                "the former "
+                "or shorten the latter",
+            )
+
+
+def require_sequence_divides_over_ranks(args: argparse.Namespace) -> None:
+    """Context parallel ranks take an early and a late piece each; tensor parallel ranks take equal ones."""
+    if args.seq_length is None:
+        return
+    cp, tp = args.context_parallel_size, args.tensor_model_parallel_size
+    if cp > 1:
+        refuse_unless(
+            args.seq_length % (2 * cp) == 0,
+            f"--seq-length ({args.seq_length}) must be divisible by {2 * cp}, twice --context-parallel-size",
+        )
+    if args.sequence_parallel:
+        refuse_unless(
+            args.seq_length % (cp * tp) == 0,
+            f"--seq-length ({args.seq_length}) must be divisible by {cp * tp} for --sequence-parallel with "
+            f"--tensor-model-parallel-size {tp}",
+        )
+
+
+def require_tokenizer_files(args: argparse.Namespace) -> None:
+    """Each tokenizer reads its own files."""
+    missing = [name for name in TOKENIZER_NEEDS.get(args.tokenizer_type, ()) if getattr(args, name) is None]
+    chosen = "" if was_given(args, "tokenizer_type") else " (the default of this program)"
+    refuse_unless(
+        not missing,
+        f"--tokenizer-type {args.tokenizer_type}{chosen} needs {' and '.join(map(_flag, missing))}",
+    )
+    if args.tokenizer_type == "TikTokenizer":
+        refuse_unless(
+            args.tiktoken_pattern in ("v1", "v2"),
+            f"--tiktoken-pattern ({args.tiktoken_pattern}) can be v1 or v2",
+        )
+
+
+def copy_alias(args: argparse.Namespace, name: str, alias: str) -> None:
+    """Two arguments that mean the same: at most one is given, and both have its value afterwards."""
+    value, other = getattr(args, name), getattr(args, alias)
+    refuse_unless(
+        value is None or other is None or value == other,
+        f"{_flag(name)} ({value}) and {_flag(alias)} ({other}) mean the same; give one of them",
+    )
+    if value is None:
+        setattr(args, name, other)
+    elif other is None:
+        setattr(args, alias, value)
+
+
+def _flag(dest: str) -> str:
+    return f"--{dest.replace('_', '-')}"
+
+
+DATA_RULES = (
+    require_one_data_source,
+    derive_split,
+    refuse_split_of_separate_data,
+    derive_dataloader_type,
+    require_builder_threads,
+    derive_sequence_length,
+    require_positions_for_sequence,
+    require_sequence_divides_over_ranks,
+    require_tokenizer_files,
+)

@@ -1,0 +1,261 @@
+"""Rules about the model: sizes, activation, positions, attention and experts."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import logging
+
+from megatron.core.device import device_type
+from megatron.core.transformer.enums import AttnBackend
+from megatron.training.rules.data import copy_alias
+from megatron.training.settings import refuse_unless, was_given
+
+logger = logging.getLogger(__name__)
+
+ROTARY_TYPES = ("rope", "yarn")
+
+
+# --- sizes ----------------------------------------------------------------------------------------
+
+
+def derive_num_layers(args: argparse.Namespace) -> None:
+    """`--num-layers` and `--encoder-num-layers` are two names of one thing."""
+    copy_alias(args, "num_layers", "encoder_num_layers")
+
+
+def require_model_sizes(args: argparse.Namespace) -> None:
+    """Four sizes have no sensible default."""
+    names = ("num_layers", "hidden_size", "num_attention_heads", "max_position_embeddings")
+    missing = [f"--{name.replace('_', '-')}" for name in names if getattr(args, name) is None]
+    refuse_unless(
+        not missing,
+        f"the model's sizes are incomplete: {', '.join(missing)} missing; --use-checkpoint-args takes them "
+        "from the "
+        "checkpoint in --load",
+    )
+    for name in names:
+        value = getattr(args, name)
+        refuse_unless(value > 0, f"--{name.replace('_', '-')} ({value}) must be positive")
+
+
+def derive_ffn_hidden_size(args: argparse.Namespace) -> None:
+    """Four times the hidden size; with SwiGLU, whose third matrix costs as much, two thirds of that."""
+    if args.ffn_hidden_size is None:
+        full = 4 * args.hidden_size
+        args.ffn_hidden_size = int(full * 2 / 3 / 64) * 64 if args.swiglu else full
+
+
+def derive_kv_channels(args: argparse.Namespace) -> None:
+    """A head's width is its share of the hidden size."""
+    if args.kv_channels is None:
+        refuse_unless(
+            args.hidden_size % args.num_attention_heads == 0,
+            f"--hidden-size ({args.hidden_size}) must be divisible by --num-attention-heads "
+            f"({args.num_attention_heads}), or --kv-channels be given",
+        )
+        args.kv_channels = args.hidden_size // args.num_attention_heads
+
+
+def require_heads_fit(args: argparse.Namespace) -> None:
+    """Each tensor parallel rank computes whole heads and whole groups of them."""
+    heads, tp = args.num_attention_heads, args.tensor_model_parallel_size
+    refuse_unless(
+        heads % tp == 0,
+        f"--num-attention-heads ({heads}) must be divisible by --tensor-model-parallel-size ({tp})",
+    )
+    groups = args.num_query_groups
+    if args.group_query_attention:
+        refuse_unless(
+            groups > 0 and heads % groups == 0,
+            f"--num-attention-heads ({heads}) must be divisible by --num-query-groups ({groups})",
+        )
+        refuse_unless(
+            groups % tp == 0,
+            f"--num-query-groups ({groups}) must be divisible by --tensor-model-parallel-size ({tp})",
+        )
+    else:
+        refuse_unless(
+            not was_given(args, "num_query_groups") or groups in (1, heads),
+            f"--num-query-groups ({groups}) needs --group-query-attention",
+        )
+
+
+# --- activation and bias --------------------------------------------------------------------------
+
+
+def require_one_activation(args: argparse.Namespace) -> None:
+    """A feed-forward block has one activation."""
+    refuse_unless(not (args.swiglu and args.squared_relu), "--swiglu and --squared-relu exclude each other")
+
+
+def drop_gelu_fusion_where_it_cannot_be(args: argparse.Namespace) -> None:
+    """Fused bias and gelu needs a bias and gelu."""
+    if not args.add_bias_linear or args.squared_relu:
+        args.bias_gelu_fusion = False
+
+
+def imply_qkv_bias(args: argparse.Namespace) -> None:
+    """Where all linear layers have a bias, so has the query/key/value projection."""
+    if args.add_bias_linear:
+        args.add_qkv_bias = True
+
+
+# --- positions ------------------------------------------------------------------------------------
+
+
+def imply_rope(args: argparse.Namespace) -> None:
+    """`--use-rotary-position-embeddings` is the older spelling."""
+    if args.use_rotary_position_embeddings and args.position_embedding_type not in ROTARY_TYPES:
+        refuse_unless(
+            not was_given(args, "position_embedding_type"),
+            "--use-rotary-position-embeddings and --position-embedding-type "
+            f"{args.position_embedding_type} exclude "
+            "each other",
+        )
+        args.position_embedding_type = "rope"
+
+
+def require_interleaved_rope_fits(args: argparse.Namespace) -> None:
+    """The fused rotation knows the half-and-half layout only."""
+    if args.rotary_interleaved:
+        refuse_unless(not args.apply_rope_fusion, "--rotary-interleaved needs --no-rope-fusion")
+
+
+def drop_rope_fusion_without_rope(args: argparse.Namespace) -> None:
+    """What does not rotate needs no rotation kernel."""
+    if args.position_embedding_type != "rope":
+        args.apply_rope_fusion = False
+
+
+def require_rope_without_positions(args: argparse.Namespace) -> None:
+    """The older switch against learned positions goes with rotary ones."""
+    if not args.add_position_embedding:
+        refuse_unless(
+            args.position_embedding_type in ROTARY_TYPES,
+            "--no-position-embedding needs --position-embedding-type rope, found "
+            f"{args.position_embedding_type}; "
+            "for no positions at all use --position-embedding-type none alone",
+        )
+
+
+def require_position_settings(args: argparse.Namespace) -> None:
+    """Each kind of positions has settings of its own."""
+    kind = args.position_embedding_type
+    if kind == "mrope":
+        refuse_unless(args.mrope_section is not None, "--position-embedding-type mrope needs --mrope-section")
+    if kind == "relative":
+        refuse_unless(
+            args.transformer_impl == "transformer_engine",
+            "--position-embedding-type relative needs --transformer-impl transformer_engine",
+        )
+    needs = ("yarn_rotary_scaling_factor", "yarn_original_max_position_embeddings")
+    given = [f"--{name.replace('_', '-')}" for name in needs if getattr(args, name) is not None]
+    if kind == "yarn":
+        refuse_unless(
+            len(given) == 2,
+            "--position-embedding-type yarn needs --yarn-rotary-scaling-factor and "
+            "--yarn-original-max-position-embeddings",
+        )
+    else:
+        refuse_unless(not given, f"{' and '.join(given)} need --position-embedding-type yarn, found {kind}")
+    if args.use_rope_scaling:
+        refuse_unless(
+            kind == "rope", f"--use-rope-scaling needs --position-embedding-type rope, found {kind}"
+        )
+    refuse_unless(
+        0 < args.rotary_percent <= 1,
+        f"--rotary-percent ({args.rotary_percent}) must be above 0 and at most 1",
+    )
+
+
+# --- attention ------------------------------------------------------------------------------------
+
+
+def choose_transformer_impl(args: argparse.Namespace) -> None:
+    """Layers of this library, unless Transformer Engine is asked for (refused while it is not built)."""
+    if args.transformer_impl == "transformer_engine" and not was_given(args, "transformer_impl"):
+        args.transformer_impl = "local"
+
+
+def choose_flash_attention(args: argparse.Namespace) -> None:
+    """`--use-flash-attn` is `--attention-backend flash`, and needs the package it names.
+
+    The public rule allows the backend `local` with `--spec local` only, for its layers are otherwise those of
+    another package; here the layers are local always.
+    """
+    if not args.use_flash_attn:
+        return
+    refuse_unless(
+        args.attention_backend in (AttnBackend.auto, AttnBackend.flash),
+        f"--use-flash-attn and --attention-backend {args.attention_backend.name} exclude each other",
+    )
+    refuse_unless(
+        device_type() == "cuda" and importlib.util.find_spec("flash_attn") is not None,
+        "--use-flash-attn needs a CUDA device and the package flash-attn; without it, torch's own "
+        "attention kernels "
+        "are used",
+    )
+    args.attention_backend = AttnBackend.flash
+
+
+# --- experts and further prediction ---------------------------------------------------------------
+
+
+def derive_num_experts(args: argparse.Namespace) -> None:
+    """No experts is a dense model; experts are as wide as the dense block, and exclude an own layer spec."""
+    if args.num_experts == 0:
+        args.num_experts = None
+    if args.num_experts is None:
+        return
+    refuse_unless(args.spec is None, "--num-experts and --spec exclude each other")
+    if args.moe_ffn_hidden_size is None:
+        args.moe_ffn_hidden_size = args.ffn_hidden_size
+        logger.warning("--moe-ffn-hidden-size is not given; experts are %s wide", args.ffn_hidden_size)
+
+
+def require_experts_fit_ranks(args: argparse.Namespace) -> None:
+    """Expert parallel ranks hold equal numbers of experts."""
+    size = args.expert_model_parallel_size
+    if size > 1:
+        refuse_unless(
+            args.num_experts is not None, f"--expert-model-parallel-size {size} needs --num-experts"
+        )
+        refuse_unless(
+            args.num_experts % size == 0,
+            f"--num-experts ({args.num_experts}) must be divisible by --expert-model-parallel-size ({size})",
+        )
+        refuse_unless(
+            not args.fp16, "--expert-model-parallel-size above 1 does not work with --fp16; use --bf16"
+        )
+
+
+def require_further_prediction_fits(args: argparse.Namespace) -> None:
+    """Modules that predict further ahead shift positions, which only some schemes allow."""
+    if args.mtp_num_layers:
+        refuse_unless(
+            args.context_parallel_size == 1 and args.position_embedding_type in ("rope", "none"),
+            "--mtp-num-layers needs --context-parallel-size 1 and --position-embedding-type rope or none",
+        )
+
+
+MODEL_RULES = (
+    derive_num_layers,
+    require_model_sizes,
+    derive_ffn_hidden_size,
+    derive_kv_channels,
+    require_heads_fit,
+    require_one_activation,
+    drop_gelu_fusion_where_it_cannot_be,
+    imply_qkv_bias,
+    imply_rope,
+    require_interleaved_rope_fits,
+    drop_rope_fusion_without_rope,
+    require_rope_without_positions,
+    choose_transformer_impl,
+    require_position_settings,
+    choose_flash_attention,
+    derive_num_experts,
+    require_experts_fit_ranks,
+    require_further_prediction_fits,
+)

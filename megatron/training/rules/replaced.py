@@ -1,0 +1,68 @@
+"""Flags that others have replaced, and flags that do nothing here."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+
+from megatron.training.capabilities import capabilities_not_built
+from megatron.training.config.flags import all_flags
+from megatron.training.settings import refuse_unless
+
+logger = logging.getLogger(__name__)
+
+REPLACEMENTS = {
+    "batch_size": "--micro-batch-size",
+    "warmup": "--lr-warmup-fraction",
+    "model_parallel_size": "--tensor-model-parallel-size",
+}
+
+ACCEPTED_WITHOUT_EFFECT = ("ckpt_fully_parallel_save_deprecated", "deprecated_use_mcore_models")
+"""Documented flags whose effect is the default."""
+
+
+def refuse_replaced_flags(args: argparse.Namespace) -> None:
+    """Flags whose meaning another one has taken are refused; their arguments do not outlive this rule."""
+    for dest, replacement in REPLACEMENTS.items():
+        value = vars(args).pop(dest, None)
+        flag = f"--{dest.replace('_', '-')}"
+        refuse_unless(value is None, f"{flag} ({value}) no longer exists; use {replacement} {value}")
+
+
+def refuse_checkpoint_activations(args: argparse.Namespace) -> None:
+    """Activation checkpointing is called recompute, and comes in several kinds."""
+    refuse_unless(
+        not vars(args).pop("checkpoint_activations", False),
+        "--checkpoint-activations no longer exists; use --recompute-activations, or "
+        "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1",
+    )
+
+
+def expand_recompute_activations(args: argparse.Namespace) -> None:
+    """`--recompute-activations` is short for selective recompute."""
+    if vars(args).pop("recompute_activations", False):
+        args.recompute_granularity = "selective"
+
+
+def warn_of_flags_without_effect(args: argparse.Namespace) -> None:
+    """Flags that nothing here corresponds to are accepted, and named in one line."""
+    refused = capabilities_not_built()
+    given = [
+        flag.names[0]
+        for flag in all_flags().values()
+        if flag.hidden
+        and flag.dest not in refused
+        and hasattr(args, flag.dest)
+        and getattr(args, flag.dest) != flag.default
+    ]
+    given += [all_flags()[dest].names[0] for dest in ACCEPTED_WITHOUT_EFFECT if getattr(args, dest, False)]
+    if given and getattr(args, "rank", 0) == 0:
+        logger.warning("accepted without effect: %s", " ".join(given))
+
+
+REPLACED_RULES = (
+    refuse_replaced_flags,
+    refuse_checkpoint_activations,
+    expand_recompute_activations,
+    warn_of_flags_without_effect,
+)

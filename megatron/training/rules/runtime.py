@@ -1,0 +1,113 @@
+"""Rules about processes, seeds, intervals and trackers."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import os
+
+from megatron.core.device import device_type
+from megatron.training.settings import refuse_unless, was_given
+
+POSITIVE = (
+    "log_interval",
+    "eval_interval",
+    "save_interval",
+    "exit_interval",
+    "exit_duration_in_mins",
+    "check_weight_hash_across_dp_replicas_interval",
+    "train_sync_interval",
+    "tensorboard_log_interval",
+    "distributed_timeout_minutes",
+    "make_vocab_size_divisible_by",
+)
+NOT_NEGATIVE = ("eval_iters", "manual_gc_interval", "profile_step_start", "clip_grad")
+
+
+def choose_distributed_backend(args: argparse.Namespace) -> None:
+    """NCCL moves data between CUDA devices only; every other device uses gloo."""
+    if device_type() != "cuda" and args.distributed_backend == "nccl":
+        refuse_unless(
+            not was_given(args, "distributed_backend") or device_type() == "cpu",
+            f"--distributed-backend nccl needs CUDA devices, found {device_type()}; use gloo",
+        )
+        args.distributed_backend = "gloo"
+
+
+def require_positive_seed(args: argparse.Namespace) -> None:
+    """Random streams are numbered from the seed upwards."""
+    refuse_unless(
+        args.seed is not None and args.seed > 0, f"--seed ({args.seed}) must be a positive whole number"
+    )
+
+
+def require_sensible_intervals(args: argparse.Namespace) -> None:
+    """An interval counts something."""
+    for name in POSITIVE:
+        value = getattr(args, name)
+        refuse_unless(value is None or value > 0, f"--{name.replace('_', '-')} ({value}) must be positive")
+    for name in NOT_NEGATIVE:
+        value = getattr(args, name)
+        refuse_unless(value >= 0, f"--{name.replace('_', '-')} ({value}) must not be negative")
+
+
+def require_profile_window(args: argparse.Namespace) -> None:
+    """A profile ends after it begins."""
+    if args.profile:
+        refuse_unless(
+            args.profile_step_end > args.profile_step_start,
+            f"--profile-step-end ({args.profile_step_end}) must be above --profile-step-start "
+            f"({args.profile_step_start})",
+        )
+
+
+def require_named_wandb_run(args: argparse.Namespace) -> None:
+    """A run on wandb has a name, and the package is there."""
+    if args.wandb_project:
+        refuse_unless(
+            args.wandb_exp_name,
+            f"--wandb-project {args.wandb_project} needs --wandb-exp-name, the name of the run",
+        )
+        refuse_unless(
+            importlib.util.find_spec("wandb"), "--wandb-project needs the package wandb (pip install wandb)"
+        )
+
+
+def derive_metrics_file(args: argparse.Namespace) -> None:
+    """Metrics lie beside the checkpoints."""
+    if args.metrics_jsonl is None and args.save:
+        args.metrics_jsonl = os.path.join(args.save, "metrics.jsonl")
+
+
+def require_graphs_fit(args: argparse.Namespace) -> None:
+    """Graphs captured by the program need random states that live on the device."""
+    if args.external_cuda_graph:
+        refuse_unless(args.te_rng_tracker, "--external-cuda-graph needs --te-rng-tracker")
+
+
+def require_inference_settings_fit(args: argparse.Namespace) -> None:
+    """Pipelined and dynamic inference have limits of their own."""
+    if args.inference_batch_times_seqlen_threshold > -1:
+        refuse_unless(
+            args.pipeline_model_parallel_size > 1 and not args.enable_cuda_graph,
+            "--inference-batch-times-seqlen-threshold needs --pipeline-model-parallel-size above 1 and "
+            "excludes "
+            "--enable-cuda-graph",
+        )
+    if args.inference_dynamic_batching:
+        size = args.inference_dynamic_batching_chunk_size
+        refuse_unless(
+            size % 256 == 0, f"--inference-dynamic-batching-chunk-size ({size}) must be a multiple of 256"
+        )
+
+
+RUNTIME_RULES = (
+    choose_distributed_backend,
+    require_positive_seed,
+    require_sensible_intervals,
+    require_profile_window,
+    require_named_wandb_run,
+    derive_metrics_file,
+    require_graphs_fit,
+    require_inference_settings_fit,
+)

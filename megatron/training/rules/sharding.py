@@ -1,0 +1,139 @@
+"""Rules about the distributed optimizer, overlap of its traffic, and fully sharded data parallelism."""
+
+from __future__ import annotations
+
+import argparse
+import os
+
+from megatron.core.device import device_type
+from megatron.training.settings import refuse_unless
+
+
+def imply_overlap_of_sharding(args: argparse.Namespace) -> None:
+    """Sharded gradients are reduced, and sharded weights gathered, while layers run."""
+    if args.data_parallel_sharding_strategy in ("optim_grads", "optim_grads_params"):
+        args.overlap_grad_reduce = True
+    if args.data_parallel_sharding_strategy == "optim_grads_params":
+        args.overlap_param_gather = True
+
+
+def require_overlap_param_gather_fits(args: argparse.Namespace) -> None:
+    """Only the distributed optimizer has weights to gather, and only overlapped buckets know when."""
+    if args.overlap_param_gather:
+        refuse_unless(
+            args.use_distributed_optimizer and args.overlap_grad_reduce,
+            "--overlap-param-gather needs --use-distributed-optimizer and --overlap-grad-reduce",
+        )
+    if args.overlap_param_gather_with_optimizer_step:
+        refuse_unless(
+            args.use_distributed_optimizer
+            and args.overlap_param_gather
+            and args.virtual_pipeline_model_parallel_size is not None
+            and args.ckpt_format == "torch",
+            "--overlap-param-gather-with-optimizer-step needs --use-distributed-optimizer, "
+            "--overlap-param-gather, model chunks (--num-layers-per-virtual-pipeline-stage) and "
+            "--ckpt-format torch",
+        )
+
+
+def require_torch_fsdp_fits(args: argparse.Namespace) -> None:
+    """torch's FSDP2 shards whole layers; nothing else may shard weights or read gradients before it."""
+    if not args.use_torch_fsdp2:
+        return
+    conflicts = {
+        "--pipeline-model-parallel-size": args.pipeline_model_parallel_size > 1,
+        "--expert-model-parallel-size": args.expert_model_parallel_size > 1,
+        "--use-distributed-optimizer": args.use_distributed_optimizer,
+        "fused gradients (pass --no-gradient-accumulation-fusion)": args.gradient_accumulation_fusion,
+        f"--ckpt-format {args.ckpt_format} (use torch_dist or torch_dcp)": args.ckpt_format
+        not in ("torch_dist", "torch_dcp"),
+        "tied embeddings (pass --untie-embeddings-and-output-weights)": (
+            not args.untie_embeddings_and_output_weights
+        ),
+        "--fp16": args.fp16,
+    }
+    found = [name for name, conflict in conflicts.items() if conflict]
+    refuse_unless(not found, f"--use-torch-fsdp2 does not work with {', '.join(found)}")
+    refuse_single_connection(args, "--use-torch-fsdp2")
+
+
+def require_custom_fsdp_fits(args: argparse.Namespace) -> None:
+    """Fully sharded data parallelism builds on the distributed optimizer and owns the gradient buffers."""
+    if not args.use_custom_fsdp:
+        return
+    refuse_unless(args.use_distributed_optimizer, "--use-custom-fsdp needs --use-distributed-optimizer")
+    strategy = args.data_parallel_sharding_strategy
+    if strategy in ("optim_grads", "optim_grads_params"):
+        refuse_unless(
+            not args.gradient_accumulation_fusion,
+            f"--data-parallel-sharding-strategy {strategy} needs --no-gradient-accumulation-fusion",
+        )
+    if strategy == "optim_grads_params":
+        refuse_unless(
+            args.check_weight_hash_across_dp_replicas_interval is None,
+            "--check-weight-hash-across-dp-replicas-interval compares whole weights, which "
+            "--data-parallel-sharding-strategy optim_grads_params does not keep",
+        )
+    refuse_single_connection(args, "--use-custom-fsdp")
+
+
+def refuse_single_connection(args: argparse.Namespace, flag: str) -> None:
+    """On CUDA, one hardware queue would put gathers behind the layers that they should overlap."""
+    if device_type() == "cuda":
+        refuse_unless(
+            os.getenv("CUDA_DEVICE_MAX_CONNECTIONS") != "1",
+            f"{flag} needs the environment variable CUDA_DEVICE_MAX_CONNECTIONS to be unset or above 1",
+        )
+
+
+def require_fp8_gather_fits(args: argparse.Namespace) -> None:
+    """Only sharded weights are gathered."""
+    if args.fp8_param_gather:
+        refuse_unless(
+            args.use_distributed_optimizer or args.use_torch_fsdp2,
+            "--fp8-param-gather needs --use-distributed-optimizer or --use-torch-fsdp2",
+        )
+
+
+def require_offloaded_optimizer_fits(args: argparse.Namespace) -> None:
+    """The offloaded optimizer is a form of the precision-aware one."""
+    if args.optimizer_cpu_offload:
+        refuse_unless(
+            args.use_precision_aware_optimizer,
+            "--optimizer-cpu-offload needs --use-precision-aware-optimizer",
+        )
+
+
+def require_bucket_settings_fit(args: argparse.Namespace) -> None:
+    """The number of buckets and their size say the same thing."""
+    refuse_unless(
+        args.ddp_num_buckets is None or args.ddp_bucket_size is None,
+        f"--ddp-num-buckets ({args.ddp_num_buckets}) and --ddp-bucket-size ({args.ddp_bucket_size}) "
+        "exclude each "
+        "other; give one of them",
+    )
+    for name in ("ddp_num_buckets", "ddp_bucket_size"):
+        value = getattr(args, name)
+        refuse_unless(value is None or value > 0, f"--{name.replace('_', '-')} ({value}) must be positive")
+
+
+def require_delayed_wgrad_fits(args: argparse.Namespace) -> None:
+    """Weight gradients can be taken apart only in layers that offer it, and before they are reduced."""
+    if args.delay_wgrad_compute:
+        refuse_unless(
+            args.transformer_impl == "transformer_engine" and not args.overlap_grad_reduce,
+            "--delay-wgrad-compute needs --transformer-impl transformer_engine and excludes "
+            "--overlap-grad-reduce",
+        )
+
+
+SHARDING_RULES = (
+    imply_overlap_of_sharding,
+    require_overlap_param_gather_fits,
+    require_torch_fsdp_fits,
+    require_custom_fsdp_fits,
+    require_fp8_gather_fits,
+    require_offloaded_optimizer_fits,
+    require_bucket_settings_fit,
+    require_delayed_wgrad_fits,
+)
