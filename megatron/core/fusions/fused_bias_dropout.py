@@ -15,12 +15,11 @@ def _bias_dropout_add(
 ) -> Tensor:
     """residual + dropout(x + bias), in the wider type of the two (an fp32 residual stream stays fp32)."""
     x, bias = x_with_bias
-    if prob == 0.0 or not training:
-        out = residual + x
-        return out if bias is None else out.add_(bias)  # in place: `out` is new, and no backward reads it
     if bias is not None:
         x = x + bias
-    return residual + torch.nn.functional.dropout(x, p=prob, training=True)
+        if (prob == 0.0 or not training) and x.dtype == residual.dtype:
+            return x.add_(residual)  # in place: x is new here, and no backward reads it
+    return residual + torch.nn.functional.dropout(x, p=prob, training=training)
 
 
 def bias_dropout_add_unfused(training: bool) -> BiasDropoutAdd:

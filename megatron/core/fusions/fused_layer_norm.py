@@ -20,9 +20,9 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, zero_centere
     shape = (x.size(-1),)
     if not zero_centered:
         return torch.nn.functional.layer_norm(x, shape, weight, bias, eps)
-    # gamma itself is never formed: in bf16 1 + weight would round away what is small about weight.
-    normalized = torch.nn.functional.layer_norm(x, shape, None, None, eps)
-    return torch.addcmul(normalized + bias, normalized, weight)
+    # fp32: in bf16 1 + weight would round away what is small about weight. CPU kernels mix types.
+    wide = x if x.device.type == "cpu" else x.float()
+    return torch.nn.functional.layer_norm(wide, shape, weight.float() + 1.0, bias.float(), eps).to(x.dtype)
 
 
 class FusedLayerNorm(nn.Module):
