@@ -26,6 +26,13 @@ ExtraFlags = Callable[[argparse.ArgumentParser], argparse.ArgumentParser]
 moe_freq_type = layer_pattern
 no_rope_freq_type = layer_pattern
 
+WITHOUT_FLAG: dict[str, Any] = {
+    "padded_vocab_size": None,
+    "virtual_pipeline_model_parallel_size": None,
+    "variable_seq_lengths": False,
+}
+"""Settings that rules, checkpoints or the tokenizer decide."""
+
 ENVIRONMENT = {"rank": ("RANK", 0), "world_size": ("WORLD_SIZE", 1), "local_rank": ("LOCAL_RANK", 0)}
 """What a launcher tells each process."""
 
@@ -58,7 +65,8 @@ def parse_args(
     add_environment(args)
     if args.yaml_cfg:
         apply_yaml(args, args.yaml_cfg, parser)
-    args.padded_vocab_size = None
+    for name, default in WITHOUT_FLAG.items():
+        args.add(name, default)
     apply_rules(args, CHECKPOINT_SOURCE_RULES)
     return args
 
@@ -76,10 +84,9 @@ def add_environment(args: Settings) -> None:
     """Rank, number of ranks and rank on this machine as the launcher says; one process without launcher."""
     for name, (variable, default) in ENVIRONMENT.items():
         if args.source(name).kind != "flag":
-            found = os.getenv(variable)
-            args.put(
-                name, int(found or default), Source("environment", variable) if found else Source("default")
-            )
+            args.add(name, default)
+            if variable in os.environ:
+                args.put(name, int(os.environ[variable]), Source("environment", variable))
 
 
 def validate_args(
@@ -96,14 +103,12 @@ def validate_args(
     Raises:
         ConfigurationError: a rule refuses; the message names the flags, their values and what would work.
     """
-    if not hasattr(args, "padded_vocab_size"):
-        args.padded_vocab_size = None
-    for name in ENVIRONMENT:
+    environment = {
+        name: int(os.getenv(variable, default)) for name, (variable, default) in ENVIRONMENT.items()
+    }
+    for name, value in (environment | WITHOUT_FLAG).items():
         if not hasattr(args, name):
-            variable, default = ENVIRONMENT[name]
-            setattr(args, name, int(os.getenv(variable, default)))
-    args.virtual_pipeline_model_parallel_size = getattr(args, "virtual_pipeline_model_parallel_size", None)
-    args.variable_seq_lengths = False
+            setattr(args, name, value)
     apply_program_defaults(args, defaults or {})
     apply_rules(args)
     if for_training:

@@ -138,7 +138,7 @@ TOKENIZERS_BUILT = ("GPT2BPETokenizer", "HuggingFaceTokenizer", "SentencePieceTo
 WHEN_GIVEN_NOT_BUILT: dict[str, tuple[Used, str]] = {
     "transformer_impl": (
         lambda value: value == "transformer_engine",
-        "Transformer Engine (use --transformer-impl local)",
+        "Transformer Engine; use --transformer-impl local",
     ),
 }
 """Arguments whose default waits too: refused only where somebody asked for it."""
@@ -166,22 +166,25 @@ _ON_BY_DEFAULT = frozenset({"overlap_p2p_comm"})
 def refuse_capabilities_not_built(args: argparse.Namespace) -> None:
     """Setting what does not exist yet stops the program; all such flags are named at once."""
     found = [
-        f"{all_flags()[dest].names[0]} ({_shown(getattr(args, dest))}): {capability} is not built yet"
+        _refusal(dest, getattr(args, dest), capability)
         for dest, (used, capability) in capabilities_not_built().items()
         if hasattr(args, dest) and used(getattr(args, dest))
     ]
     found += [
-        f"{all_flags()[dest].names[0]} ({getattr(args, dest)}): {capability} is not built yet"
+        _refusal(dest, getattr(args, dest), capability)
         for dest, (used, capability) in WHEN_GIVEN_NOT_BUILT.items()
         if hasattr(args, dest) and was_given(args, dest) and used(getattr(args, dest))
     ]
     if found:
-        raise ConfigurationError("\n".join([*found, "leave out what is not built yet"]))
+        raise ConfigurationError("\n".join(["these settings cannot be used yet; leave them out:", *found]))
+
+
+def _refusal(dest: str, value: Any, capability: str) -> str:
+    words = [all_flags()[dest].names[0]]
+    if not all_flags()[dest].switch:
+        words += map(str, value) if isinstance(value, list) else [str(value)]
+    return f"  {' '.join(words)}: not built yet ({capability})"
 
 
 def _differs_from(flag: Flag) -> Used:
     return lambda value: value != flag.default
-
-
-def _shown(value: Any) -> str:
-    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
