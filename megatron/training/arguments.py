@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -16,10 +15,8 @@ from megatron.training.parser import FlagParser, add_flags
 from megatron.training.rules import apply_rules
 from megatron.training.rules.batch import require_training_length
 from megatron.training.rules.checkpoint import CHECKPOINT_SOURCE_RULES
-from megatron.training.settings import Settings, Source
+from megatron.training.settings import Settings, Source, warn
 from megatron.training.yaml_arguments import apply_yaml
-
-logger = logging.getLogger(__name__)
 
 ExtraFlags = Callable[[argparse.ArgumentParser], argparse.ArgumentParser]
 
@@ -125,5 +122,5 @@ def apply_program_defaults(args: argparse.Namespace, defaults: Mapping[str, Any]
                 args.put(name, value, Source("program"))
             else:
                 setattr(args, name, value)
-        elif found != value and getattr(args, "rank", 0) == 0:
-            logger.warning("%s is %r instead of this program's default %r", name, found, value)
+        elif found != value:
+            warn(args, f"{name} is {found!r} instead of this program's default {value!r}")

@@ -30,7 +30,7 @@ GROUPS_NOT_BUILT: dict[str, str] = {
 }
 """Whole headings of --help that wait for their capability."""
 
-BUILT_WITHIN_GROUPS = frozenset({"qk_layernorm", "qk_l2_norm"})
+BUILT_WITHIN_GROUPS = frozenset({"qk_layernorm", "qk_l2_norm", "data_sharding"})
 """What works although it stands under such a heading."""
 
 ARGUMENTS_NOT_BUILT: dict[str, str] = {

@@ -21,6 +21,7 @@ from megatron.training.checkpointing import load_args_from_checkpoint
 from megatron.training.explain import explain_and_exit_if_asked, print_args
 from megatron.training.global_vars import get_args, get_tokenizer, set_global_variables, set_trackers
 from megatron.training.logging.trackers import open_trackers
+from megatron.training.settings import configuration_errors_end_the_program
 from megatron.training.tokenizer import vocab_size_with_padding
 from megatron.training.utils import is_last_rank, print_rank_0
 
@@ -35,6 +36,7 @@ def initialize_megatron(
     get_position_embedding_ranks: Callable[..., list[int]] | None = None,
     parsed_args: Any = None,
     store: Any = None,
+    for_training: bool = False,
 ) -> None:
     """Parse and check the flags, build the tokenizer, start torch.distributed and seed everything.
 
@@ -43,12 +45,14 @@ def initialize_megatron(
 
     Args:
         args_defaults: values for flags that the user did not set.
+        for_training: the program trains, so that the length of the run and a learning rate are required.
         allow_no_cuda: accepted for programs written elsewhere; the CPU is a device like any other here.
     """
-    args = parsed_args or parse_args(extra_args_provider, ignore_unknown_args)
-    if args.use_checkpoint_args:
-        load_args_from_checkpoint(args)
-    validate_args(args, args_defaults or {})
+    with configuration_errors_end_the_program():
+        args = parsed_args or parse_args(extra_args_provider, ignore_unknown_args)
+        if args.use_checkpoint_args:
+            load_args_from_checkpoint(args)
+        validate_args(args, args_defaults or {}, for_training=for_training)
     explain_and_exit_if_asked(args)
     _setup_logging(args)
     set_global_variables(args)

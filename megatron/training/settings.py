@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
+
+logger = logging.getLogger(__name__)
 
 
 class ConfigurationError(ValueError):
@@ -23,6 +26,12 @@ def refuse_unless(condition: object, message: str) -> None:
     """
     if not condition:
         raise ConfigurationError(message)
+
+
+def warn(args: argparse.Namespace, message: str) -> None:
+    """Say something about the settings, once: on the first rank."""
+    if getattr(args, "rank", 0) == 0:
+        logger.warning(message)
 
 
 @contextmanager

@@ -90,6 +90,7 @@ def pretrain(
             get_embedding_ranks=get_embedding_ranks,
             get_position_embedding_ranks=get_position_embedding_ranks,
             store=store,
+            for_training=True,
         )
         run = _set_up(train_valid_test_dataset_provider, model_provider, model_type, forward_step_func)
         if run.args.skip_train:

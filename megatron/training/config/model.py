@@ -69,7 +69,7 @@ class HeadConfig:
     patch_dim: int = 16
     """Side of an image patch in pixels."""
     data_sharding: bool = True
-    """Give each data parallel rank its own part of the images."""
+    """Give each data parallel rank its own part of the data (cyclic loader)."""
 
 
 @dataclass(kw_only=True)

@@ -31,15 +31,13 @@ def require_batch_divides_over_ranks(args: argparse.Namespace) -> None:
         refuse_unless(
             args.global_batch_size % parts == 0,
             f"--global-batch-size ({args.global_batch_size}) must be divisible by {parts}, "
-            "--micro-batch-size "
-            f"({args.micro_batch_size}) x {args.data_parallel_size} data parallel ranks; or pass "
-            "--decrease-batch-size-if-needed",
+            f"--micro-batch-size ({args.micro_batch_size}) x {args.data_parallel_size} data parallel ranks; "
+            "or pass --decrease-batch-size-if-needed",
         )
     refuse_unless(
         args.global_batch_size >= parts,
         f"--global-batch-size ({args.global_batch_size}) is less than one microbatch of "
-        f"{args.micro_batch_size} on "
-        f"each of {args.data_parallel_size} data parallel ranks",
+        f"{args.micro_batch_size} on each of {args.data_parallel_size} data parallel ranks",
     )
 
 
@@ -51,15 +49,13 @@ def require_valid_rampup(args: argparse.Namespace) -> None:
     refuse_unless(
         len(words) == 3 and all(str(word).lstrip("-").isdigit() for word in words),
         f"--rampup-batch-size {' '.join(map(str, words))}: three whole numbers are needed, the first batch "
-        "size, its "
-        "increment, and the samples over which it grows",
+        "size, its increment, and the samples over which it grows",
     )
     start, increment, samples = map(int, words)
     refuse_unless(
         start > 0 and increment > 0 and samples >= 0,
         f"--rampup-batch-size {start} {increment} {samples}: start and increment must be positive, samples "
-        "not "
-        "negative",
+        "not negative",
     )
     growth, parts = args.global_batch_size - start, args.micro_batch_size * args.data_parallel_size
     refuse_unless(
@@ -71,10 +67,8 @@ def require_valid_rampup(args: argparse.Namespace) -> None:
     refuse_unless(
         fits or args.decrease_batch_size_if_needed,
         f"--rampup-batch-size {start} {increment} {samples}: start and increment must be divisible by "
-        f"{parts}, "
-        f"--micro-batch-size ({args.micro_batch_size}) x {args.data_parallel_size} data parallel ranks; or "
-        "pass "
-        "--decrease-batch-size-if-needed",
+        f"{parts}, --micro-batch-size ({args.micro_batch_size}) x {args.data_parallel_size} data parallel "
+        "ranks; or pass --decrease-batch-size-if-needed",
     )
 
 
@@ -135,8 +129,7 @@ def _require_one_warmup(args: argparse.Namespace, name: str) -> None:
     refuse_unless(
         args.lr_warmup_fraction is None or getattr(args, name) == 0,
         f"--lr-warmup-fraction ({args.lr_warmup_fraction}) and --{name.replace('_', '-')} "
-        f"({getattr(args, name)}) "
-        "exclude each other; give one of them",
+        f"({getattr(args, name)}) exclude each other; give one of them",
     )
 
 

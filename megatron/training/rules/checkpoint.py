@@ -4,12 +4,8 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import logging
 
-from megatron.training.settings import refuse_unless
-
-logger = logging.getLogger(__name__)
-
+from megatron.training.settings import refuse_unless, warn
 
 # --- before arguments are taken from a checkpoint -------------------------------------------------
 
@@ -96,10 +92,10 @@ def require_dist_format_without_gloo(args: argparse.Namespace) -> None:
 def warn_of_unshared_save(args: argparse.Namespace) -> None:
     """An optimizer that each rank saves for itself can be loaded into the same layout only."""
     if args.use_dist_ckpt and args.use_distributed_optimizer and not args.ckpt_fully_parallel_save:
-        logger.warning(
+        warn(
+            args,
             "--no-ckpt-fully-parallel-save with --use-distributed-optimizer: the saved optimizer cannot be "
-            "loaded "
-            "into another layout"
+            "loaded into another layout",
         )
 
 
@@ -120,7 +116,7 @@ def require_replication_fits(args: argparse.Namespace) -> None:
             args.non_persistent_ckpt_type == "local", "--replication needs --non-persistent-ckpt-type local"
         )
     elif args.replication_jump is not None:
-        logger.warning("--replication-jump (%s) has no effect without --replication", args.replication_jump)
+        warn(args, f"--replication-jump ({args.replication_jump}) has no effect without --replication")
         args.replication_jump = None
 
 

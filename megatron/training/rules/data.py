@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import logging
 
-from megatron.training.settings import refuse_unless, was_given
-
-logger = logging.getLogger(__name__)
+from megatron.training.settings import refuse_unless, warn, was_given
 
 SPLIT_PATHS = ("train_data_path", "valid_data_path", "test_data_path")
 TOKENIZER_NEEDS: dict[str, tuple[str, ...]] = {
@@ -40,9 +37,8 @@ def require_one_data_source(args: argparse.Namespace) -> None:
     )
     refuse_unless(
         not (per_split and args.per_split_data_args_path),
-        f"{' and '.join(per_split)} and --per-split-data-args-path exclude each other; the latter is a "
-        "file with "
-        "the words of the former",
+        f"{' and '.join(per_split)} and --per-split-data-args-path exclude each other; the latter is a file "
+        "with the words of the former",
     )
 
 
@@ -50,7 +46,7 @@ def derive_split(args: argparse.Namespace) -> None:
     """Shared data is mostly for training."""
     if args.data_path is not None and args.split is None:
         args.split = "969, 30, 1"
-        logger.warning("--split is not given; data is split into %s (training, validation, test)", args.split)
+        warn(args, f"--split is not given; data is split into {args.split} (training, validation, test)")
 
 
 def refuse_split_of_separate_data(args: argparse.Namespace) -> None:
@@ -90,8 +86,7 @@ def require_positions_for_sequence(args: argparse.Namespace) -> None:
             refuse_unless(
                 positions >= length,
                 f"--max-position-embeddings ({positions}) is smaller than {_flag(name)} ({length}); raise "
-                "the former "
-                "or shorten the latter",
+                "the former or shorten the latter",
             )
 
 

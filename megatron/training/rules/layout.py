@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import logging
 import math
 import os
 
 from megatron.core.device import device_type
-from megatron.training.settings import refuse_unless
-
-logger = logging.getLogger(__name__)
+from megatron.training.settings import refuse_unless, warn
 
 PARALLEL_SIZES = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size")
 
@@ -25,8 +22,7 @@ def require_world_fits_layout(args: argparse.Namespace) -> None:
     refuse_unless(
         args.world_size % model_size == 0,
         f"{args.world_size} processes (WORLD_SIZE) do not divide by {product} = {model_size}; start a "
-        "multiple of "
-        f"{model_size} processes (torchrun --nproc-per-node), or make the sizes smaller",
+        f"multiple of {model_size} processes (torchrun --nproc-per-node), or make the sizes smaller",
     )
 
 
@@ -58,7 +54,7 @@ def derive_expert_tensor_parallel_size(args: argparse.Namespace) -> None:
 def drop_sequence_parallel_of_one_rank(args: argparse.Namespace) -> None:
     """One tensor parallel rank has nothing to split the sequence over."""
     if args.tensor_model_parallel_size == 1 and args.sequence_parallel:
-        logger.warning("--sequence-parallel has no effect with --tensor-model-parallel-size 1; switched off")
+        warn(args, "--sequence-parallel has no effect with --tensor-model-parallel-size 1; switched off")
         args.sequence_parallel = False
 
 
@@ -80,8 +76,8 @@ def set_cuda_connections(args: argparse.Namespace) -> None:
         return
     found = os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     if found != "1":
-        logger.warning(
-            "CUDA_DEVICE_MAX_CONNECTIONS is %s; 1 overlaps communication better before Blackwell", found
+        warn(
+            args, f"CUDA_DEVICE_MAX_CONNECTIONS is {found}; 1 overlaps communication better before Blackwell"
         )
 
 
@@ -139,8 +135,7 @@ def derive_chunks_from_layer_count(args: argparse.Namespace) -> None:
     refuse_unless(
         args.decoder_first_pipeline_num_layers is None and args.decoder_last_pipeline_num_layers is None,
         "--num-layers-per-virtual-pipeline-stage does not work with "
-        "--decoder-first/last-pipeline-num-layers; use "
-        "--num-virtual-stages-per-pipeline-rank",
+        "--decoder-first/last-pipeline-num-layers; use --num-virtual-stages-per-pipeline-rank",
     )
     layers, ranks = counted_layers(args), args.pipeline_model_parallel_size
     if layers is not None:
@@ -166,8 +161,7 @@ def require_layers_fit_stages(args: argparse.Namespace) -> None:
         refuse_unless(
             args.pipeline_model_parallel_layout is not None or layers % ranks == 0,
             f"--num-layers {args.num_layers or args.encoder_num_layers} (counted as {layers}) does not "
-            "divide by "
-            f"--pipeline-model-parallel-size {ranks}; --decoder-first-pipeline-num-layers and "
+            f"divide by --pipeline-model-parallel-size {ranks}; --decoder-first-pipeline-num-layers and "
             "--decoder-last-pipeline-num-layers allow uneven stages",
         )
 

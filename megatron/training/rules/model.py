@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import logging
 
 from megatron.core.device import device_type
 from megatron.core.transformer.enums import AttnBackend
 from megatron.training.rules.data import copy_alias
-from megatron.training.settings import refuse_unless, was_given
-
-logger = logging.getLogger(__name__)
+from megatron.training.settings import refuse_unless, warn, was_given
 
 ROTARY_TYPES = ("rope", "yarn")
 
@@ -31,8 +28,7 @@ def require_model_sizes(args: argparse.Namespace) -> None:
     refuse_unless(
         not missing,
         f"the model's sizes are incomplete: {', '.join(missing)} missing; --use-checkpoint-args takes them "
-        "from the "
-        "checkpoint in --load",
+        "from the checkpoint in --load",
     )
     for name in names:
         value = getattr(args, name)
@@ -109,9 +105,8 @@ def imply_rope(args: argparse.Namespace) -> None:
     if args.use_rotary_position_embeddings and args.position_embedding_type not in ROTARY_TYPES:
         refuse_unless(
             not was_given(args, "position_embedding_type"),
-            "--use-rotary-position-embeddings and --position-embedding-type "
-            f"{args.position_embedding_type} exclude "
-            "each other",
+            f"--use-rotary-position-embeddings and --position-embedding-type {args.position_embedding_type} "
+            "exclude each other",
         )
         args.position_embedding_type = "rope"
 
@@ -134,8 +129,8 @@ def require_rope_without_positions(args: argparse.Namespace) -> None:
         refuse_unless(
             args.position_embedding_type in ROTARY_TYPES,
             "--no-position-embedding needs --position-embedding-type rope, found "
-            f"{args.position_embedding_type}; "
-            "for no positions at all use --position-embedding-type none alone",
+            f"{args.position_embedding_type}; for no positions at all use --position-embedding-type none "
+            "alone",
         )
 
 
@@ -193,8 +188,7 @@ def choose_flash_attention(args: argparse.Namespace) -> None:
     refuse_unless(
         device_type() == "cuda" and importlib.util.find_spec("flash_attn") is not None,
         "--use-flash-attn needs a CUDA device and the package flash-attn; without it, torch's own "
-        "attention kernels "
-        "are used",
+        "attention kernels are used",
     )
     args.attention_backend = AttnBackend.flash
 
@@ -211,7 +205,7 @@ def derive_num_experts(args: argparse.Namespace) -> None:
     refuse_unless(args.spec is None, "--num-experts and --spec exclude each other")
     if args.moe_ffn_hidden_size is None:
         args.moe_ffn_hidden_size = args.ffn_hidden_size
-        logger.warning("--moe-ffn-hidden-size is not given; experts are %s wide", args.ffn_hidden_size)
+        warn(args, f"--moe-ffn-hidden-size is not given; experts are {args.ffn_hidden_size} wide")
 
 
 def require_experts_fit_ranks(args: argparse.Namespace) -> None:

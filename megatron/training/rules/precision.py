@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import logging
 import os
 
 import torch
 
 from megatron.core.device import device_type
-from megatron.training.settings import refuse_unless, was_given
-
-logger = logging.getLogger(__name__)
+from megatron.training.settings import refuse_unless, warn, was_given
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.uint8}
 STATE_DTYPES = ("main_grads_dtype", "main_params_dtype", "exp_avg_dtype", "exp_avg_sq_dtype")
@@ -34,10 +31,9 @@ def tolerate_overflow_of_dynamic_scale(args: argparse.Namespace) -> None:
     """A dynamic loss scale finds its size by overflowing, so infinite gradients are no fault."""
     if args.fp16 and args.loss_scale is None and args.check_for_nan_in_loss_and_grad:
         args.check_for_nan_in_loss_and_grad = False
-        if getattr(args, "rank", 0) == 0:
-            logger.warning(
-                "--fp16 with a dynamic loss scale: the check for NaN in loss and gradients is switched off"
-            )
+        warn(
+            args, "--fp16 with a dynamic loss scale: the check for NaN in loss and gradients is switched off"
+        )
 
 
 def derive_gradient_dtype(args: argparse.Namespace) -> None:
@@ -83,7 +79,7 @@ def require_deterministic_kernels(args: argparse.Namespace) -> None:
         found = os.getenv("NCCL_ALGO")
         refuse_unless(
             found in DETERMINISTIC_NCCL,
-            f"--deterministic-mode needs the environment variable NCCL_ALGO to be one of "
+            "--deterministic-mode needs the environment variable NCCL_ALGO to be one of "
             f"{', '.join(DETERMINISTIC_NCCL)}; found {found}",
         )
 

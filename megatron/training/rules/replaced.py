@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import logging
 
 from megatron.training.capabilities import capabilities_not_built
 from megatron.training.config.flags import all_flags
-from megatron.training.settings import refuse_unless
-
-logger = logging.getLogger(__name__)
+from megatron.training.settings import refuse_unless, warn
 
 REPLACEMENTS = {
     "batch_size": "--micro-batch-size",
@@ -56,8 +53,8 @@ def warn_of_flags_without_effect(args: argparse.Namespace) -> None:
         and getattr(args, flag.dest) != flag.default
     ]
     given += [all_flags()[dest].names[0] for dest in ACCEPTED_WITHOUT_EFFECT if getattr(args, dest, False)]
-    if given and getattr(args, "rank", 0) == 0:
-        logger.warning("accepted without effect: %s", " ".join(given))
+    if given:
+        warn(args, f"accepted without effect: {' '.join(given)}")
 
 
 REPLACED_RULES = (

@@ -91,8 +91,7 @@ def require_inference_settings_fit(args: argparse.Namespace) -> None:
         refuse_unless(
             args.pipeline_model_parallel_size > 1 and not args.enable_cuda_graph,
             "--inference-batch-times-seqlen-threshold needs --pipeline-model-parallel-size above 1 and "
-            "excludes "
-            "--enable-cuda-graph",
+            "excludes --enable-cuda-graph",
         )
     if args.inference_dynamic_batching:
         size = args.inference_dynamic_batching_chunk_size

@@ -46,9 +46,8 @@ def require_warmup_within_decay(args: argparse.Namespace) -> None:
             refuse_unless(decay > 0, f"--lr-decay-{unit} ({decay}) must be positive")
             refuse_unless(
                 warmup < decay,
-                f"--lr-warmup-{unit} ({warmup}) must be below --lr-decay-{unit} ({decay}), which by "
-                "default is the "
-                "length of the run",
+                f"--lr-warmup-{unit} ({warmup}) must be below --lr-decay-{unit} ({decay}), which by default "
+                "is the length of the run",
             )
 
 
@@ -75,8 +74,8 @@ def derive_weight_decay(args: argparse.Namespace) -> None:
     else:
         refuse_unless(
             start is not None and end is not None,
-            f"--weight-decay-incr-style {style} needs --start-weight-decay ({start}) and "
-            f"--end-weight-decay ({end})",
+            f"--weight-decay-incr-style {style} needs --start-weight-decay ({start}) and --end-weight-decay "
+            f"({end})",
         )
     refuse_unless(
         0 <= args.start_weight_decay <= args.end_weight_decay,

@@ -108,9 +108,8 @@ def require_bucket_settings_fit(args: argparse.Namespace) -> None:
     """The number of buckets and their size say the same thing."""
     refuse_unless(
         args.ddp_num_buckets is None or args.ddp_bucket_size is None,
-        f"--ddp-num-buckets ({args.ddp_num_buckets}) and --ddp-bucket-size ({args.ddp_bucket_size}) "
-        "exclude each "
-        "other; give one of them",
+        f"--ddp-num-buckets ({args.ddp_num_buckets}) and --ddp-bucket-size ({args.ddp_bucket_size}) exclude "
+        "each other; give one of them",
     )
     for name in ("ddp_num_buckets", "ddp_bucket_size"):
         value = getattr(args, name)
