@@ -164,6 +164,11 @@ class _TensorParallelModule(nn.Module):
     def set_extra_state(self, state: Any) -> None:
         """Ignore extra state, which other implementations store for fp8."""
 
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        # Extra state is optional: layout-free checkpoints do not store it.
+        state_dict.setdefault(f"{prefix}_extra_state", None)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
 
 class ColumnParallelLinear(_TensorParallelModule):
     """y = x Wᵀ + b with the output features cut: W [out/tp, in], b [out/tp].
