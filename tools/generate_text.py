@@ -1,0 +1,73 @@
+"""Continue prompts with a trained GPT, from a checkpoint of any layout.
+
+    python tools/generate_text.py --load checkpoints --use-checkpoint-args \
+        --tokenizer-type GPT2BPETokenizer --vocab-file vocab.json --merge-file merges.txt \
+        --prompts "Call me" "The whale" --num-tokens-to-generate 50 --temperature 0.8 --top_k 40
+
+Under torchrun the model is spread by --tensor-model-parallel-size and --pipeline-model-parallel-size, which
+need not be those it was trained with. Decoding is greedy unless --top_k, --top_p and --temperature ask for a
+draw.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for the program beside this folder
+
+from megatron.core.dist_checkpointing.core import CheckpointingException
+from megatron.inference.sampling import SamplingParams
+from megatron.inference.text_generation import generate
+from megatron.training import get_args, get_model, get_tokenizer, initialize_megatron, print_rank_0
+from megatron.training.checkpointing import load_checkpoint
+from pretrain_gpt import model_provider
+
+
+def add_generation_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    group = parser.add_argument_group("text generation")
+    group.add_argument("--prompts", nargs="+", metavar="TEXT", required=True, help="texts to continue")
+    group.add_argument("--num-tokens-to-generate", type=int, default=30, help="new tokens a prompt, at most")
+    group.add_argument("--temperature", type=float, default=1.0, help="divides the logits; 0 is greedy")
+    group.add_argument("--top_k", type=int, default=1, help="draw among the k best; 1 is greedy, 0 no limit")
+    group.add_argument("--top_p", type=float, default=0.0, help="draw within this mass; 0 is no limit")
+    parser.set_defaults(
+        exit_on_missing_checkpoint=True, no_load_optim=True, no_load_rng=True, micro_batch_size=1
+    )
+    return parser
+
+
+def sampling_params(args: argparse.Namespace) -> SamplingParams:
+    return SamplingParams(
+        temperature=args.temperature,
+        top_k=args.top_k,
+        top_p=args.top_p,
+        num_tokens_to_generate=args.num_tokens_to_generate,
+        seed=args.seed,
+    )
+
+
+def write_texts() -> None:
+    initialize_megatron(add_generation_arguments)
+    args, tokenizer = get_args(), get_tokenizer()
+    model = get_model(model_provider, wrap_with_ddp=False)
+    load_checkpoint(args, model, None, None)
+    continuations = generate(
+        model,
+        [tokenizer.tokenize(prompt) for prompt in args.prompts],
+        sampling_params(args),
+        vocab_size=tokenizer.vocab_size,
+        max_context=args.max_position_embeddings,
+        end_of_document=tokenizer.eod,
+    )
+    for prompt, continuation in zip(args.prompts, continuations):
+        print_rank_0(f"{prompt}{tokenizer.detokenize(continuation)}\n")
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    try:
+        write_texts()
+    except (ValueError, OSError, CheckpointingException) as error:
+        raise SystemExit(f"generate_text.py: error: {error}") from None
