@@ -19,21 +19,31 @@ STOP_AT=$((ITERATIONS / 2))
 RANKS=4
 DATA=$OUT/corpus_text_document
 mkdir -p "$OUT"
+SECONDS=0
 
 # Four ranks share the cores; more threads than that only get in each other's way.
 CORES=$(nproc)
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((CORES > RANKS ? CORES / RANKS : 1))}
-if ! python -c "import sys, torch; sys.exit(not 0 < torch.cuda.device_count() < $RANKS)"; then :; else
+if python -c "import sys, torch; sys.exit(not 0 < torch.cuda.device_count() < $RANKS)"; then
     echo "Fewer than $RANKS GPUs: this example runs on the CPU instead."
     export CUDA_VISIBLE_DEVICES=
 fi
 
 heading() { printf '\n== %s\n' "$*"; }
-run() {
+show() {
     printf '+'
     printf ' %q' "$@"
     printf '\n'
+}
+run() {
+    show "$@"
     "$@"
+}
+logged() { # logged FILE COMMAND...: the long list of all settings goes to the file only
+    local log=$1
+    shift
+    show "$@"
+    "$@" 2>&1 | tee -a "$log" | sed -u '/--- arguments ---/,/--- end of arguments ---/d'
 }
 reached() { # iteration of the last complete checkpoint
     cat "$OUT/checkpoints/latest_checkpointed_iteration.txt" 2>/dev/null || echo 0
@@ -68,7 +78,27 @@ TRAIN=(
 )
 
 heading "4. Training on $RANKS processes, tensor parallel 2 x data parallel 2, up to a stop at iteration $STOP_AT"
-(($(reached) >= STOP_AT)) || run "${TRAIN[@]}" --exit-interval "$STOP_AT"
+(($(reached) >= STOP_AT)) || logged "$OUT/train.log" "${TRAIN[@]}" --exit-interval "$STOP_AT"
 
 heading "5. The same command goes on from the last checkpoint to iteration $ITERATIONS"
-(($(reached) >= ITERATIONS)) || run "${TRAIN[@]}"
+(($(reached) >= ITERATIONS)) || logged "$OUT/train.log" "${TRAIN[@]}"
+
+heading "6. What it has learned, against a model that knows only how frequent each token is"
+run python tools/unigram_entropy.py --data-path "$DATA" | tee "$OUT/entropy.txt"
+ENTROPY=$(sed -n 's/^unigram entropy: \([0-9.]*\) .*/\1/p' "$OUT/entropy.txt")
+run python tools/plot_metrics.py --metrics "$OUT/checkpoints/metrics.jsonl" --output "$OUT/loss.png" \
+    --reference "$ENTROPY" --reference-name "unigram entropy"
+
+heading "7. One process lets the model write, from the checkpoint of four"
+logged "$OUT/generate.log" python tools/generate_text.py --load "$OUT/checkpoints" --use-checkpoint-args \
+    "${TOKENIZER[@]}" --prompts "The whale" "Fellow-citizens of the Senate and" \
+    --num-tokens-to-generate 60 --temperature 0.8 --top_k 40
+
+heading "Done in $((SECONDS / 60)) min $((SECONDS % 60)) s. Everything is in $(cd "$OUT" && pwd):"
+cat <<END
+  loss.png                 the loss curve
+  tensorboard/             the same for: tensorboard --logdir $OUT/tensorboard
+  checkpoints/             what can be resumed, loaded into other layouts, and written with
+  checkpoints/metrics.jsonl, train.log, generate.log     numbers and full logs
+  corpus.jsonl, vocab/, corpus_text_document.bin, .idx   the data, step by step
+END
