@@ -98,8 +98,9 @@ class MegatronPretrainingRandomSampler:
                 f"{self.consumed_samples} consumed samples are no whole number of steps of {self.stride} "
                 f"samples"
             )
-        order = self._order(epoch, consumed)
-        for begin in range(0, len(order) - self.micro_batch_size + 1, self.micro_batch_size):
+        # as many steps on every rank, also where the shared order does not divide evenly
+        order = self._order(epoch, consumed)[: (active_samples - consumed) // self.data_parallel_size]
+        for begin in range(0, len(order), self.micro_batch_size):
             self.consumed_samples += self.stride
             yield order[begin : begin + self.micro_batch_size]
 
