@@ -1,7 +1,7 @@
 """A persistent pool of worker processes for tests that need several ranks.
 
-Importing torch costs seconds, a process group milliseconds: the workers are started once for a test session (forked
-from a server that has imported torch) and get a fresh gloo group for every test.
+Importing torch costs seconds, a process group milliseconds: the workers are started once for a test session
+(forked from a server that has imported torch) and get a fresh gloo group for every test.
 
     def check_sum(size: int) -> float: ...          # module level; runs on every rank
     results = run_ranks(4, check_sum, 4)            # the returned values, by rank
@@ -33,8 +33,8 @@ class RankFailure(AssertionError):
 def run_ranks(world_size: int, fn: Callable[..., Any], *args: Any, timeout: float = 60) -> list[Any]:
     """Run `fn(*args)` on `world_size` ranks joined by gloo; the values they return, by rank.
 
-    torch.distributed is initialised with a default group of exactly these ranks, RANK, WORLD_SIZE and LOCAL_RANK are
-    set. Afterwards all groups and the model-parallel state are destroyed.
+    torch.distributed is initialised with a default group of exactly these ranks, RANK, WORLD_SIZE and
+    LOCAL_RANK are set. Afterwards all groups and the model-parallel state are destroyed.
 
     Raises:
         RankFailure: a rank raised or died, or `timeout` seconds have passed.
@@ -67,7 +67,9 @@ class WorkerPool:
         self.workers: list[_Worker] = []
         self.tests = itertools.count()
 
-    def run(self, world_size: int, fn: Callable[..., Any], args: tuple[Any, ...], timeout: float) -> list[Any]:
+    def run(
+        self, world_size: int, fn: Callable[..., Any], args: tuple[Any, ...], timeout: float
+    ) -> list[Any]:
         while len(self.workers) < world_size:
             self.workers.append(_Worker(self.context, list(sys.path)))
         workers = self.workers[:world_size]
@@ -79,7 +81,9 @@ class WorkerPool:
         if failed or len(answers) < world_size:
             self._replace(workers)
             silent = [rank for rank in range(world_size) if rank not in answers]
-            message = "".join(f"\n--- rank {rank} of {world_size} ---\n{text}" for rank, text in failed.items())
+            message = "".join(
+                f"\n--- rank {rank} of {world_size} ---\n{text}" for rank, text in failed.items()
+            )
             if silent:
                 message += f"\nranks {silent} had not finished" + ("" if failed else f" after {timeout:g} s")
             raise RankFailure(message)
@@ -138,7 +142,7 @@ def _serve(pipe: Connection, python_path: list[str]) -> None:
             return
         try:
             answer: tuple[bool, Any] = (True, _run_one(fn, args, rank, world_size, port, prefix, timeout))
-        except BaseException:  # noqa: BLE001  (also SystemExit: the test asked for it on some rank)
+        except BaseException:
             answer = (False, traceback.format_exc())
         try:
             pipe.send(answer)
@@ -147,7 +151,13 @@ def _serve(pipe: Connection, python_path: list[str]) -> None:
 
 
 def _run_one(
-    fn: Callable[..., Any], args: tuple[Any, ...], rank: int, world_size: int, port: int, prefix: str, timeout: float
+    fn: Callable[..., Any],
+    args: tuple[Any, ...],
+    rank: int,
+    world_size: int,
+    port: int,
+    prefix: str,
+    timeout: float,
 ) -> Any:
     import torch
     import torch.distributed as dist
@@ -162,7 +172,11 @@ def _run_one(
     )
     store = dist.PrefixStore(prefix, dist.TCPStore(_HOST, port, is_master=False, wait_for_workers=False))
     dist.init_process_group(
-        "gloo", store=store, rank=rank, world_size=world_size, timeout=timedelta(seconds=timeout + _GRACE_SECONDS)
+        "gloo",
+        store=store,
+        rank=rank,
+        world_size=world_size,
+        timeout=timedelta(seconds=timeout + _GRACE_SECONDS),
     )
     torch.manual_seed(1234)
     try:

@@ -75,7 +75,8 @@ def manual_seed(seed: int) -> None:
 def memory_stats() -> dict[str, int]:
     """Bytes in use as the device's allocator counts them: `allocated`, `max_allocated`, `reserved`, `max_reserved`.
 
-    On CPU the resident set size of the process stands for `allocated` and `reserved`, its peak for the maxima.
+    On CPU the resident set size of the process stands for `allocated` and `reserved`, its peak for the
+    maxima.
     """
     if is_cpu():
         import resource

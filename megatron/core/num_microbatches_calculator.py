@@ -45,7 +45,8 @@ class ConstantNumMicroBatchesCalculator(NumMicroBatchesCalculator):
     """The same batch all the time.
 
     Raises:
-        ValueError: the global batch is not a multiple of microbatch × data parallel size (and may not be decreased).
+        ValueError: the global batch is not a multiple of microbatch × data parallel size (and may not be
+            decreased).
     """
 
     def __init__(
@@ -132,7 +133,9 @@ class RampupBatchsizeNumMicroBatchesCalculator(NumMicroBatchesCalculator):
             self.current_running_global_batch_size = self.current_global_batch_size
         if verbose and before != self.current_global_batch_size:
             log_single_rank(
-                logger, logging.INFO, f"ramping up batch size from {before} to {self.current_global_batch_size}"
+                logger,
+                logging.INFO,
+                f"ramping up batch size from {before} to {self.current_global_batch_size}",
             )
 
 
@@ -183,9 +186,16 @@ def init_num_microbatches_calculator(
         RuntimeError: there is one already.
     """
     if _calculator is not None:
-        raise RuntimeError("the microbatch calculator exists already; use reconfigure_num_microbatches_calculator")
+        raise RuntimeError(
+            "the microbatch calculator exists already; use reconfigure_num_microbatches_calculator"
+        )
     reconfigure_num_microbatches_calculator(
-        rank, rampup_batch_size, global_batch_size, micro_batch_size, data_parallel_size, decrease_batch_size_if_needed
+        rank,
+        rampup_batch_size,
+        global_batch_size,
+        micro_batch_size,
+        data_parallel_size,
+        decrease_batch_size_if_needed,
     )
 
 
@@ -200,7 +210,12 @@ def reconfigure_num_microbatches_calculator(
     """Replace the process-wide calculator."""
     global _calculator
     _calculator = build_num_microbatches_calculator(
-        rank, rampup_batch_size, global_batch_size, micro_batch_size, data_parallel_size, decrease_batch_size_if_needed
+        rank,
+        rampup_batch_size,
+        global_batch_size,
+        micro_batch_size,
+        data_parallel_size,
+        decrease_batch_size_if_needed,
     )
 
 
@@ -239,6 +254,8 @@ def get_micro_batch_size() -> int:
     return _current().get_micro_batch_size()
 
 
-def update_num_microbatches(consumed_samples: int, consistency_check: bool = True, verbose: bool = False) -> None:
+def update_num_microbatches(
+    consumed_samples: int, consistency_check: bool = True, verbose: bool = False
+) -> None:
     """Move the process-wide calculator to the batch size that holds after `consumed_samples`."""
     _current().update(consumed_samples, consistency_check, verbose)

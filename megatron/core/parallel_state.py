@@ -1,7 +1,7 @@
 """Process-wide model-parallel groups: the public face over one default `ProcessGroupCollection`.
 
-`initialize_model_parallel` turns sizes into groups (the arithmetic is in `rank_grid`), the getters read them back.
-Library code takes groups as arguments; it comes here only when it was handed none.
+`initialize_model_parallel` turns sizes into groups (the arithmetic is in `rank_grid`), the getters read them
+back. Library code takes groups as arguments; it comes here only when it was handed none.
 """
 
 from __future__ import annotations
@@ -78,11 +78,13 @@ def initialize_model_parallel(
 ) -> None:
     """Create every process group of the layout and make them the process-wide default.
 
-    Collective over the whole world: all ranks call it with the same arguments. Ranks whose groups consist of the
+    Collective over the whole world: all ranks call it with the same arguments. Ranks whose groups consist of
+        the
     same members share one communicator.
 
     Raises:
-        RuntimeError: torch.distributed is not initialised, groups exist already, or the sizes do not fit the world.
+        RuntimeError: torch.distributed is not initialised, groups exist already, or the sizes do not fit the
+            world.
         NotImplementedError: an encoder with a layout of its own, or vendor network options.
     """
     _refuse_unbuilt(
@@ -94,7 +96,9 @@ def initialize_model_parallel(
         high_priority_stream_groups=high_priority_stream_groups,
     )
     if not dist.is_initialized():
-        raise RuntimeError("call torch.distributed.init_process_group(...) before initialize_model_parallel(...)")
+        raise RuntimeError(
+            "call torch.distributed.init_process_group(...) before initialize_model_parallel(...)"
+        )
     if has_default_process_groups():
         raise RuntimeError("model parallel groups exist already; call destroy_model_parallel() first")
     tp, pp, cp = tensor_model_parallel_size, pipeline_model_parallel_size, context_parallel_size
@@ -125,7 +129,9 @@ def initialize_model_parallel(
 def _refuse_unbuilt(**values: object) -> None:
     for name, value in values.items():
         if value:
-            raise NotImplementedError(f"initialize_model_parallel({name}={value!r}) is not built yet; leave it out")
+            raise NotImplementedError(
+                f"initialize_model_parallel({name}={value!r}) is not built yet; leave it out"
+            )
 
 
 def _dense_layout(world_size: int, tp: int, pp: int, cp: int, order: str) -> RankGenerator:
@@ -156,7 +162,9 @@ def _group_plan(
     data, expert_data = dense.get_ranks("dp-cp"), expert.get_ranks("dp")
     for name, size in (("data", len(data[0])), ("expert data", len(expert_data[0]))):
         if size % num_instances:
-            raise RuntimeError(f"num_distributed_optimizer_instances ({num_instances}) must divide {name} size {size}")
+            raise RuntimeError(
+                f"num_distributed_optimizer_instances ({num_instances}) must divide {name} size {size}"
+            )
     intra, inter = _instances(expert_data, num_instances)
     model_groups = expert.get_ranks("tp-ep-pp")
     per_instance = len(model_groups) // num_instances
@@ -306,7 +314,9 @@ def get_pipeline_model_parallel_group(check_initialized: bool = True) -> Process
     return _group("pp", check_initialized)
 
 
-def get_data_parallel_group(with_context_parallel: bool = False, partial_data_parallel: bool = False) -> ProcessGroup:
+def get_data_parallel_group(
+    with_context_parallel: bool = False, partial_data_parallel: bool = False
+) -> ProcessGroup:
     """Data parallel, with context parallel folded in on request."""
     return _group(_data_name(with_context_parallel, partial_data_parallel))
 
@@ -340,12 +350,16 @@ def get_position_embedding_group(check_initialized: bool = True) -> ProcessGroup
     return _group("pos_embd", check_initialized)
 
 
-def get_tensor_and_data_parallel_group(check_initialized: bool = True, with_context_parallel: bool = False) -> ProcessGroup:
+def get_tensor_and_data_parallel_group(
+    check_initialized: bool = True, with_context_parallel: bool = False
+) -> ProcessGroup:
     """Tensor × data (× context)."""
     return _group("tp_dp_cp" if with_context_parallel else "tp_dp", check_initialized)
 
 
-def get_amax_reduction_group(with_context_parallel: bool = False, tp_only_amax_red: bool = False) -> ProcessGroup:
+def get_amax_reduction_group(
+    with_context_parallel: bool = False, tp_only_amax_red: bool = False
+) -> ProcessGroup:
     """Ranks over which fp8 amax values are reduced."""
     if tp_only_amax_red:
         return _group("tp_cp" if with_context_parallel else "tp")
@@ -456,7 +470,9 @@ def get_pipeline_model_parallel_prev_rank() -> int:
     return ranks[(_rank("pp") - 1) % len(ranks)]
 
 
-def get_data_parallel_world_size(with_context_parallel: bool = False, partial_data_parallel: bool = False) -> int:
+def get_data_parallel_world_size(
+    with_context_parallel: bool = False, partial_data_parallel: bool = False
+) -> int:
     """Number of data parallel ranks."""
     return _size(_data_name(with_context_parallel, partial_data_parallel))
 
@@ -662,7 +678,9 @@ def create_group(
     group_desc: str | None = None,
 ) -> ProcessGroup:
     """`torch.distributed.new_group` on the backend of this device."""
-    return dist.new_group(ranks, timeout=timeout, backend=backend or device.communication_backend(), group_desc=group_desc)
+    return dist.new_group(
+        ranks, timeout=timeout, backend=backend or device.communication_backend(), group_desc=group_desc
+    )
 
 
 def barrier(group: ProcessGroup | None = None) -> None:

@@ -39,7 +39,9 @@ def hierarchical_ranks(ranks: list[int], level_sizes: list[int]) -> list[list[li
     [[[0, 1], [2, 3]], [[0, 2], [1, 3]]]
     """
     if prod(level_sizes) != len(ranks):
-        raise ValueError(f"hierarchical sizes {level_sizes} multiply to {prod(level_sizes)}, not to {len(ranks)}")
+        raise ValueError(
+            f"hierarchical sizes {level_sizes} multiply to {prod(level_sizes)}, not to {len(ranks)}"
+        )
     sizes = {str(level): size for level, size in enumerate(level_sizes)}
     return [[[ranks[i] for i in group] for group in ranks_along(level, sizes)] for level in sizes]
 

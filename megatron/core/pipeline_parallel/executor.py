@@ -80,9 +80,10 @@ def forward_step(
 ) -> tuple[Tensor, Tensor | int]:
     """Forward of one microbatch: (output or scaled loss, number of tokens).
 
-    On the last stage the loss function is called and what it reports is appended to `forward_data_store`. It returns
-    (loss sum, tokens, report) or (loss, report). The first kind is divided by its tokens and by the number of
-    microbatches, unless `config.calculate_per_token_loss`: then gradients are divided by all tokens at the end.
+    On the last stage the loss function is called and what it reports is appended to `forward_data_store`. It
+    returns (loss sum, tokens, report) or (loss, report). The first kind is divided by its tokens and by the
+    number of microbatches, unless `config.calculate_per_token_loss`: then gradients are divided by all tokens
+    at the end.
     """
     set_input_tensor(model, input_tensor)
     autocast = (
@@ -97,12 +98,16 @@ def forward_step(
             if collect_non_loss_data:
                 forward_data_store.append(loss_func(output_tensor, non_loss_data=True))
             else:
-                output_tensor, num_tokens, report = _scaled_loss(loss_func(output_tensor), num_microbatches, config)
+                output_tensor, num_tokens, report = _scaled_loss(
+                    loss_func(output_tensor), num_microbatches, config
+                )
                 forward_data_store.append(report)
     return output_tensor, num_tokens
 
 
-def _scaled_loss(outputs: tuple[Any, ...], num_microbatches: int, config: Any) -> tuple[Tensor, Tensor | int, Any]:
+def _scaled_loss(
+    outputs: tuple[Any, ...], num_microbatches: int, config: Any
+) -> tuple[Tensor, Tensor | int, Any]:
     if len(outputs) == 3:
         loss, num_tokens, report = outputs
         if not config.calculate_per_token_loss:
@@ -115,7 +120,11 @@ def _scaled_loss(outputs: tuple[Any, ...], num_microbatches: int, config: Any) -
 
 
 def backward_step(
-    input_tensor: Tensor | None, output_tensor: Tensor, output_tensor_grad: Tensor | None, model_type: Any, config: Any
+    input_tensor: Tensor | None,
+    output_tensor: Tensor,
+    output_tensor_grad: Tensor | None,
+    model_type: Any,
+    config: Any,
 ) -> Tensor | None:
     """Backward of one microbatch; the gradient of its input, None on the first stage."""
     with timed(config, "backward-compute"):
@@ -158,7 +167,8 @@ class StageExecutor:
         """All steps in order; gradient traffic is held back until the last backward."""
         no_sync = self.config.no_sync_func or contextlib.nullcontext
         last_backward = max(
-            (i for i, s in enumerate(steps) if isinstance(s, Compute) and s.direction is Direction.BACKWARD), default=-1
+            (i for i, s in enumerate(steps) if isinstance(s, Compute) and s.direction is Direction.BACKWARD),
+            default=-1,
         )
         with no_sync():
             for step in steps[:last_backward] if last_backward >= 0 else steps:
@@ -208,7 +218,9 @@ class StageExecutor:
         receives = [t for t in transfers if not t.is_send]
         assert self.group is not None
         with timed(self.config, _timer_name(transfers)):
-            received = exchange(sends, [(self.tensor_shape, t.peer) for t in receives], self.config, self.group)
+            received = exchange(
+                sends, [(self.tensor_shape, t.peer) for t in receives], self.config, self.group
+            )
         for transfer, tensor in zip(receives, received):
             target = self._inputs if transfer.direction is Direction.FORWARD else self._output_grads
             target[transfer.microbatch] = tensor

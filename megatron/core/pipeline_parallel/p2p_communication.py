@@ -17,22 +17,31 @@ Shape = Sequence[int] | torch.Size
 
 
 def exchange(
-    sends: list[tuple[Tensor, int]], receives: list[tuple[Shape, int]], config: ModelParallelConfig, group: ProcessGroup
+    sends: list[tuple[Tensor, int]],
+    receives: list[tuple[Shape, int]],
+    config: ModelParallelConfig,
+    group: ProcessGroup,
 ) -> list[Tensor]:
     """Send and receive all of these at once; the received tensors, which require gradients.
 
     Args:
         sends: (tensor, stage of the receiver).
-        receives: (expected shape, stage of the sender). With `config.variable_seq_lengths` the senders' shapes are
-            exchanged first and the expected ones are ignored.
+        receives: (expected shape, stage of the sender). With `config.variable_seq_lengths` the senders'
+            shapes are exchanged first and the expected ones are ignored.
     """
     dtype = _pipeline_dtype(config)
     if config.variable_seq_lengths:
         shapes = _exchange_shapes(sends, receives, group)
         receives = [(shape, peer) for shape, (_, peer) in zip(shapes, receives)]
     where = device.current_device()
-    buffers = [torch.empty(tuple(shape), dtype=dtype, device=where, requires_grad=True) for shape, _ in receives]
-    _run([(t.detach(), peer) for t, peer in sends], [(b.data, peer) for b, (_, peer) in zip(buffers, receives)], group)
+    buffers = [
+        torch.empty(tuple(shape), dtype=dtype, device=where, requires_grad=True) for shape, _ in receives
+    ]
+    _run(
+        [(t.detach(), peer) for t, peer in sends],
+        [(b.data, peer) for b, (_, peer) in zip(buffers, receives)],
+        group,
+    )
     return buffers
 
 
@@ -60,7 +69,8 @@ def _run(sends: list[tuple[Tensor, int]], receives: list[tuple[Tensor, int]], gr
             work.wait()
 
 
-# --- the public functions by neighbour --------------------------------------------------------------------------
+# --- the public functions by neighbour
+# --------------------------------------------------------------------------
 
 
 def _pp_group() -> ProcessGroup:
@@ -80,7 +90,9 @@ def _with_neighbours(
     group = _pp_group()
     after, before = (group.rank() + 1) % group.size(), (group.rank() - 1) % group.size()
     sends = [(t, peer) for t, peer in ((send_prev, before), (send_next, after)) if t is not None]
-    receives = [(shape, peer) for shape, peer in ((recv_prev, before), (recv_next, after)) if shape is not None]
+    receives = [
+        (shape, peer) for shape, peer in ((recv_prev, before), (recv_next, after)) if shape is not None
+    ]
     received = iter(exchange(sends, receives, config, group))
     from_prev = next(received) if recv_prev is not None else None
     from_next = next(received) if recv_next is not None else None
@@ -113,14 +125,22 @@ def send_forward_recv_backward(
     output_tensor: Tensor, tensor_shape: Shape, config: ModelParallelConfig, is_last_stage: bool
 ) -> Tensor | None:
     """Activations to the next stage, gradients from it; None on the last."""
-    return None if is_last_stage else _with_neighbours(config, send_next=output_tensor, recv_next=tensor_shape)[1]
+    return (
+        None
+        if is_last_stage
+        else _with_neighbours(config, send_next=output_tensor, recv_next=tensor_shape)[1]
+    )
 
 
 def send_backward_recv_forward(
     input_tensor_grad: Tensor, tensor_shape: Shape, config: ModelParallelConfig, is_first_stage: bool
 ) -> Tensor | None:
     """Gradients to the previous stage, activations from it; None on the first."""
-    return None if is_first_stage else _with_neighbours(config, send_prev=input_tensor_grad, recv_prev=tensor_shape)[0]
+    return (
+        None
+        if is_first_stage
+        else _with_neighbours(config, send_prev=input_tensor_grad, recv_prev=tensor_shape)[0]
+    )
 
 
 def send_forward_recv_forward(
@@ -134,7 +154,9 @@ def send_backward_recv_backward(
     input_tensor_grad: Tensor, recv_next: bool, tensor_shape: Shape, config: ModelParallelConfig
 ) -> Tensor | None:
     """Gradients to the previous stage and, if `recv_next`, from the next one."""
-    return _with_neighbours(config, send_prev=input_tensor_grad, recv_next=tensor_shape if recv_next else None)[1]
+    return _with_neighbours(
+        config, send_prev=input_tensor_grad, recv_next=tensor_shape if recv_next else None
+    )[1]
 
 
 def send_forward_backward_recv_forward_backward(

@@ -1,7 +1,7 @@
 """Pipeline schedules as data: for each stage, the list of what it computes and what it exchanges, in order.
 
-Nothing here needs a process. The executor runs these lists; `simulate` proves that every send meets its receive and
-tells how many activations are alive at once.
+Nothing here needs a process. The executor runs these lists; `simulate` proves that every send meets its
+receive and tells how many activations are alive at once.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ class Compute:
         return f"{self.direction.value}{self.microbatch}"
 
 
-def Forward(microbatch: int) -> Compute:  # noqa: N802  (reads as the type it makes)
+def Forward(microbatch: int) -> Compute:
     """Forward of a microbatch."""
     return Compute(Direction.FORWARD, microbatch)
 
 
-def Backward(microbatch: int) -> Compute:  # noqa: N802
+def Backward(microbatch: int) -> Compute:
     """Backward of a microbatch."""
     return Compute(Direction.BACKWARD, microbatch)
 
@@ -100,7 +100,9 @@ def _gives(compute: Compute, stage: int, num_stages: int) -> list[Transfer]:
     return [Transfer(True, compute.direction, compute.microbatch, peer)] if 0 <= peer < num_stages else []
 
 
-def stage_steps(stage: int, num_stages: int, num_microbatches: int, is_forward_only: bool = False) -> list[Step]:
+def stage_steps(
+    stage: int, num_stages: int, num_microbatches: int, is_forward_only: bool = False
+) -> list[Step]:
     """The steps of one stage."""
     if is_forward_only:
         return with_transfers(forward_only(num_microbatches), stage, num_stages)
@@ -111,8 +113,8 @@ def simulate(stages: list[list[Step]]) -> list[int]:
     """Run all stages with a transport that buffers nothing; the peak number of live microbatches of each stage.
 
     Raises:
-        RuntimeError: the stages wait for each other forever, a microbatch is computed out of order, or a transfer is
-            left over.
+        RuntimeError: the stages wait for each other forever, a microbatch is computed out of order, or a
+            transfer is left over.
     """
     position = [0] * len(stages)
     live: list[set[int]] = [set() for _ in stages]
@@ -137,9 +139,13 @@ def simulate(stages: list[list[Step]]) -> list[int]:
                         pending[side].discard(done)
                         position[side] += not pending[side]
                     progress = True
-    stuck = {stage: steps[position[stage]] for stage, steps in enumerate(stages) if position[stage] < len(steps)}
+    stuck = {
+        stage: steps[position[stage]] for stage, steps in enumerate(stages) if position[stage] < len(steps)
+    }
     if stuck or any(live):
-        raise RuntimeError(f"the schedule does not complete: stages wait at {stuck}, live microbatches {live}")
+        raise RuntimeError(
+            f"the schedule does not complete: stages wait at {stuck}, live microbatches {live}"
+        )
     return peak
 
 

@@ -16,7 +16,6 @@ from megatron.core.pipeline_parallel.executor import (
     deallocate_output_tensor,
     forward_step,
     set_input_tensor,
-    timed,
 )
 from megatron.core.pipeline_parallel.schedule import stage_steps
 from megatron.core.process_groups_config import default_process_groups, has_default_process_groups
@@ -40,7 +39,8 @@ def get_forward_backward_func() -> Callable[..., list[Any]]:
 
     It takes keyword arguments only:
 
-    - forward_step_func(data_iterator, model) -> (output tensor, loss_func). The loss_func(output tensor) of the last
+    - forward_step_func(data_iterator, model) -> (output tensor, loss_func). The loss_func(output tensor) of
+    the last
       stage returns (loss sum, number of tokens, report), or (loss, report).
     - data_iterator, model: one each, or a list of one; num_microbatches; seq_length; micro_batch_size.
     - decoder_seq_length: unused by models of one stack.
@@ -49,7 +49,8 @@ def get_forward_backward_func() -> Callable[..., list[Any]]:
     - first_val_step: unused.
 
     It returns the reports of all microbatches on the last stage, an empty list elsewhere. Gradients end up in
-    `main_grad` (or `.grad` without data-parallel wrapper), reduced if `config.finalize_model_grads_func` is set.
+    `main_grad` (or `.grad` without data-parallel wrapper), reduced if `config.finalize_model_grads_func` is
+    set.
     """
     stages = get_pg_size(default_process_groups().pp) if has_default_process_groups() else 1
     return forward_backward_pipelining_without_interleaving if stages > 1 else forward_backward_no_pipelining
@@ -58,7 +59,9 @@ def get_forward_backward_func() -> Callable[..., list[Any]]:
 def _only(value: Any, what: str) -> Any:
     if isinstance(value, list):
         if len(value) != 1:
-            raise NotImplementedError(f"{len(value)} {what}: the interleaved schedule is not built yet; give one")
+            raise NotImplementedError(
+                f"{len(value)} {what}: the interleaved schedule is not built yet; give one"
+            )
         return value[0]
     return value
 
@@ -178,7 +181,11 @@ def _run_stage(
 
 def timed_level_1(config: Any) -> Any:
     """The `forward-backward` timer, behind a barrier if the config says so."""
-    return _ForwardBackwardTimer(config) if config.timers is not None else torch.autograd.profiler.record_function("forward-backward")
+    return (
+        _ForwardBackwardTimer(config)
+        if config.timers is not None
+        else torch.autograd.profiler.record_function("forward-backward")
+    )
 
 
 class _ForwardBackwardTimer:

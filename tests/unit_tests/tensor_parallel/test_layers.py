@@ -59,7 +59,13 @@ def check_column(tp: int, sequence_parallel: bool, fused: bool) -> None:
 def check_row(tp: int, sequence_parallel: bool, fused: bool) -> None:
     config = build_config(tp, sequence_parallel, gradient_accumulation_fusion=fused)
     layer = RowParallelLinear(
-        8, 12, config=config, init_method=init_method_normal(0.3), bias=True, input_is_parallel=True, skip_bias_add=False
+        8,
+        12,
+        config=config,
+        init_method=init_method_normal(0.3),
+        bias=True,
+        input_is_parallel=True,
+        skip_bias_add=False,
     )
     torch.manual_seed(0)
     weight, x, target = leaf(torch.randn(12, 8)), leaf(torch.randn(4, 2, 8)), torch.randn(4, 2, 12)
