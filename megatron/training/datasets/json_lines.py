@@ -104,7 +104,7 @@ class InputFiles:
                 )
         self.num_bytes = sum(os.path.getsize(path) for path in self.paths)
         self.num_bytes_read = 0
-        """Bytes of the files read so far, as they lie on the disk."""
+        """Bytes of the files read so far, as they lie on the disk; 0 for a pipe."""
 
     def newest(self) -> float:
         """Time of the last change of any of the files."""
@@ -116,12 +116,12 @@ class InputFiles:
         for path in self.paths:
             done = self.num_bytes_read
             with open(path, "rb") as raw:
-                is_gzip = raw.read(2) == _GZIP_MAGIC
-                raw.seek(0)
+                is_gzip = raw.peek(2)[:2] == _GZIP_MAGIC
                 stream = gzip.GzipFile(fileobj=raw) if is_gzip else raw
                 line = 1
                 while data := self._read_block(path, line, stream):
-                    self.num_bytes_read = done + raw.tell()
+                    if raw.seekable():  # a pipe has no position
+                        self.num_bytes_read = done + raw.tell()
                     yield LineBlock(path, line, data)
                     line += data.count(b"\n")
 

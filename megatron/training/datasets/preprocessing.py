@@ -151,9 +151,10 @@ class Progress:
         now = time.monotonic()
         if self.is_terminal and now >= self._next_time:
             self._next_time = now + 0.2
-            share = num_bytes_read / max(self.num_bytes, 1)
-            left = (now - self.start) * (1 - share) / max(share, 1e-9)
-            self.stream.write(f"\r{self._state()} {share:4.0%}, {_minutes(left)} left \x1b[K")
+            share = num_bytes_read / self.num_bytes if self.num_bytes else 0.0  # a pipe has no size
+            left = (now - self.start) * (1 - share) / share if share else 0.0
+            rest = f" {share:4.0%}, {_minutes(left)} left" if share else ""
+            self.stream.write(f"\r{self._state()}{rest} \x1b[K")
             self.stream.flush()
         elif not self.is_terminal and self.num_documents >= self._next_documents:
             self._next_documents = (self.num_documents // self.log_interval + 1) * self.log_interval

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -47,13 +48,13 @@ class GPT2BPETokenizer(MegatronTokenizer):
     def offsets(self, ids: list[int], text: str) -> list[int]:
         # one character of a token stands for one byte; the end of a document stands for no text
         num_bytes = [0 if token == self._eod_id else len(self._inv_vocab[token]) for token in ids]
-        ends = numpy.cumsum(num_bytes, dtype=numpy.int64)
+        ends = list(itertools.accumulate(num_bytes))
         encoded = numpy.frombuffer(text.encode("utf-8"), numpy.uint8)
-        if len(ends) and ends[-1] > len(encoded):
+        if ends and ends[-1] > len(encoded):
             raise ValueError(f"the tokens have {ends[-1]} bytes, the text has {len(encoded)}")
         starts_character = (encoded & 0xC0) != 0x80
-        character = numpy.append(numpy.cumsum(starts_character) - 1, len(text))  # one more: the text's end
-        return character[ends - num_bytes].tolist()
+        character = [*(numpy.cumsum(starts_character) - 1).tolist(), len(text)]
+        return [character[end - length] for end, length in zip(ends, num_bytes)]
 
     @property
     def vocab_size(self) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,23 @@ class _SentencePieceModel(MegatronTokenizer):
         return self._model.decode([int(token) for token in ids])
 
     def offsets(self, ids: list[int], text: str) -> list[int]:
-        return [piece.begin for piece in self._model.decode(ids, out_type="immutable_proto").pieces]
+        return self._run_offsets([int(token) for token in ids], text)
+
+    def _run_offsets(self, ids: list[int], text: str) -> list[int]:
+        """Where the pieces of `ids`, which are all of the model, start in `text`."""
+        controls = [self._model.is_control(token) for token in ids]
+        pieces = _pieces(self._model.encode, text)
+        ordinary = [token for token, is_control in zip(ids, controls) if not is_control]
+        if [
+            piece.id for piece in pieces
+        ] != ordinary:  # not the encoding of the text: take them as they are read
+            pieces = _pieces(self._model.decode, ordinary)
+        lengths = iter(len(piece.surface) for piece in pieces)
+        starts, position = [], 0
+        for is_control in controls:
+            starts.append(position)
+            position += 0 if is_control else next(lengths)
+        return starts
 
     @property
     def vocab_size(self) -> int:
@@ -174,16 +190,13 @@ class SentencePieceTokenizer(_SentencePieceModel):
         starts: list[int] = []
         position = 0
         for special, run in self._runs(ids):
-            starts += [position + piece.begin for piece in self._pieces(run)]
+            found = text.find(special, position) if special else len(text)
+            end = found if found >= 0 else len(text)  # an <EOD> that was added after the text
+            starts += [position + start for start in self._run_offsets(run, text[position:end])]
             if special:
-                found = text.find(special, position)
-                position = found if found >= 0 else len(text)  # an <EOD> that was added after the text
-                starts.append(position)
-                position = min(position + len(special), len(text))
+                starts.append(end)
+                position = min(end + len(special), len(text))
         return starts
-
-    def _pieces(self, run: list[int]) -> Any:
-        return self._model.decode(run, out_type="immutable_proto").pieces if run else []
 
     def _split(self, text: str) -> list[str]:
         """Ordinary text and added tokens in turn."""
@@ -232,6 +245,14 @@ class SentencePieceTokenizer(_SentencePieceModel):
     def additional_special_tokens_ids(self) -> list[int]:
         """Ids of the sentinels <extra_id_i>."""
         return self._sentinel_ids
+
+
+def _pieces(call: Callable[..., Any], value: str | list[int]) -> Any:
+    """Pieces with the text that each stands for; `call` is the model's encode or decode."""
+    try:
+        return call(value, return_type="proto").pieces
+    except TypeError:  # older versions of sentencepiece
+        return call(value, out_type="immutable_proto").pieces
 
 
 def _load(model_file: str) -> Any:
