@@ -14,7 +14,7 @@ from megatron.training.library_configs import (
 from megatron.training.parser import FlagParser, add_flags
 from megatron.training.rules import apply_rules
 from megatron.training.rules.batch import require_training_length
-from megatron.training.rules.checkpoint import CHECKPOINT_SOURCE_RULES
+from megatron.training.rules.checkpoint import require_load_for_checkpoint_args
 from megatron.training.settings import Settings, Source, warn
 from megatron.training.yaml_arguments import apply_yaml
 
@@ -64,7 +64,7 @@ def parse_args(
         apply_yaml(args, args.yaml_cfg, parser)
     for name, default in WITHOUT_FLAG.items():
         args.add(name, default)
-    apply_rules(args, CHECKPOINT_SOURCE_RULES)
+    apply_rules(args, (require_load_for_checkpoint_args,))
     return args
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from megatron.core.not_built import FIELDS_NOT_BUILT
 from megatron.training.config.flags import Flag, all_flags
-from megatron.training.settings import ConfigurationError, was_given
+from megatron.training.settings import ConfigurationError, source_of, was_given
 
 Used = Callable[[Any], bool]
 
@@ -168,7 +168,7 @@ def refuse_capabilities_not_built(args: argparse.Namespace) -> None:
     found = [
         _refusal(dest, getattr(args, dest), capability)
         for dest, (used, capability) in capabilities_not_built().items()
-        if hasattr(args, dest) and used(getattr(args, dest))
+        if hasattr(args, dest) and used(getattr(args, dest)) and source_of(args, dest).kind != "rule"
     ]
     found += [
         _refusal(dest, getattr(args, dest), capability)

@@ -48,7 +48,7 @@ SPELLINGS: dict[str, Spelling] = {
     "perform_initialization": Spelling(flag="--no-initialization"),
     "use_cpu_initialization": Spelling(default=None),
     "persist_layer_norm": Spelling(
-        flag="--no-persist-layer-norm", dest="no_persist_layer_norm", inverted=True
+        flag="--no-persist-layer-norm", dest="no_persist_layer_norm", default=True, inverted=True
     ),
     "use_mamba_mem_eff_path": Spelling(
         flag="--disable-mamba-mem-eff-path", dest="disable_mamba_mem_eff_path", inverted=True
@@ -125,5 +125,8 @@ SPELLINGS: dict[str, Spelling] = {
     "dist_ckpt_format_deprecated": Spelling(flag="--dist-ckpt-format"),
     "enable_one_logger": Spelling(flag="--no-one-logger"),
     "enable_msc": Spelling(flag="--disable-msc"),
+    "export_freeze_mtp": Spelling(nargs="*"),
+    "onnx_safe": Spelling(type=bool),
+    "lazy_mpu_init": Spelling(type=bool),
 }
 """Field -> how its flag departs from the rule."""
