@@ -103,7 +103,8 @@ def save_checkpoint(
         on_first_rank(task, lambda: discard_checkpoint(directory))
         raise
     print_rank_0(
-        f"  successfully saved checkpoint from iteration {state.iteration:7d} to {args.save} {place_of_rank()}"
+        f"  successfully saved checkpoint from iteration {state.iteration:7d} to {args.save} "
+        f"{place_of_rank()}"
     )
     return final
 
@@ -203,7 +204,8 @@ def find_checkpoint(args: argparse.Namespace, load_arg: str = "load") -> Found |
     if not has_own and pretrained is not None:
         if not checkpoint_exists(pretrained):
             raise FileNotFoundError(
-                f"neither --{load_arg} ({folder}) nor --pretrained-checkpoint ({pretrained}) holds a checkpoint"
+                f"neither --{load_arg} ({folder}) nor --pretrained-checkpoint ({pretrained}) "
+                "holds a checkpoint"
             )
         folder, weights_only, has_own = pretrained, True, True
     if not has_own:
@@ -290,7 +292,8 @@ def load_checkpoint(
     load(found, args, common, model, optimizer, opt_param_scheduler, strict)
     state = TrainState() if found.weights_only else restored_state(common)
     print_rank_0(
-        f"  successfully loaded checkpoint from {found.folder} {place_of_rank()} at iteration {state.iteration}"
+        f"  successfully loaded checkpoint from {found.folder} {place_of_rank()} "
+        f"at iteration {state.iteration}"
     )
     return state
 
@@ -388,7 +391,7 @@ def require_entries(found: Found, common: dict[str, Any], parts: Parts) -> None:
     ]
     if missing:
         raise CheckpointingException(
-            f"{found.directory} has no {' and no '.join(missing)}: set --no-load-optim to start the optimizer "
+            f"{found.directory} has no {' and no '.join(missing)}: set --no-load-optim to start it "
             "afresh, or --finetune to take only the weights"
         )
 

@@ -231,7 +231,7 @@ def load(
     loaded = sharded_reader.load(sharded, Path(checkpoint_dir))
     merge(state, loaded)
     _drop_not_loaded(factories, state)
-    state = restore_lists(apply_factory_merges(state, factories), sharded_state_dict)
+    state = apply_factory_merges(restore_lists(state, requested), factories)
     if StrictHandling.requires_returning_mismatch_keys(mode):
         return state, missing, unexpected
     return state

@@ -2,27 +2,16 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
-from typing import Any
-
-import torch
 
 from ..collective import rank_and_size, together
 from ..core import CheckpointingException
 from ..mapping import StateDict
 from ..safe_load import safe_torch_load
 from .base import LoadCommonStrategy, SaveCommonStrategy, StrategyAction, register_default_strategy
+from .durable_file import save_torch_file
 
 COMMON_STATE_FNAME = "common.pt"
-
-
-def save_torch_file(state: Any, path: Path) -> None:
-    """`torch.save` that has reached the disk when it returns."""
-    with open(path, "wb") as file:
-        torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 class TorchCommonSaveStrategy(SaveCommonStrategy):

@@ -31,6 +31,7 @@ from .torch_files import (
     build_metadata,
     find_damage,
     finish_reads,
+    global_shape_of,
     original_shape,
     pickle_object,
     plan_reads,
@@ -183,9 +184,7 @@ class TorchDistLoadShardedStrategy(LoadShardedStrategy):
     ) -> dict[str, Any]:
         content = read_metadata(Path(checkpoint_dir)) if metadata is None else metadata
         return {
-            key: whole_tensor(
-                key, original_shape(content, key) or tuple(stored.size), stored.properties.dtype
-            )
+            key: whole_tensor(key, global_shape_of(content, key), stored.properties.dtype)
             for key, stored in content.state_dict_metadata.items()
             if isinstance(stored, TensorStorageMetadata)
         }

@@ -35,6 +35,7 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 from ..core import CheckpointingException
 from ..mapping import ShardedObject
 from ..safe_load import load_dcp_metadata, safe_torch_load
+from .durable_file import durable_file
 from .resharding import LocalRead, ReadTarget, Shape
 
 METADATA_FNAME = ".metadata"
@@ -141,7 +142,7 @@ def _even_parts(entries: list[Entry], count: int) -> list[list[Entry]]:
 
 def _write_file(path: Path, entries: list[Entry]) -> list[Written]:
     written = []
-    with open(path, "wb") as file:
+    with durable_file(path) as file:
         for entry in entries:
             start = file.tell()
             if isinstance(entry, ObjectEntry):
@@ -149,8 +150,6 @@ def _write_file(path: Path, entries: list[Entry]) -> list[Written]:
             else:
                 torch.save(_compact(entry), file)
             written.append(Written(entry.without_data(), path.name, start, file.tell() - start))
-        file.flush()
-        os.fsync(file.fileno())
     return written
 
 
@@ -191,10 +190,8 @@ def build_metadata(written: Iterable[Written]) -> Metadata:
 def write_metadata(metadata: Metadata, directory: Path) -> None:
     """Write `.metadata`: whole or not at all."""
     partial = directory / (METADATA_FNAME + ".partial")
-    with open(partial, "wb") as file:
+    with durable_file(partial) as file:
         pickle.dump(metadata, file)
-        file.flush()
-        os.fsync(file.fileno())
     os.replace(partial, directory / METADATA_FNAME)
 
 
@@ -216,6 +213,12 @@ def original_shape(metadata: Metadata, key: str) -> Shape | None:
     entry = (getattr(metadata, "mcore_data", None) or {}).get(key) or {}
     shape = entry.get(ORIGINAL_SHAPE)
     return None if shape is None else tuple(shape)
+
+
+def global_shape_of(metadata: Metadata, key: str) -> Shape:
+    """Shape of the global tensor, however it is stored."""
+    original = original_shape(metadata, key)
+    return tuple(_stored_tensor(metadata, key).size) if original is None else original
 
 
 def find_damage(
@@ -319,7 +322,7 @@ def _open_entries(
             if file is None or file.name != str(path):
                 if file is not None:
                     file.close()
-                file = open(path, "rb")  # stays open for the next entries
+                file = open(path, "rb")  # noqa: SIM115  # stays open for the next entries
             yield index, FileSlice(file, place.offset, place.length)
     finally:
         if file is not None:
