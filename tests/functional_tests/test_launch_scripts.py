@@ -1,0 +1,81 @@
+"""The launch scripts under examples/: every flag they give resolves for the number of ranks they ask for."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.functional_tests.program import ROOT
+
+FAKE_TORCHRUN = f"""#!/usr/bin/env bash
+# Instead of starting ranks: explain what rank 0 of so many would do.
+while [[ $1 != *.py ]]; do shift; done
+RANK=0 exec {sys.executable} "$1" --explain-config "${{@:2}}"
+"""
+
+
+@pytest.fixture
+def places(tmp_path: Path) -> list[str]:
+    """Arguments of a launch script, with a vocabulary of all bytes."""
+    vocabulary = {chr(256 + byte): byte for byte in range(256)} | {"<|endoftext|>": 256}
+    (tmp_path / "vocab.json").write_text(json.dumps(vocabulary))
+    (tmp_path / "merges.txt").write_text("#version: 0.2\n")
+    names = ("checkpoints", "tensorboard", "vocab.json", "merges.txt", "data_text_document")
+    return [str(tmp_path / name) for name in names]
+
+
+def launch(
+    script: str, world_size: int, places: list[str], tmp_path: Path
+) -> subprocess.CompletedProcess[str]:
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    (programs / "torchrun").write_text(FAKE_TORCHRUN)
+    (programs / "torchrun").chmod(0o755)
+    environment = os.environ | {"PATH": f"{programs}:{os.environ['PATH']}", "WORLD_SIZE": str(world_size)}
+    command = ["bash", str(ROOT / script), *places]
+    return subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=120)
+
+
+@pytest.mark.parametrize(
+    ("script", "world_size", "settings"),
+    [
+        (
+            "examples/gpt3/train_gpt3_175b_distributed.sh",
+            1024,
+            {
+                "tensor_model_parallel_size": "8",
+                "pipeline_model_parallel_size": "16",
+                "data_parallel_size": "8",
+                "global_batch_size": "1536",
+                "rampup_batch_size": "16 16 5859375",
+                "kv_channels": "128",
+            },
+        ),
+        ("examples/gpt3/train_gpt3_345m.sh", 8, {"data_parallel_size": "8", "kv_channels": "64"}),
+    ],
+)
+def test_flags_resolve(
+    script: str, world_size: int, settings: dict[str, str], places: list[str], tmp_path: Path
+) -> None:
+    result = launch(script, world_size, places, tmp_path)
+    assert result.returncode == 0, result.stderr
+    explained = {line.split()[0]: line for line in result.stdout.splitlines() if line.strip()}
+    for name, value in settings.items():
+        assert explained[name].removeprefix(name).strip().startswith(f"{value} "), explained[name]
+
+
+def test_a_layout_that_does_not_fit_is_refused(places: list[str], tmp_path: Path) -> None:
+    result = launch("examples/gpt3/train_gpt3_175b_distributed.sh", 1000, places, tmp_path)
+    assert result.returncode != 0
+    assert "1000" in result.stderr
+
+
+def test_without_arguments_the_use_is_shown(tmp_path: Path) -> None:
+    result = launch("examples/gpt3/train_gpt3_345m.sh", 8, [], tmp_path)
+    assert result.returncode == 2
+    assert "CHECKPOINTS TENSORBOARD VOCAB.json MERGES.txt DATA_PREFIX" in result.stderr
