@@ -209,7 +209,7 @@ def _forget_everything() -> None:
     global_vars = sys.modules.get("megatron.training.global_vars")
     if global_vars is not None:
         global_vars.destroy_global_vars()
-    if torch.are_deterministic_algorithms_enabled():  # if not, the call only imports the compiler, for seconds
+    if torch.are_deterministic_algorithms_enabled():  # the call costs seconds of imports
         torch.use_deterministic_algorithms(False)
     if dist.is_initialized():
         dist.destroy_process_group()
