@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from megatron.training.config.flags import layer_pattern
+from megatron.training.config.flags import in_terms_of_flags, layer_pattern
 from megatron.training.library_configs import (
     core_transformer_config_from_args as core_transformer_config_from_args,
 )
@@ -123,4 +123,5 @@ def apply_program_defaults(args: argparse.Namespace, defaults: Mapping[str, Any]
             else:
                 setattr(args, name, value)
         elif found != value:
-            warn(args, f"{name} is {found!r} instead of this program's default {value!r}")
+            flag = in_terms_of_flags(name)
+            warn(args, f"{flag} is {found!r} instead of this program's default {value!r}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import enum
+import os
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
@@ -50,12 +51,13 @@ class FlagParser(argparse.ArgumentParser):
     def _meant(self, name: str) -> str:
         known = [option for option in self._option_string_actions if option.startswith("--")]
         dashed = "--" + name.lstrip("-").replace("_", "-")
-        close = [dashed] if dashed in known else difflib.get_close_matches(dashed, known, n=3, cutoff=0.7)
+        close = [dashed] if dashed in known else difflib.get_close_matches(dashed, known, n=2, cutoff=0.75)
         return f"; did you mean {' or '.join(close)}?" if close else ""
 
     def error(self, message: str) -> NoReturn:
-        """Stop with status 2; the usage of five hundred flags would bury the message."""
-        self.exit(2, f"{self.prog}: error: {message}\n(--help lists all flags)\n")
+        """Stop with status 2; the first rank says why (the usage of five hundred flags would bury it)."""
+        first = int(os.getenv("RANK", "0")) == 0
+        self.exit(2, f"{self.prog}: error: {message}\n(--help lists all flags)\n" if first else None)
 
     def format_help(self) -> str:
         """Help with the fields' docstrings, which are read only now."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 
+from megatron.core.num_microbatches_calculator import build_num_microbatches_calculator
 from megatron.training.settings import refuse_unless
 
 
@@ -152,21 +153,20 @@ def derive_train_iters(args: argparse.Namespace) -> None:
 
 
 def ramp_up_length(args: argparse.Namespace) -> tuple[int, int]:
-    """Steps and samples until the batch has its full size."""
-    start, increment, samples = map(int, args.rampup_batch_size)
-    increments = (args.global_batch_size - start) // increment
-    per_increment = samples / increments if increments else 0.0
-    parts = args.micro_batch_size * args.data_parallel_size
+    """Steps and samples of the phase in which the batch grows."""
+    words = [int(word) for word in args.rampup_batch_size]
+    growing = build_num_microbatches_calculator(
+        args.rank,
+        words,
+        args.global_batch_size,
+        args.micro_batch_size,
+        args.data_parallel_size,
+        args.decrease_batch_size_if_needed,
+    )
     iterations, consumed = 0, 0
-    while increments and consumed <= min(samples, args.train_samples):
-        batch = (
-            min(start + int(consumed / per_increment) * increment, args.global_batch_size)
-            if per_increment
-            else 0
-        )
-        if not batch or batch >= args.global_batch_size and consumed >= samples:
-            break
-        consumed += batch // parts * parts
+    while consumed <= min(words[2], args.train_samples):
+        growing.update(consumed, consistency_check=False)
+        consumed += growing.get_current_running_global_batch_size()
         iterations += 1
     return iterations, consumed
 

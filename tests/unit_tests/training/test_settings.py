@@ -48,7 +48,7 @@ def test_program_default_yields_to_a_flag_with_a_warning(caplog: pytest.LogCaptu
     with caplog.at_level(logging.WARNING):
         args = validated(tokenizer_type="GPT2BPETokenizer")
     assert args.tokenizer_type == "NullTokenizer"
-    assert "tokenizer_type is 'NullTokenizer' instead of this program's default" in caplog.text
+    assert "--tokenizer-type is 'NullTokenizer' instead of this program's default" in caplog.text
 
 
 def test_frozen_settings_refuse_assignment() -> None:
