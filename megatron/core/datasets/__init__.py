@@ -1,0 +1,1 @@
+"""Token files, the samples cut out of them, and blends of several."""

@@ -11,6 +11,8 @@ from __future__ import annotations
 import mmap
 import os
 import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
 from enum import Enum
 
 import numpy
@@ -185,6 +187,17 @@ def map_file(path: str) -> mmap.mmap:
         return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
 
+@contextmanager
+def naming(path: str) -> Iterator[None]:
+    """Gives errors of writing, such as a full disk, the path that they lack."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None and error.errno is not None:
+            raise OSError(error.errno, error.strerror, path) from None
+        raise
+
+
 def write_index(
     path: str,
     dtype: type[numpy.number],
@@ -196,7 +209,7 @@ def write_index(
     lengths = sequence_lengths.astype("<i4")
     ends = numpy.cumsum(lengths, dtype=numpy.int64) * DType.size(dtype)
     pointers = numpy.concatenate([numpy.zeros(min(1, len(ends)), numpy.int64), ends[:-1]])
-    with open(path, "wb") as file:
+    with naming(path), open(path, "wb") as file:
         code = DType.code_from_dtype(dtype)
         file.write(HEADER.pack(MAGIC, VERSION, code, len(lengths), len(document_indices)))
         file.write(lengths.data)

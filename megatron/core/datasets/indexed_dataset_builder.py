@@ -15,7 +15,7 @@ from typing import BinaryIO
 import numpy
 import torch
 
-from megatron.core.datasets.index_file import DType, Index, get_bin_path, get_idx_path, write_index
+from megatron.core.datasets.index_file import DType, Index, get_bin_path, get_idx_path, naming, write_index
 
 PARTIAL = ".partial"
 """Suffix of files that are still being written; a killed writer leaves only these behind."""
@@ -56,7 +56,8 @@ class IndexedDatasetBuilder:
     def add_item(self, tensor: torch.Tensor | numpy.ndarray, mode: int = 0) -> None:
         """Append one sequence to the open document."""
         tokens = self._stored(tensor)
-        self._file.write(tokens.data)
+        with naming(self.bin_path):
+            self._file.write(tokens.data)
         self._append_sequences([tokens.size], [mode])
 
     def end_document(self) -> None:
@@ -85,7 +86,8 @@ class IndexedDatasetBuilder:
                 f"modes and "
                 f"documents of {sum(sequence_counts)} sequences do not fit together"
             )
-        self._file.write(tokens.data)
+        with naming(self.bin_path):
+            self._file.write(tokens.data)
         first = self.num_sequences
         self._append_sequences(lengths, modes)
         self._document_indices.extend((first + numpy.cumsum(sequence_counts, dtype=numpy.int64)).tolist())
@@ -110,7 +112,7 @@ class IndexedDatasetBuilder:
         self._document_indices.frombytes((index.document_indices[1:] + first).astype(numpy.int64).tobytes())
         if index.sequence_modes is not None:
             self._sequence_modes.frombytes(index.sequence_modes.tobytes())
-        with open(get_bin_path(path_prefix), "rb") as source:
+        with open(get_bin_path(path_prefix), "rb") as source, naming(self.bin_path):
             shutil.copyfileobj(source, self._file, 1 << 24)
 
     def finalize(self, idx_path: str) -> None:
@@ -125,8 +127,9 @@ class IndexedDatasetBuilder:
         documents = numpy.frombuffer(self._document_indices, numpy.int64)
         self._idx_path = idx_path
         write_index(idx_path + PARTIAL, self.dtype, lengths, documents, modes)
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        with naming(self.bin_path):
+            self._file.flush()
+            os.fsync(self._file.fileno())
 
     def publish(self) -> None:
         """Give both files their names: the token file first, the index last, an old index away before either.

@@ -180,9 +180,3 @@ def build_pretraining_data_loader(
         persistent_workers=num_workers > 0,
         generator=torch.Generator().manual_seed(seed),
     )
-
-
-def cycle(loader: Any) -> Iterator[Any]:
-    """The batches of a loader, epoch after epoch without end."""
-    while True:
-        yield from loader

@@ -1,4 +1,5 @@
 import hashlib
+import itertools
 from pathlib import Path
 
 import numpy
@@ -11,7 +12,6 @@ from megatron.training.datasets.data_samplers import (
     MegatronPretrainingRandomSampler,
     MegatronPretrainingSampler,
     build_pretraining_data_loader,
-    cycle,
 )
 from tests.unit_tests.datasets.data_files import gpt_config, random_documents, write_dataset
 
@@ -70,7 +70,7 @@ def test_cyclic_follows_its_rule(data_sharding: bool, ranks: int) -> None:
 def test_cyclic_resumes_anywhere(data_sharding: bool, total: int, rank: int) -> None:
     def batches(consumed: int, count: int) -> list:
         sampler = MegatronPretrainingRandomSampler(None, total, consumed, 2, rank, 2, data_sharding)
-        endless = cycle(sampler)
+        endless = itertools.chain.from_iterable(itertools.repeat(sampler))
         return [next(endless) for _ in range(count)]
 
     whole = batches(0, 12)

@@ -267,3 +267,20 @@ def test_two_writers_of_one_file_are_refused(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr("megatron.core.datasets.indexed_dataset_builder._LOCK_PATIENCE", 0.0)
     with IndexedDatasetBuilder(str(tmp_path / "d.bin")), pytest.raises(RuntimeError, match="another process"):
         IndexedDatasetBuilder(str(tmp_path / "d.bin"))
+
+
+def test_a_full_disk_is_an_error_that_names_the_file(tmp_path: Path) -> None:
+    # a limit on the size of files stands for a full disk
+    program = (
+        "import resource, numpy\n"
+        "from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (100000, 100000))\n"
+        f"with IndexedDatasetBuilder({str(tmp_path / 'd.bin')!r}) as builder:\n"
+        "    for _ in range(10):\n"
+        "        builder.add_item(numpy.arange(10000))\n"
+    )
+    root = Path(__file__).parents[3]
+    ended = subprocess.run([sys.executable, "-c", program], cwd=root, capture_output=True, text=True)
+    assert ended.returncode == 1
+    assert f"OSError: [Errno 27] File too large: '{tmp_path}/d.bin'" in ended.stderr
+    assert list(tmp_path.iterdir()) == []
