@@ -115,7 +115,9 @@ class GPTDataset(MegatronDataset):
     def build_low_level_dataset(dataset_path: str | None, config: BlendedMegatronDatasetConfig) -> Any:
         """Open `<dataset_path>.bin` and `.idx`."""
         if dataset_path is None:
-            raise ValueError("GPTDataset needs the path of a dataset; MockGPTDataset works without data")
+            raise ValueError(
+                "no data is given: name a dataset with --data-path, or ask for made-up data with --mock-data"
+            )
         return IndexedDataset(dataset_path, multimodal=False, mmap=config.mmap_bin_files)
 
     def __len__(self) -> int:
@@ -207,10 +209,8 @@ class GPTDataset(MegatronDataset):
             return
         counts = (
             f"the {self.index_split.name} split of {self.dataset_path or 'the mock data'} has "
-            f"{len(self.indices)} of "
-            f"{len(self.dataset)} sequences with {num_tokens} tokens in all, a sample needs "
-            f"{self._sample_tokens} "
-            f"(sequence_length {self.config.sequence_length} + {self._extra})"
+            f"{len(self.indices)} of {len(self.dataset)} sequences with {num_tokens} tokens in all, a sample "
+            f"needs {self._sample_tokens} (sequence_length {self.config.sequence_length} + {self._extra})"
         )
         enough_in_all = int(self.dataset.sequence_lengths.sum(dtype=numpy.int64)) >= self._sample_tokens
         repeats = self.num_samples is not None and num_tokens > 0
@@ -277,17 +277,15 @@ class GPTDataset(MegatronDataset):
         low, high = int(tokens.min()), int(tokens.max())
         raise ValueError(
             f"{self.dataset_path or 'mock data'}: document {document} has token id "
-            f"{low if low < 0 else high}, the "
-            f"tokenizer's vocabulary has ids 0 to {self._vocab_size - 1}: the data was made with another "
-            f"tokenizer"
+            f"{low if low < 0 else high}, the tokenizer's vocabulary has ids 0 to {self._vocab_size - 1}: "
+            "the data was made with another tokenizer"
         )
 
 
 class MockGPTLowLevelDataset:
     """Made-up sequences: the numbers 1, 2, 3, ... and the end-of-document id, with random but fixed lengths.
 
-    With a vocabulary smaller than the longest sequence the numbers start again at 1 before they reach its
-    end.
+    With a vocabulary smaller than the longest sequence the numbers start again before they reach its end.
     """
 
     seed = 0

@@ -154,8 +154,7 @@ class Index:
                 bad = int(numpy.argmax(starts != pointers))
                 raise ValueError(
                     f"{self.path}: sequence {begin + bad} points to byte {pointers[bad]}, but the lengths "
-                    f"before it "
-                    f"add up to byte {starts[bad]}"
+                    f"before it add up to byte {starts[bad]}"
                 )
             position = int(ends[-1])
         return position
@@ -176,8 +175,7 @@ class Index:
         if indices[-1] != self.sequence_count:
             raise ValueError(
                 f"{self.path}: the document index ends with {indices[-1]}, it must end with the number of "
-                f"sequences, "
-                f"{self.sequence_count}"
+                f"sequences, {self.sequence_count}"
             )
 
 

@@ -98,8 +98,8 @@ class IndexedDataset(torch.utils.data.Dataset):
             length = available - offset
         if offset < 0 or length < 0 or offset + length > available:
             raise ValueError(
-                f"{self.path_prefix}: tokens {offset} to {offset + length} asked of sequence {idx}, "
-                f"which has {available}"
+                f"{self.path_prefix}: tokens {offset} to {offset + length} asked of sequence {idx}, which "
+                f"has {available}"
             )
         tokens = self._read(int(self.index.sequence_pointers[idx]) + offset * self._dtype.itemsize, length)
         return tokens if self.index.sequence_modes is None else (tokens, self.index.sequence_modes[idx])

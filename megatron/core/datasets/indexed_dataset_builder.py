@@ -83,8 +83,7 @@ class IndexedDatasetBuilder:
         if sum(lengths) != tokens.size or sum(sequence_counts) != len(lengths) or len(modes) != len(lengths):
             raise ValueError(
                 f"{tokens.size} tokens, {len(lengths)} lengths that sum to {sum(lengths)}, {len(modes)} "
-                f"modes and "
-                f"documents of {sum(sequence_counts)} sequences do not fit together"
+                f"modes and documents of {sum(sequence_counts)} sequences do not fit together"
             )
         with naming(self.bin_path):
             self._file.write(tokens.data)
@@ -98,8 +97,7 @@ class IndexedDatasetBuilder:
         if index.dtype != self.dtype:
             raise ValueError(
                 f"{path_prefix} stores {index.dtype.__name__}, it cannot be appended to {self.bin_path}, "
-                f"which stores "
-                f"{self.dtype.__name__}"
+                f"which stores {self.dtype.__name__}"
             )
         bin_bytes = os.path.getsize(get_bin_path(path_prefix))
         if bin_bytes != index.num_bin_bytes:

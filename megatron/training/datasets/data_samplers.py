@@ -96,7 +96,7 @@ class MegatronPretrainingRandomSampler:
         if consumed % self.stride:
             raise ValueError(
                 f"{self.consumed_samples} consumed samples are no whole number of steps of {self.stride} "
-                f"samples"
+                "samples"
             )
         # as many steps on every rank, also where the shared order does not divide evenly
         order = self._order(epoch, consumed)[: (active_samples - consumed) // self.data_parallel_size]
@@ -147,13 +147,11 @@ def build_pretraining_data_loader(
 
     Args:
         dataloader_type: "single" reads in the dataset's own order once, "cyclic" in a random order by epochs
-            (iterate
-            again for each), "external" returns `dataset`, which is a loader already.
+            (iterate again for each), "external" returns `dataset`, which is a loader already.
         num_workers: processes that read ahead; the batches are the same for any number.
         data_sharding: for "cyclic": each rank reads its own part of the dataset.
-        seed: for random numbers drawn in worker processes. The global generator is left alone, so that a run
-            that
-            is resumed continues with the same random numbers.
+        seed: for random numbers drawn in worker processes. The global generator is left alone, so that a
+            resumed run continues with the same random numbers.
     """
     if dataset is None or dataloader_type == "external":
         return dataset

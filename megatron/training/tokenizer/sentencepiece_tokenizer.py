@@ -140,9 +140,8 @@ class SentencePieceTokenizer(_SentencePieceModel):
     """The model's vocabulary with the special tokens that masked and encoder-decoder models need after it.
 
     Added where the model lacks them: <CLS>, <SEP>, <EOD>, <MASK>, the pieces for padding, beginning and end
-        of
-    sentence, and `vocab_extra_ids` sentinels <extra_id_i>. Where an added one stands literally in a text, it
-    becomes its id.
+    of sentence, and `vocab_extra_ids` sentinels <extra_id_i>. Where an added one stands literally in a text,
+    it becomes its id.
     """
 
     identifier = "_SentencePieceTokenizer"

@@ -140,7 +140,7 @@ def test_mock() -> None:
     datasets = build(config, [100, 10, 10], MockGPTDataset)
     assert [type(dataset) for dataset in datasets] == [MockGPTDataset] * 3
     assert [int(dataset.indices[0]) for dataset in datasets] == [0, 33333, 66667]
-    with pytest.raises(ValueError, match="MockGPTDataset works without data"):
+    with pytest.raises(ValueError, match="no data is given: name a dataset with --data-path"):
         build(config, [1, 1, 1])
 
 
