@@ -73,7 +73,7 @@ def build_parser(extra_args_provider: ExtraFlags | None = None) -> FlagParser:
     parser = FlagParser(description="Train a transformer language model.")
     add_flags(parser)
     if extra_args_provider is not None:
-        parser = extra_args_provider(parser) or parser
+        extra_args_provider(parser)
     return parser
 
 

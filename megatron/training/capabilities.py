@@ -121,6 +121,8 @@ ARGUMENTS_NOT_BUILT: dict[str, str] = {
 }
 """Single arguments, in use as soon as they differ from their default."""
 
+TOKENIZERS_BUILT = ("GPT2BPETokenizer", "HuggingFaceTokenizer", "SentencePieceTokenizer", "NullTokenizer")
+
 VALUES_NOT_BUILT: dict[str, tuple[Used, str]] = {
     "position_embedding_type": (lambda value: value in ("relative", "mrope"), "this kind of positions"),
     "cross_entropy_fusion_impl": (lambda value: value == "te", "Transformer Engine's loss"),
@@ -132,8 +134,6 @@ VALUES_NOT_BUILT: dict[str, tuple[Used, str]] = {
     ),
 }
 """Arguments of which only some values wait."""
-
-TOKENIZERS_BUILT = ("GPT2BPETokenizer", "HuggingFaceTokenizer", "SentencePieceTokenizer", "NullTokenizer")
 
 WHEN_GIVEN_NOT_BUILT: dict[str, tuple[Used, str]] = {
     "transformer_impl": (

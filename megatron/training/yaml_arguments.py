@@ -40,9 +40,10 @@ def apply_yaml(args: Settings, path: str, parser: argparse.ArgumentParser) -> No
     actions = {action.dest: action for action in parser._actions}
     for key, value in flat_items(read_yaml(path), path):
         if key == "activation_func":
-            key, value = activation_setting(value, path)
-            if key is None:
+            switch = activation_switch(value, path)
+            if switch is None:
                 continue
+            key, value = switch, True
         refuse_unless(key.replace("-", "_") in names, unknown_key(key, path, list(names)))
         dest, inverted = names[key.replace("-", "_")]
         converted = convert(actions[dest], value, f"{path}: {key}")
@@ -102,13 +103,13 @@ def flat_items(content: dict[str, Any], path: str) -> Iterator[tuple[str, Any]]:
             yield str(key), each
 
 
-def activation_setting(value: Any, path: str) -> tuple[str | None, bool]:
-    """The switch that chooses an activation by its name."""
+def activation_switch(value: Any, path: str) -> str | None:
+    """The switch that chooses an activation by its name; none for the default one."""
     refuse_unless(
         value in ACTIVATIONS,
         f"--yaml-cfg {path}: activation_func {value!r} can be {', '.join(ACTIVATIONS)}",
     )
-    return ACTIVATIONS[value], True
+    return ACTIVATIONS[value]
 
 
 def unknown_key(key: str, path: str, names: list[str]) -> str:
