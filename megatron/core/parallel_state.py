@@ -79,8 +79,7 @@ def initialize_model_parallel(
     """Create every process group of the layout and make them the process-wide default.
 
     Collective over the whole world: all ranks call it with the same arguments. Ranks whose groups consist of
-        the
-    same members share one communicator.
+    the same members share one communicator.
 
     Raises:
         RuntimeError: torch.distributed is not initialised, groups exist already, or the sizes do not fit the

@@ -33,8 +33,7 @@ def round_up(value: int, multiple: int) -> int:
     return (value + multiple - 1) // multiple * multiple
 
 
-# --- process groups
-# ---------------------------------------------------------------------------------------------
+# --- process groups ---
 
 
 def get_pg_size(group: ProcessGroup | None = None) -> int:
@@ -57,8 +56,7 @@ def get_tensor_model_parallel_group_if_none(
     return groups.expt_tp if is_expert else groups.tp
 
 
-# --- initialisers
-# -----------------------------------------------------------------------------------------------
+# --- initialisers ---
 
 
 class NormalInit:
@@ -88,8 +86,7 @@ def scaled_init_method_normal(
     return NormalInit(sigma / math.sqrt(multiplier * num_layers))
 
 
-# --- modules and configs
-# ----------------------------------------------------------------------------------------
+# --- modules and configs ---
 
 
 def get_attr_wrapped_model(
@@ -157,8 +154,7 @@ class _Viewless(torch.autograd.Function):
         return grad, None
 
 
-# --- checkpoints
-# ------------------------------------------------------------------------------------------------
+# --- checkpoints ---
 
 
 def make_tp_sharded_tensor_for_checkpoint(
@@ -222,8 +218,7 @@ def _checkpoint_groups(
     return tp_group or groups.tp, dp_cp_group or groups.dp_cp
 
 
-# --- the rest
-# ---------------------------------------------------------------------------------------------------
+# --- the rest ---
 
 
 def log_single_rank(logger: logging.Logger, *args: Any, rank: int = 0, **kwargs: Any) -> None:

@@ -10,8 +10,7 @@ def num_floating_point_operations(args: Any, batch_size: int) -> float:
     queries, gated MLPs and head widths of their own).
 
     Per token and layer: projections 2·params multiply-adds each in forward, twice that in backward; attention
-        scores
-    and their product with the values s·(heads × width) each, halved for causality.
+    scores and their product with the values s·(heads × width) each, halved for causality.
     """
     hidden, layers, seq = args.hidden_size, args.num_layers, args.seq_length
     heads = args.num_attention_heads

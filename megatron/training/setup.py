@@ -158,8 +158,7 @@ def get_optimizer_param_scheduler(optimizer: Any) -> OptimizerParamScheduler:
     )
 
 
-# --- data
-# -------------------------------------------------------------------------------------------------------
+# --- data ---
 
 
 def get_train_valid_test_num_samples() -> tuple[int, int, int]:

@@ -21,10 +21,9 @@ def finalize_model_grads(
     """Complete the gradients of all model chunks, in place in `main_grad`.
 
     Communicates, in this order: the data parallel reduction; over the tensor parallel group the sum of
-        gradients of
-    parameters that each rank used on a part of the sequence; over the embedding groups the sum of the tied
-    embeddings' gradients; with `num_tokens` (the tokens this rank's loss was summed over) their total, by
-    which all gradients are divided.
+    gradients of parameters that each rank used on a part of the sequence; over the embedding groups the sum
+    of the tied embeddings' gradients; with `num_tokens` (the tokens this rank's loss was summed over) their
+    total, by which all gradients are divided.
     """
     groups = groups or default_process_groups()
     config = get_model_config(model[0])

@@ -69,8 +69,7 @@ def _run(sends: list[tuple[Tensor, int]], receives: list[tuple[Tensor, int]], gr
             work.wait()
 
 
-# --- the public functions by neighbour
-# --------------------------------------------------------------------------
+# --- the public functions by neighbour ---
 
 
 def _pp_group() -> ProcessGroup:

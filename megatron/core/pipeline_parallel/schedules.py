@@ -40,8 +40,7 @@ def get_forward_backward_func() -> Callable[..., list[Any]]:
     It takes keyword arguments only:
 
     - forward_step_func(data_iterator, model) -> (output tensor, loss_func). The loss_func(output tensor) of
-    the last
-      stage returns (loss sum, number of tokens, report), or (loss, report).
+      the last stage returns (loss sum, number of tokens, report), or (loss, report).
     - data_iterator, model: one each, or a list of one; num_microbatches; seq_length; micro_batch_size.
     - decoder_seq_length: unused by models of one stack.
     - forward_only: evaluate, no backward.

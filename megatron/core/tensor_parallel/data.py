@@ -24,7 +24,7 @@ def broadcast_data(
     """`{key: tensor}` on every rank of the tensor parallel group, read from the first one's `data`.
 
     Communicates: two broadcasts, the shapes and one flat tensor of all values. Other ranks may pass None as
-        `data`.
+    `data`.
 
     Raises:
         ValueError: a tensor is not of `datatype`, or has more than 5 dimensions.

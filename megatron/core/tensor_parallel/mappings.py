@@ -17,8 +17,7 @@ from megatron.core.collectives import all_gather_into_tensor, reduce_scatter_ten
 from megatron.core.tensor_parallel.utils import split_tensor_along_last_dim
 from megatron.core.utils import divide, get_pg_rank, get_pg_size, get_tensor_model_parallel_group_if_none
 
-# --- the collectives themselves
-# ---------------------------------------------------------------------------------
+# --- the collectives themselves ---
 
 
 def _reduce(x: Tensor, group: ProcessGroup | None) -> Tensor:
@@ -100,8 +99,7 @@ def _all_to_all(
     return received
 
 
-# --- pairs of forward and backward
-# ------------------------------------------------------------------------------
+# --- pairs of forward and backward ---
 
 
 class _CopyToModelParallelRegion(torch.autograd.Function):
@@ -251,8 +249,7 @@ class _AllToAll(torch.autograd.Function):
         return _all_to_all(grad, ctx.group, ctx.input_splits, ctx.output_splits), None, None, None
 
 
-# --- the public functions; `group` defaults to the tensor parallel group
-# ----------------------------------------
+# --- the public functions; `group` defaults to the tensor parallel group ---
 
 
 def copy_to_tensor_model_parallel_region(input_: Tensor, group: ProcessGroup | None = None) -> Tensor:
