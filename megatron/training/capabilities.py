@@ -95,7 +95,6 @@ ARGUMENTS_NOT_BUILT: dict[str, str] = {
     "ckpt_convert_save": "conversion of checkpoints",
     "load_model_opt_format": "quantization and distillation",
     "object_storage_cache_path": "data in object storage",
-    "vocab_extra_ids": "sentinel tokens",
     "tiktoken_pattern": "TikTokenizer",
     "tiktoken_num_special_tokens": "TikTokenizer",
     "tiktoken_special_tokens": "TikTokenizer",
@@ -121,7 +120,14 @@ ARGUMENTS_NOT_BUILT: dict[str, str] = {
 }
 """Single arguments, in use as soon as they differ from their default."""
 
-TOKENIZERS_BUILT = ("GPT2BPETokenizer", "HuggingFaceTokenizer", "SentencePieceTokenizer", "NullTokenizer")
+TOKENIZERS_BUILT = (
+    "GPT2BPETokenizer",
+    "SentencePieceTokenizer",
+    "GPTSentencePieceTokenizer",
+    "Llama2Tokenizer",
+    "HuggingFaceTokenizer",
+    "NullTokenizer",
+)
 
 VALUES_NOT_BUILT: dict[str, tuple[Used, str]] = {
     "position_embedding_type": (lambda value: value in ("relative", "mrope"), "this kind of positions"),

@@ -116,6 +116,12 @@ def require_tokenizer_files(args: argparse.Namespace) -> None:
         not missing,
         f"--tokenizer-type {args.tokenizer_type}{chosen} needs {' and '.join(map(_flag, missing))}",
     )
+    if args.vocab_extra_ids:
+        refuse_unless(
+            args.tokenizer_type == "SentencePieceTokenizer",
+            f"--vocab-extra-ids ({args.vocab_extra_ids}) needs --tokenizer-type SentencePieceTokenizer, found "
+            f"{args.tokenizer_type}",
+        )
     if args.tokenizer_type == "TikTokenizer":
         refuse_unless(
             args.tiktoken_pattern in ("v1", "v2"),

@@ -103,6 +103,7 @@ REFUSED: list[tuple[Any, str, str, str]] = [
         "SentencePieceTokenizer needs --tokenizer-model",
         SMALL_GPT,
     ),
+    (data.require_tokenizer_files, "--vocab-extra-ids 5", "needs --tokenizer-type SentencePiece", SMALL_GPT),
     (batch.require_micro_batch_size, "--micro-batch-size 0", "is required and must be positive", SMALL_GPT),
     (batch.derive_global_batch_size, "--global-batch-size 0", "must be positive", SMALL_GPT),
     (
