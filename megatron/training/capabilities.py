@@ -47,6 +47,7 @@ ARGUMENTS_NOT_BUILT: dict[str, str] = {
     "result_rejected_tracker_filename": "detection of faulty results",
     "record_memory_history": "the record of memory allocations",
     "memory_snapshot_path": "the record of memory allocations",
+    "empty_unused_memory_level": "returning cached device memory",
     "tp_comm_overlap_cfg": "overlapped tensor parallel communication",
     "tp_comm_overlap_ag": "overlapped tensor parallel communication",
     "tp_comm_overlap_rs": "overlapped tensor parallel communication",

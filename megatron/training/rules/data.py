@@ -119,8 +119,8 @@ def require_tokenizer_files(args: argparse.Namespace) -> None:
     if args.vocab_extra_ids:
         refuse_unless(
             args.tokenizer_type == "SentencePieceTokenizer",
-            f"--vocab-extra-ids ({args.vocab_extra_ids}) needs --tokenizer-type SentencePieceTokenizer, found "
-            f"{args.tokenizer_type}",
+            f"--vocab-extra-ids ({args.vocab_extra_ids}) needs --tokenizer-type SentencePieceTokenizer, "
+            f"found {args.tokenizer_type}",
         )
     if args.tokenizer_type == "TikTokenizer":
         refuse_unless(

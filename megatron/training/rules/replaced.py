@@ -14,8 +14,15 @@ REPLACEMENTS = {
     "model_parallel_size": "--tensor-model-parallel-size",
 }
 
-ACCEPTED_WITHOUT_EFFECT = ("ckpt_fully_parallel_save_deprecated", "deprecated_use_mcore_models")
-"""Documented flags whose effect is the default."""
+ACCEPTED_WITHOUT_EFFECT = (
+    "ckpt_assume_constant_structure",
+    "ckpt_fully_parallel_save_deprecated",
+    "clone_scatter_output_in_embedding",
+    "deprecated_use_mcore_models",
+    "enable_gloo_process_groups",
+    "scatter_gather_tensors_in_pipeline",
+)
+"""Documented flags that ask for what is done anyway, or for less work than is done; results are the same."""
 
 
 def refuse_replaced_flags(args: argparse.Namespace) -> None:
@@ -47,12 +54,11 @@ def warn_of_flags_without_effect(args: argparse.Namespace) -> None:
     given = [
         flag.names[0]
         for flag in all_flags().values()
-        if flag.hidden
+        if (flag.hidden or flag.dest in ACCEPTED_WITHOUT_EFFECT)
         and flag.dest not in refused
         and hasattr(args, flag.dest)
         and getattr(args, flag.dest) != flag.default
     ]
-    given += [all_flags()[dest].names[0] for dest in ACCEPTED_WITHOUT_EFFECT if getattr(args, dest, False)]
     if given:
         warn(args, f"accepted without effect: {' '.join(given)}")
 

@@ -15,15 +15,18 @@ from megatron.training.capabilities import (
     refuse_capabilities_not_built,
 )
 from megatron.training.config.flags import Flag, all_flags
+from megatron.training.rules.replaced import ACCEPTED_WITHOUT_EFFECT, REPLACEMENTS
 from megatron.training.settings import ConfigurationError
 from tests.unit_tests.training.settings_for_tests import parsed, validated
 
 NOT_BUILT = sorted(capabilities_not_built())
-NOT_REPLACED = ("batch_size", "warmup", "model_parallel_size", "checkpoint_activations")
+REPLACED = (*REPLACEMENTS, "checkpoint_activations")
 WITHOUT_EFFECT = [
     flag
     for flag in all_flags().values()
-    if flag.hidden and flag.dest not in capabilities_not_built() and flag.dest not in NOT_REPLACED
+    if (flag.hidden or flag.dest in ACCEPTED_WITHOUT_EFFECT)
+    and flag.dest not in capabilities_not_built()
+    and flag.dest not in REPLACED
 ]
 
 
