@@ -1,10 +1,11 @@
+import multiprocessing
 import os
 import pickle
+import resource
 import signal
 import struct
-import subprocess
-import sys
 from pathlib import Path
+from typing import Any
 
 import numpy
 import pytest
@@ -20,6 +21,7 @@ from megatron.core.datasets.indexed_dataset import (
 
 SEQUENCES = [[1, 2, 3], [], [4], [5, 6, 7, 8], [9]]
 DOCUMENTS = [0, 2, 2, 4, 5]
+FORK = multiprocessing.get_context("fork")  # starts at once: torch is imported already
 
 
 def write_example(prefix: Path, dtype: type[numpy.number] = numpy.uint16, multimodal: bool = False) -> str:
@@ -247,17 +249,18 @@ def test_nothing_appears_before_finalize(tmp_path: Path) -> None:
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
+def write_and_die(prefix: Path) -> None:
+    builder = IndexedDatasetBuilder(f"{prefix}.bin")
+    builder.add_item(numpy.arange(1000000))
+    builder.complete(f"{prefix}.idx")
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
 def test_killed_writer_leaves_no_dataset_and_no_lock(tmp_path: Path) -> None:
-    program = (
-        "import os, signal, numpy\n"
-        "from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder\n"
-        f"builder = IndexedDatasetBuilder({str(tmp_path / 'd.bin')!r})\n"
-        "builder.add_item(numpy.arange(1000000))\n"
-        f"builder.complete({str(tmp_path / 'd.idx')!r})\n"
-        "os.kill(os.getpid(), signal.SIGKILL)\n"
-    )
-    ended = subprocess.run([sys.executable, "-c", program], cwd=Path(__file__).parents[3])
-    assert ended.returncode == -signal.SIGKILL
+    process = FORK.Process(target=write_and_die, args=(tmp_path / "d",))
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
     assert sorted(path.name for path in tmp_path.iterdir()) == ["d.bin.partial", "d.idx.partial"]
     assert IndexedDataset(write_example(tmp_path / "d"))[3].tolist() == SEQUENCES[3]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["d.bin", "d.idx"]
@@ -269,18 +272,21 @@ def test_two_writers_of_one_file_are_refused(tmp_path: Path, monkeypatch: pytest
         IndexedDatasetBuilder(str(tmp_path / "d.bin"))
 
 
-def test_a_full_disk_is_an_error_that_names_the_file(tmp_path: Path) -> None:
+def write_too_much(prefix: Path, errors: Any) -> None:
     # a limit on the size of files stands for a full disk
-    program = (
-        "import resource, numpy\n"
-        "from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder\n"
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (100000, 100000))\n"
-        f"with IndexedDatasetBuilder({str(tmp_path / 'd.bin')!r}) as builder:\n"
-        "    for _ in range(10):\n"
-        "        builder.add_item(numpy.arange(10000))\n"
-    )
-    root = Path(__file__).parents[3]
-    ended = subprocess.run([sys.executable, "-c", program], cwd=root, capture_output=True, text=True)
-    assert ended.returncode == 1
-    assert f"OSError: [Errno 27] File too large: '{tmp_path}/d.bin'" in ended.stderr
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100000, 100000))
+    try:
+        with IndexedDatasetBuilder(f"{prefix}.bin") as builder:
+            for _ in range(10):
+                builder.add_item(numpy.arange(10000))
+    except OSError as error:
+        errors.send(str(error))
+
+
+def test_a_full_disk_is_an_error_that_names_the_file(tmp_path: Path) -> None:
+    receiver, sender = FORK.Pipe(duplex=False)
+    process = FORK.Process(target=write_too_much, args=(tmp_path / "d", sender))
+    process.start()
+    assert receiver.poll(30) and receiver.recv() == f"[Errno 27] File too large: '{tmp_path}/d.bin'"
+    process.join()
     assert list(tmp_path.iterdir()) == []
