@@ -135,7 +135,7 @@ def save_torch_dist(
         contents,
         directory,
         strategy,
-        preprocess_common_before_consistancy_check=without_arguments,
+        preprocess_common_before_consistancy_check=comparable,
         content_metadata=metadata,
     )
 
@@ -147,9 +147,16 @@ def content_metadata(args: argparse.Namespace) -> dict[str, Any]:
     return {"distrib_optim_sharding_type": MODEL_SPACE if args.ckpt_fully_parallel_save else DP_ZERO}
 
 
-def without_arguments(common: dict[str, Any]) -> dict[str, Any]:
-    """The common state apart from the arguments, which name the rank."""
-    return {key: value for key, value in common.items() if key != "args"}
+def comparable(common: Any) -> Any:
+    """What of the common state must be equal on all ranks: not the arguments, which name the rank, nor the
+    order of parameter groups, which differs between pipeline stages and does not matter."""
+    if not isinstance(common, dict):
+        return common
+    return {
+        key: sorted(value, key=repr) if key == "param_groups" else comparable(value)
+        for key, value in common.items()
+        if key != "args"
+    }
 
 
 def require_known_format(name: str) -> None:
