@@ -1,4 +1,4 @@
-"""Every tensor- and sequence-parallel communication of activations, as a pair: what forward does, what backward does.
+"""Every tensor- and sequence-parallel communication of activations: what forward does, what backward does.
 
 With one rank each of them is the identity. Sequence parallelism: Korthikanti et al., arXiv:2205.05198,
 section 4.2.2.
@@ -51,9 +51,11 @@ def _gather_first_dim(x: Tensor, group: ProcessGroup | None, split_sizes: list[i
         gathered = x.new_empty(size * x.size(0), *x.shape[1:])
         all_gather_into_tensor(gathered, x, group=group)
         return gathered
-    parts = [x.new_empty(rows, *x.shape[1:]) for rows in split_sizes]
-    dist.all_gather(parts, x, group=group)
-    return torch.cat(parts)
+    longest = max(split_sizes)  # gloo gathers tensors of one size only
+    padded = x.new_zeros(longest, *x.shape[1:])
+    padded[: x.size(0)] = x
+    parts = _gather_first_dim(padded, group).split(longest)
+    return torch.cat([part[:rows] for part, rows in zip(parts, split_sizes)])
 
 
 def _gather_last_dim(x: Tensor, group: ProcessGroup | None) -> Tensor:
@@ -74,10 +76,11 @@ def _reduce_scatter_first_dim(
         scattered = x.new_empty(divide(x.size(0), size), *x.shape[1:])
         reduce_scatter_tensor(scattered, x, group=group)
         return scattered
-    parts = list(x.split(split_sizes))
-    scattered = torch.empty_like(parts[get_pg_rank(group)])
-    dist.reduce_scatter(scattered, parts, group=group)
-    return scattered
+    longest = max(split_sizes)
+    padded = x.new_zeros(size * longest, *x.shape[1:])
+    for target, part in zip(padded.split(longest), x.split(split_sizes)):
+        target[: part.size(0)] = part
+    return _reduce_scatter_first_dim(padded, group)[: split_sizes[get_pg_rank(group)]]
 
 
 def _reduce_scatter_last_dim(x: Tensor, group: ProcessGroup | None) -> Tensor:
@@ -168,8 +171,10 @@ class _ScatterToSequenceParallelRegion(torch.autograd.Function):
 
 
 class _GatherFromSequenceParallelRegion(torch.autograd.Function):
-    """All-gather along the first dimension; backward reduce-scatters, or only keeps this rank's part where every rank
-    computes the same gradient."""
+    """All-gather along the first dimension; backward reduce-scatters.
+
+    Where every rank computes the same gradient, backward only keeps this rank's part.
+    """
 
     @staticmethod
     def forward(
