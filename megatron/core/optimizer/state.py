@@ -45,6 +45,8 @@ def shard_inner_state(state_dict: dict[str, Any], sharded_params: dict[int, Any]
     """
     step = common_step(state_dict["state"])
     optim_state_to_sharding_state(state_dict, sharded_params, exclude_keys=("step",))
+    for group in state_dict["param_groups"]:
+        group.pop("params", None)  # numbers of this rank's parameters, which mean nothing elsewhere
     if step is not None:
         state_dict["state"]["common_step"] = step
     return state_dict
@@ -82,8 +84,9 @@ def load_inner_state(
         for local_index, saved_index in zip(group["params"], _saved_indices(group, saved), strict=True):
             if saved_index in saved_state:
                 state[local_index] = dict(saved_state[saved_index])
-                if step is not None:
-                    state[local_index]["step"] = torch.as_tensor(step, dtype=torch.float32).clone()
+                counter = step if step is not None else group.get("step")  # a distributed optimizer's is in groups
+                if counter is not None:
+                    state[local_index]["step"] = torch.as_tensor(counter, dtype=torch.float32).clone()
     _require_matching_shapes(optimizer, state)
     optimizer.load_state_dict({"state": state, "param_groups": [group for group, _ in matches]})
     if state:

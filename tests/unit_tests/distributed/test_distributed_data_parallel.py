@@ -6,6 +6,7 @@ from torch import nn
 
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.distributed.distributed_data_parallel import accumulate
 from megatron.core.transformer.transformer_config import TransformerConfig
 from tests.worker_pool import run_ranks
 
@@ -137,6 +138,14 @@ def check_gradient_type(grad_reduce_in_fp32: bool) -> None:
     grads = {name: param.main_grad for name, param in model.named_parameters()}
     assert {grad.dtype for grad in grads.values()} == {dtype}
     torch.testing.assert_close(grads, expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("shape", [(3,), (700, 1000)])
+def test_mixed_types_accumulate_as_if_widened_first(shape: tuple[int, ...]) -> None:
+    total, addend = torch.randn(shape), torch.randn(shape[::-1]).bfloat16()
+    expected = total + addend.float().T if len(shape) == 2 else total + addend.float()
+    accumulate(total, addend.T if len(shape) == 2 else addend)
+    torch.testing.assert_close(total, expected, rtol=0, atol=0)
 
 
 def test_per_token_loss_sums_gradients_and_scale_gradients_divides_them() -> None:
