@@ -199,7 +199,8 @@ class CheckpointFunction(torch.autograd.Function):
         ctx.function = function
         ctx.distribute = distribute_saved_activations
         ctx.rng_states = get_all_rng_states()
-        ctx.autocast = torch.is_autocast_enabled(device.device_type())
+        kind = device.device_type()
+        ctx.autocast = (kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
         ctx.is_tensor = [isinstance(arg, Tensor) for arg in args]
         ctx.others = [None if is_tensor else arg for arg, is_tensor in zip(args, ctx.is_tensor)]
         with torch.no_grad():
@@ -225,7 +226,7 @@ class CheckpointFunction(torch.autograd.Function):
         with (
             _replayed_rng(ctx.rng_states),
             torch.enable_grad(),
-            torch.autocast(device.device_type(), enabled=ctx.autocast),
+            torch.autocast(*ctx.autocast),
         ):
             outputs = ctx.function(*args)
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
@@ -26,7 +25,8 @@ def split_tensor_into_1d_equal_chunks(
 ) -> Tensor:
     """This rank's 1/tp part of the flattened tensor; a copy if `new_buffer`."""
     group = get_tensor_model_parallel_group_if_none(tp_group)
-    part = tensor.contiguous().view(-1).chunk(get_pg_size(group))[get_pg_rank(group)]
+    elements = divide(tensor.numel(), get_pg_size(group))
+    part = tensor.contiguous().view(-1).split(elements)[get_pg_rank(group)]
     return part.clone() if new_buffer else part
 
 
