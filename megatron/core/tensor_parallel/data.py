@@ -27,21 +27,14 @@ def broadcast_data(
     `data`.
 
     Raises:
-        ValueError: a tensor is not of `datatype`, or has more than 5 dimensions.
+        ValueError: a tensor is not of `datatype`, or has more than 5 dimensions; on every rank.
     """
     group = get_tensor_model_parallel_group_if_none(tp_group)
     target = device.current_device()
-    if get_pg_rank(group) == 0:
-        assert data is not None
-        for key in keys:
-            if data[key].dtype != datatype or data[key].dim() > _MAX_DIM:
-                raise ValueError(
-                    f"{key!r} is {data[key].dtype} with {data[key].dim()} dimensions; expected {datatype}"
-                )
+    shapes = _broadcast_shapes(keys, data, datatype, group)
     if get_pg_size(group) == 1:
         assert data is not None
         return {key: data[key].to(target, non_blocking=True) for key in keys}
-    shapes = _broadcast_shapes(keys, data, group)
     numels = [torch.Size(shape).numel() for shape in shapes]
     if get_pg_rank(group) == 0:
         assert data is not None
@@ -53,14 +46,26 @@ def broadcast_data(
 
 
 def _broadcast_shapes(
-    keys: Sequence[str], data: Mapping[str, Tensor] | None, group: ProcessGroup | None
+    keys: Sequence[str], data: Mapping[str, Tensor] | None, datatype: torch.dtype, group: ProcessGroup | None
 ) -> list[list[int]]:
+    """Shape of each key's tensor. The others learn of wrong data, too, for they would wait for it forever."""
     table = torch.zeros(len(keys), _MAX_DIM + 1, dtype=torch.int64)  # per key: number of dims, then the dims
+    found = {}
     if get_pg_rank(group) == 0:
         assert data is not None
         for row, key in enumerate(keys):
             shape = data[key].shape
-            table[row, : len(shape) + 1] = torch.tensor([len(shape), *shape])
-    table = table.to(device.current_device())
-    dist.broadcast(table, group_src=0, group=group)
-    return [row[1 : row[0] + 1] for row in table.tolist()]
+            if data[key].dtype != datatype or len(shape) > _MAX_DIM:
+                table[row, 0] = -1
+                found[key] = f", not {data[key].dtype} with {len(shape)}"
+            else:
+                table[row, : len(shape) + 1] = torch.tensor([len(shape), *shape])
+    if get_pg_size(group) > 1:
+        table = table.to(device.current_device())
+        dist.broadcast(table, group_src=0, group=group)
+    rows = table.tolist()
+    for key, row in zip(keys, rows):
+        if row[0] < 0:
+            message = f"{key!r} must be {datatype} with at most {_MAX_DIM} dimensions{found.get(key, '')}"
+            raise ValueError(message)
+    return [row[1 : row[0] + 1] for row in rows]
