@@ -14,7 +14,7 @@ source requirements/environment.sh
 use_environment mlm
 
 OUT=${1:-quickstart}
-ITERATIONS=${ITERATIONS:-240}
+ITERATIONS=${ITERATIONS:-360}
 STOP_AT=$((ITERATIONS / 2))
 RANKS=4
 DATA=$OUT/corpus_text_document
@@ -70,10 +70,10 @@ TRAIN=(
     --num-layers 4 --hidden-size 256 --num-attention-heads 8 --seq-length 256 --max-position-embeddings 256
     --position-embedding-type rope --normalization RMSNorm --swiglu --ffn-hidden-size 704 --disable-bias-linear
     --attention-dropout 0 --hidden-dropout 0
-    --micro-batch-size 8 --global-batch-size 16 --train-iters "$ITERATIONS"
-    --lr 2e-3 --min-lr 2e-4 --lr-decay-style cosine --lr-warmup-iters 20 --weight-decay 0.1 --adam-beta2 0.95
+    --micro-batch-size 4 --global-batch-size 8 --train-iters "$ITERATIONS"
+    --lr 3e-3 --min-lr 2e-4 --lr-decay-style cosine --lr-warmup-iters 20 --weight-decay 0.1 --adam-beta2 0.95
     "${TOKENIZER[@]}" --data-path "$DATA" --split 90,8,2 --num-workers 0
-    --log-interval 10 --eval-interval 60 --eval-iters 4 --save-interval 40
+    --log-interval 20 --eval-interval 60 --eval-iters 8 --save-interval 60
     --save "$OUT/checkpoints" --load "$OUT/checkpoints" --tensorboard-dir "$OUT/tensorboard"
 )
 

@@ -17,11 +17,11 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for the program beside this folder
 
-from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.inference.sampling import SamplingParams
 from megatron.inference.text_generation import generate
 from megatron.training import get_args, get_model, get_tokenizer, initialize_megatron, print_rank_0
 from megatron.training.checkpointing import load_checkpoint
+from megatron.training.errors import exit_at_once_on_error
 from pretrain_gpt import model_provider
 
 
@@ -67,7 +67,5 @@ def write_texts() -> None:
 
 
 if __name__ == "__main__":
-    try:
+    with exit_at_once_on_error():
         write_texts()
-    except (ValueError, OSError, CheckpointingException) as error:
-        raise SystemExit(f"generate_text.py: error: {error}") from None
