@@ -19,7 +19,12 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.spec_utils import import_module
 from megatron.training import get_args, get_timers, get_tokenizer, pretrain, print_rank_0
 from megatron.training.arguments import core_transformer_config_from_args
-from megatron.training.utils import batch_keys, dense_attention_mask, get_batch_on_this_tp_rank, get_blend_and_blend_per_split
+from megatron.training.utils import (
+    batch_keys,
+    dense_attention_mask,
+    get_batch_on_this_tp_rank,
+    get_blend_and_blend_per_split,
+)
 
 
 def model_provider(pre_process: bool = True, post_process: bool = True) -> GPTModel:

@@ -228,7 +228,7 @@ def _create_groups(plan: dict[str, RankGroups], timeout: datetime.timedelta) -> 
                 mine[name] = by_members[members]
                 _state.group_ranks[name] = list(ranks)
     levels = tuple(mine.pop(name) for name in [n for n in mine if n.startswith("hcp")])
-    set_default_process_groups(ProcessGroupCollection(**mine, hcp=levels or None))  # type: ignore[arg-type]
+    set_default_process_groups(ProcessGroupCollection(**mine, hcp=levels or None))
 
 
 def destroy_model_parallel() -> None:

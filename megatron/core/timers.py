@@ -10,8 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron.core.collectives import all_gather_into_tensor
 from megatron.core import device
+from megatron.core.collectives import all_gather_into_tensor
 
 
 class TimerBase(ABC):
@@ -216,7 +216,7 @@ class Timers:
         reset: bool = True,
         barrier: bool = False,
     ) -> str | None:
-        """The report on rank `rank` (the last if None), None elsewhere. All ranks must call. Printing is the caller's."""
+        """The report on rank `rank` (the last if None), None elsewhere. All ranks must call, the caller prints."""
         report = self.get_all_timers_string(names, normalizer, reset, barrier)
         here = dist.get_rank() if dist.is_initialized() else 0
         last = dist.get_world_size() - 1 if dist.is_initialized() else 0

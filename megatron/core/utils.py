@@ -119,9 +119,10 @@ def unwrap_model(model: torch.nn.Module | list[torch.nn.Module]) -> Any:
     """The bare model inside data-parallel and precision wrappers; a list gives a list."""
     if isinstance(model, list):
         return [unwrap_model(chunk) for chunk in model]
-    while hasattr(model, "module") and getattr(model, "is_wrapper", True):
-        model = model.module
-    return model
+    bare: Any = model
+    while hasattr(bare, "module") and getattr(bare, "is_wrapper", True):
+        bare = bare.module
+    return bare
 
 
 def make_viewless_tensor(inp: Tensor, requires_grad: bool, keep_graph: bool) -> Tensor:
@@ -150,7 +151,7 @@ class _Viewless(torch.autograd.Function):
         return _viewless(inp, requires_grad)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return grad, None
 
 

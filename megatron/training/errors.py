@@ -1,10 +1,42 @@
-"""Which errors are the user's to mend: they are shown without a traceback."""
+"""How a program ends when something goes wrong on a rank."""
 
 from __future__ import annotations
 
+import os
+import sys
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch.distributed as dist
+
+from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.training.nan_check import NonFiniteLoss
+
+_USERS = (ValueError, OSError, NotImplementedError, NonFiniteLoss, CheckpointingException)
 
 
 def is_users_error(error: BaseException) -> bool:
-    """Whether the message alone says what is wrong: bad values, missing files, unbuilt options, a loss gone wrong."""
-    return isinstance(error, (ValueError, FileNotFoundError, PermissionError, NotImplementedError, NonFiniteLoss))
+    """Whether the message alone says what is wrong: bad values, files, unbuilt options, a loss gone wrong."""
+    return isinstance(error, _USERS)
+
+
+@contextmanager
+def exit_at_once_on_error() -> Iterator[None]:
+    """End the process with exit code 1 on an exception, naming the rank; no traceback where the message says all.
+
+    An orderly shutdown would wait for ranks that wait for this one; a dead peer fails their collectives. Inside a
+    host program that has set torch.distributed up itself, exceptions are the host's and pass through.
+    """
+    if dist.is_initialized():
+        yield
+        return
+    try:
+        yield
+    except Exception as error:
+        text = f"{type(error).__name__}: {error}\n" if is_users_error(error) else traceback.format_exc()
+        prefix = f"[rank {dist.get_rank()}] " if dist.is_initialized() else ""
+        sys.stdout.flush()
+        sys.stderr.write(f"{prefix}{text}")
+        sys.stderr.flush()
+        os._exit(1)

@@ -145,7 +145,7 @@ def _initialize_model_parallel(
 
 
 def _set_random_seed(args: Any) -> None:
-    """Stages draw different dropout (seed + 100 × stage); initial weights derive from the plain seed in every layout."""
+    """Stages draw different dropout (seed + 100 × stage); initial weights derive from the plain seed."""
     seed = args.seed + 100 * parallel_state.get_pipeline_model_parallel_rank()
     if args.data_parallel_random_init:
         seed += 10 * parallel_state.get_data_parallel_rank()

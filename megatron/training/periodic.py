@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
-from megatron.core import device, parallel_state
+from megatron.core import device
 from megatron.core.num_microbatches_calculator import get_num_microbatches
 from megatron.core.utils import check_param_hashes_across_dp_replicas
 from megatron.training.checkpointing import save_checkpoint
@@ -42,26 +44,24 @@ def evaluate_now(run: Run, result: StepResult) -> None:
     if run.state.iteration % args.eval_interval:
         return
     timers = get_timers()
-    timers("interval-time").stop()
-    if args.manual_gc and args.manual_gc_eval:
-        gc.collect()
     run.progress.clear()
-    timers("eval-time", log_level=0).start(barrier=True)
-    deadline = run.started + args.exit_duration_in_mins * 60 if args.exit_duration_in_mins else None
-    seen = evaluate_and_print_results(
-        f"iteration {run.state.iteration}",
-        run.forward_step_func,
-        run.valid_data,
-        run.model,
-        run.state.iteration,
-        run.state.consumed_train_samples,
-        deadline=deadline,
-    )
-    run.state.consumed_valid_samples += seen[1] if seen else 0
-    timers("eval-time").stop()
-    if args.manual_gc and args.manual_gc_eval:
-        gc.collect(generation=0)
-    timers("interval-time", log_level=0).start(barrier=True)
+    with interval_paused():
+        if args.manual_gc and args.manual_gc_eval:
+            gc.collect()
+        timers("eval-time", log_level=0).start(barrier=True)
+        seen = evaluate_and_print_results(
+            f"iteration {run.state.iteration}",
+            run.forward_step_func,
+            run.valid_data,
+            run.model,
+            run.state.iteration,
+            run.state.consumed_train_samples,
+            deadline=run.started + args.exit_duration_in_mins * 60 if args.exit_duration_in_mins else None,
+        )
+        run.state.consumed_valid_samples += seen[1] if seen else 0
+        timers("eval-time").stop()
+        if args.manual_gc and args.manual_gc_eval:
+            gc.collect(generation=0)
 
 
 def synchronize_device(run: Run, result: StepResult) -> None:
@@ -100,7 +100,8 @@ def stop_on_signal(run: Run, result: StepResult) -> None:
 
 def stop_after_minutes(run: Run, result: StepResult) -> None:
     """Save and stop when `--exit-duration-in-mins` have passed on any rank."""
-    late = torch.tensor(run.minutes() > run.args.exit_duration_in_mins, dtype=torch.int32, device=device.current_device())
+    is_late = run.minutes() > run.args.exit_duration_in_mins
+    late = torch.tensor(is_late, dtype=torch.int32, device=device.current_device())
     torch.distributed.all_reduce(late, torch.distributed.ReduceOp.MAX)
     if late.item():
         save(run)
@@ -119,20 +120,31 @@ def save(run: Run) -> None:
     if not run.args.save or run.saved_iteration == run.state.iteration:
         return
     timers = get_timers()
-    timers("interval-time").stop()
-    timers("save-checkpoint", log_level=0).start(barrier=True)
     run.progress.clear()
-    save_checkpoint(run.args, run.state, run.model, run.optimizer, run.scheduler)
-    run.saved_iteration = run.state.iteration
-    timers("save-checkpoint").stop()
+    with interval_paused():
+        timers("save-checkpoint", log_level=0).start(barrier=True)
+        save_checkpoint(run.args, run.state, run.model, run.optimizer, run.scheduler)
+        run.saved_iteration = run.state.iteration
+        timers("save-checkpoint").stop()
     report = timers.log(["save-checkpoint"])
     if report:
-        print(report, flush=True)  # noqa: T201
+        print(report, flush=True)
     log_progress(run, "Saved checkpoint")
     trackers = get_trackers()
     if trackers is not None:
         trackers.flush()
-    timers("interval-time", log_level=0).start(barrier=True)
+
+
+@contextmanager
+def interval_paused() -> Iterator[None]:
+    """Keep what happens inside out of the time per iteration."""
+    timer = get_timers()("interval-time", log_level=0)
+    running = getattr(timer, "running", False)
+    if running:
+        timer.stop()
+    yield
+    if running:
+        timer.start(barrier=True)
 
 
 def log_progress(run: Run, event: str) -> None:
@@ -148,6 +160,3 @@ def grown_batch(run: Run, before: int) -> None:
     if before != get_num_microbatches() and run.state.iteration:
         print_datetime(f"batch size ramp-up: {before} -> {get_num_microbatches()} microbatches")
         save(run)
-
-
-__all__ = ["grown_batch", "parallel_state", "periodic_actions", "save"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import fields
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,17 +12,17 @@ from torch import nn
 from megatron.core import device, parallel_state
 from megatron.core.distributed import (
     DistributedDataParallel,
-    DistributedDataParallelConfig,
     finalize_model_grads,
 )
 from megatron.core.enums import ModelType
-from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer import get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.tensor_parallel import set_defaults_if_not_set_tensor_model_parallel_attributes
 from megatron.core.transformer.module import Float16Module
 from megatron.core.utils import get_model_config
 from megatron.training.datasets.data_samplers import build_pretraining_data_loader
 from megatron.training.global_vars import get_args, get_timers
+from megatron.training.library_configs import ddp_config_from_args, optimizer_config_from_args
 from megatron.training.nan_check import RememberingIterator
 from megatron.training.train_state import TrainState
 from megatron.training.utils import print_rank_0
@@ -69,37 +69,6 @@ def _print_size(model: nn.Module) -> None:
         )
 
 
-_DDP_RENAMES = {
-    "grad_reduce_in_fp32": "accumulate_allreduce_grads_in_fp32",
-    "check_for_nan_in_grad": "check_for_nan_in_loss_and_grad",
-    "pad_buckets_for_high_nccl_busbw": "ddp_pad_buckets_for_high_nccl_busbw",
-    "average_in_collective": "ddp_average_in_collective",
-}
-
-
-def ddp_config_from_args(args: Any, model: nn.Module) -> DistributedDataParallelConfig:
-    """The data parallel settings of the flags; one bucket unless gradients are reduced while backward runs."""
-    values = {}
-    for field in fields(DistributedDataParallelConfig):
-        name = _DDP_RENAMES.get(field.name, field.name)
-        if hasattr(args, name):
-            values[field.name] = getattr(args, name)
-    values["bucket_size"] = _bucket_size(args, model)
-    return DistributedDataParallelConfig(**values)
-
-
-def _bucket_size(args: Any, model: nn.Module) -> int | None:
-    if not args.overlap_grad_reduce:
-        return None
-    if args.ddp_num_buckets is not None:
-        return sum(param.numel() for param in model.parameters()) // args.ddp_num_buckets
-    if args.ddp_bucket_size is not None:
-        return args.ddp_bucket_size
-    return max(
-        40_000_000, 1_000_000 * parallel_state.get_data_parallel_world_size(with_context_parallel=True)
-    )
-
-
 def setup_model_and_optimizer(
     model_provider_func: Callable[..., nn.Module],
     model_type: ModelType,
@@ -110,8 +79,7 @@ def setup_model_and_optimizer(
     """Model, optimizer and schedule, as initialised (no checkpoint loaded)."""
     args = get_args()
     model = get_model(model_provider_func, model_type)
-    values = {f.name: getattr(args, f.name) for f in fields(OptimizerConfig) if hasattr(args, f.name)}
-    config = OptimizerConfig(**(values | {"timers": get_timers()}))
+    config = replace(optimizer_config_from_args(args), timers=get_timers())
     optimizer = get_megatron_optimizer(config, model, no_wd_decay_cond, scale_lr_cond, lr_mult)
     connect(model, optimizer)
     return model, optimizer, get_optimizer_param_scheduler(optimizer)

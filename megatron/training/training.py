@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import gc
-import os
 import sys
 import time
-import traceback
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +14,7 @@ from megatron.core.enums import ModelType
 from megatron.core.num_microbatches_calculator import get_num_microbatches, update_num_microbatches
 from megatron.core.utils import get_model_config
 from megatron.training.checkpointing import load_checkpoint
+from megatron.training.errors import exit_at_once_on_error
 from megatron.training.evaluation import evaluate_and_print_results
 from megatron.training.flops import num_floating_point_operations
 from megatron.training.global_vars import get_args, get_timers, get_trackers
@@ -83,7 +82,7 @@ def pretrain(
     ):
         if value is not None:
             raise NotImplementedError(f"pretrain({name}=...) is not built yet; leave it out")
-    with _exit_at_once_on_error():
+    with exit_at_once_on_error():
         initialize_megatron(
             extra_args_provider,
             args_defaults,
@@ -99,28 +98,6 @@ def pretrain(
             _train_to_the_end(run)
         _evaluate_at_the_end(run)
         _close()
-
-
-class _exit_at_once_on_error:
-    """Ends the process on an exception: an orderly shutdown would wait for ranks that wait for this one."""
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> bool:
-        if error is None or isinstance(error, SystemExit) or not torch.distributed.is_initialized():
-            return False
-        if torch.distributed.get_world_size() == 1:
-            return False
-        from megatron.training.errors import is_users_error
-
-        text = f"{type(error).__name__}: {error}" if is_users_error(error) else "".join(
-            traceback.format_exception(kind, error, trace)
-        )
-        sys.stderr.write(f"[rank {rank()}] {text.rstrip()}\n")
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(1)
 
 
 def _set_up(
@@ -152,7 +129,7 @@ def _set_up(
         ["model-and-optimizer-setup", "load-checkpoint", "train/valid/test-data-iterators-setup"], barrier=True
     )
     if report:
-        print(report, flush=True)  # noqa: T201
+        print(report, flush=True)
     return Run(
         args,
         state,

@@ -56,7 +56,7 @@ class _timer:
 
 
 def _gradient(param: nn.Parameter) -> Tensor | None:
-    return param.main_grad if hasattr(param, "main_grad") else param.grad  # type: ignore[return-value]
+    return param.main_grad if hasattr(param, "main_grad") else param.grad
 
 
 def _trained(model: list[nn.Module]) -> Iterator[tuple[str, nn.Parameter]]:

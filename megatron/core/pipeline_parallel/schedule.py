@@ -60,7 +60,10 @@ Step = Compute | Exchange
 
 
 def one_forward_one_backward(stage: int, num_stages: int, num_microbatches: int) -> Iterator[Compute]:
-    """Work of one stage in order (PipeDream-Flush, arXiv:2006.09503); at most `num_stages - stage` microbatches live."""
+    """Work of one stage in order (PipeDream-Flush, arXiv:2006.09503).
+
+    At most `num_stages - stage` microbatches are alive.
+    """
     warmup = min(num_stages - 1 - stage, num_microbatches)
     for i in range(num_microbatches + warmup):
         if i < num_microbatches:

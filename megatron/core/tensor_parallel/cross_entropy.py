@@ -58,7 +58,7 @@ class VocabParallelCrossEntropy(torch.autograd.Function):
         return loss
 
     @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         log_probs, local_target, owned = ctx.saved_tensors
         smoothing, total = ctx.smoothing
         grad = log_probs.exp_()  # the stored tensor becomes the gradient: backward runs once

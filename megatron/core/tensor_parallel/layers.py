@@ -1,11 +1,12 @@
-"""Linear layers and the word embedding, cut over the tensor parallel group (Shoeybi et al., arXiv:1909.08053, section 3;
-with sequence parallelism Korthikanti et al., arXiv:2205.05198, section 4.2.2).
+"""Linear layers and the word embedding, cut over the tensor parallel group (Shoeybi et al., arXiv:1909.08053,
+section 3; with sequence parallelism Korthikanti et al., arXiv:2205.05198, section 4.2.2).
 
 s sequence, b microbatch; `in`, `out` are the sizes of the full matrix.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -159,7 +160,7 @@ class _TensorParallelModule(nn.Module):
 
     def get_extra_state(self) -> None:
         """None: the layer has no state besides its parameters."""
-        return None
+        return
 
     def set_extra_state(self, state: Any) -> None:
         """Ignore extra state, which other implementations store for fp8."""
@@ -211,15 +212,14 @@ class ColumnParallelLinear(_TensorParallelModule):
         self.output_size_per_partition = divide(output_size, self.world_size)
         self.gather_output, self.skip_bias_add = gather_output, skip_bias_add
         self.disable_grad_reduce = disable_grad_reduce
-        shard = {"config": config, "partition_dim": 0, "group": self.tp_group, "is_expert": is_expert}
+        sharded = functools.partial(
+            _sharded_parameter, config=config, partition_dim=0, group=self.tp_group, stride=stride, is_expert=is_expert
+        )
+        rows = self.output_size_per_partition
         self.weight: nn.Parameter | None = None
         if not skip_weight_param_allocation:
-            shape = (self.output_size_per_partition, input_size)
-            self.weight = _sharded_parameter(shape, init_method=init_method, stride=stride, **shard)  # type: ignore[arg-type]
-        self.bias: nn.Parameter | None = None
-        if bias:
-            shape_b = (self.output_size_per_partition,)
-            self.bias = _sharded_parameter(shape_b, init_method=nn.init.zeros_, stride=stride, **shard)  # type: ignore[arg-type]
+            self.weight = sharded((rows, input_size), init_method=init_method)
+        self.bias = sharded((rows,), init_method=nn.init.zeros_) if bias else None
 
     def forward(
         self, input_: Tensor, weight: Tensor | None = None, runtime_gather_output: bool | None = None
@@ -289,16 +289,12 @@ class RowParallelLinear(_TensorParallelModule):
         self.input_size, self.output_size = input_size, output_size
         self.input_size_per_partition = divide(input_size, self.world_size)
         self.input_is_parallel, self.skip_bias_add = input_is_parallel, skip_bias_add
-        common = {"config": config, "group": self.tp_group, "is_expert": is_expert}
+        parameter = functools.partial(_sharded_parameter, config=config, group=self.tp_group, is_expert=is_expert)
         shape = (output_size, self.input_size_per_partition)
-        self.weight = _sharded_parameter(
-            shape, init_method=init_method, partition_dim=1, stride=stride, **common
-        )  # type: ignore[arg-type]
+        self.weight = parameter(shape, init_method=init_method, partition_dim=1, stride=stride)
         self.bias: nn.Parameter | None = None
         if bias:
-            self.bias = _sharded_parameter(
-                (output_size,), init_method=nn.init.zeros_, partition_dim=-1, **common
-            )  # type: ignore[arg-type]
+            self.bias = parameter((output_size,), init_method=nn.init.zeros_, partition_dim=-1)
             self.bias.sequence_parallel = self.sequence_parallel  # type: ignore[attr-defined]
 
     def forward(self, input_: Tensor) -> tuple[Tensor, Tensor | None]:

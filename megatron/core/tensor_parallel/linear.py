@@ -51,7 +51,7 @@ class LinearWithGradAccumulationAndAsyncCommunication(torch.autograd.Function):
         return F.linear(full, weight, bias)
 
     @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         gathering = None
         if ctx.sequence_parallel:  # x was not stored whole; fetch it while dx is being computed
@@ -145,7 +145,7 @@ class LinearWithFrozenWeight(torch.autograd.Function):
         return F.linear(x, weight, bias)
 
     @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         (weight,) = ctx.saved_tensors
         dgrad = grad_output.matmul(weight)
         if ctx.allreduce_dgrad:
@@ -194,7 +194,7 @@ class _EmbeddingLookup(torch.autograd.Function):
         return rows if outside is None else rows.masked_fill_(outside.unsqueeze(-1), 0)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         local, *outside = ctx.saved_tensors
         if outside:
             grad = grad.masked_fill(outside[0].unsqueeze(-1), 0)

@@ -114,7 +114,7 @@ class _CopyToModelParallelRegion(torch.autograd.Function):
         return x
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         # The gradient may be shared with another branch of the graph: reduce a copy of it.
         return _reduce(grad.clone() if get_pg_size(ctx.group) > 1 else grad, ctx.group), None
 
@@ -127,7 +127,7 @@ class _ReduceFromModelParallelRegion(torch.autograd.Function):
         return _reduce(x.clone() if get_pg_size(group) > 1 else x, group)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         return grad, None
 
 
@@ -140,7 +140,7 @@ class _ScatterToModelParallelRegion(torch.autograd.Function):
         return _split_last_dim(x, group)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         return _gather_last_dim(grad, ctx.group), None
 
 
@@ -153,7 +153,7 @@ class _GatherFromModelParallelRegion(torch.autograd.Function):
         return _gather_last_dim(x, group)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         return _split_last_dim(grad, ctx.group), None
 
 
@@ -166,7 +166,7 @@ class _ScatterToSequenceParallelRegion(torch.autograd.Function):
         return _split_first_dim(x, group)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         return _gather_first_dim(grad, ctx.group), None
 
 
@@ -188,7 +188,7 @@ class _GatherFromSequenceParallelRegion(torch.autograd.Function):
         return _gather_first_dim(x, group, split_sizes)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         if ctx.partial:
             return _reduce_scatter_first_dim(grad, ctx.group, ctx.split_sizes), None, None, None
         if ctx.split_sizes is not None:
@@ -205,7 +205,7 @@ class _ReduceScatterToSequenceParallelRegion(torch.autograd.Function):
         return _reduce_scatter_first_dim(x, group, split_sizes)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         return _gather_first_dim(grad, ctx.group, ctx.split_sizes), None, None
 
 
@@ -218,7 +218,7 @@ class _AllGatherLastDim(torch.autograd.Function):
         return _gather_last_dim(x, group)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         return _reduce_scatter_last_dim(grad, ctx.group), None
 
 
@@ -231,7 +231,7 @@ class _ReduceScatterLastDim(torch.autograd.Function):
         return _reduce_scatter_last_dim(x, group)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         return _gather_last_dim(grad, ctx.group), None
 
 
@@ -250,7 +250,7 @@ class _AllToAll(torch.autograd.Function):
         return _all_to_all(x, group, output_splits, input_splits)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         return _all_to_all(grad, ctx.group, ctx.input_splits, ctx.output_splits), None, None, None
 
 

@@ -214,7 +214,7 @@ class CheckpointFunction(torch.autograd.Function):
         return outputs
 
     @staticmethod
-    def backward(ctx: Any, *output_grads: Tensor | None) -> tuple[Any, ...]:  # type: ignore[override]
+    def backward(ctx: Any, *output_grads: Tensor | None) -> tuple[Any, ...]:
         tensors = list(ctx.saved_tensors)
         if ctx.distribute:
             tensors[0] = gather_split_1d_tensor(tensors[0]).view(ctx.first_shape)

@@ -80,7 +80,8 @@ def _track(run: Run, result: StepResult, learning_rate: float, params_norm: floa
     trackers = get_trackers()
     args, state = run.args, run.state
     if args.log_timers_to_tensorboard:
-        get_timers().write(TIMERS, trackers.tensorboard if trackers else None, state.iteration, normalizer=args.log_interval)
+        writer = trackers.tensorboard if trackers else None
+        get_timers().write(TIMERS, writer, state.iteration, normalizer=args.log_interval)
     if trackers is None:
         return
     values: dict[str, float] = {"learning-rate": learning_rate, "batch-size": run.batch_size, **result.losses}
@@ -101,9 +102,8 @@ def _track(run: Run, result: StepResult, learning_rate: float, params_norm: floa
         named = {"mem-reserved-bytes": "reserved", "mem-allocated-bytes": "allocated"}
         named["mem-max-allocated-bytes"] = "max_allocated"
         trackers.log({name: stats[key] for name, key in named.items()}, state.iteration)
-    trackers.record(
-        {"iteration": state.iteration, "consumed_samples": state.consumed_train_samples, "skipped": result.skipped, **values}
-    )
+    counters = {"iteration": state.iteration, "consumed_samples": state.consumed_train_samples}
+    trackers.record({**counters, "skipped": result.skipped, **values})
 
 
 def loss_scale(optimizer: Any) -> float:
@@ -139,14 +139,14 @@ def _print_line(run: Run, result: StepResult, learning_rate: float, params_norm:
         trackers.log(timing, state.iteration)
     if is_last_rank():
         run.progress.clear()
-        print(str(line), flush=True)  # noqa: T201
+        print(str(line), flush=True)
     if not run.has_reported_memory:
         run.has_reported_memory = True
         print_rank_0(report_theoretical_memory(args, get_num_microbatches()))
         _report_memory(state.iteration)
     report = timers.log(TIMERS, normalizer=args.log_interval)
     if report:
-        print(report, flush=True)  # noqa: T201
+        print(report, flush=True)
     run.totals = type(totals)()
 
 
@@ -155,7 +155,7 @@ def _report_memory(iteration: int) -> None:
     if parallel_state.get_data_parallel_rank() == 0:
         stats = {name.replace("_", " "): value / 2**20 for name, value in device.memory_stats().items()}
         shown = " | ".join(f"{name}: {value}" for name, value in stats.items())
-        print(f"[Rank {rank()}] (after {iteration} iterations) memory (MB) | {shown}", flush=True)  # noqa: T201
+        print(f"[Rank {rank()}] (after {iteration} iterations) memory (MB) | {shown}", flush=True)
 
 
 def world_tensor(value: float) -> torch.Tensor:

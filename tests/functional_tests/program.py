@@ -1,0 +1,68 @@
+"""Runs the real programs inside the worker pool: the same file, the same flags, no second start-up of Python."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import runpy
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from tests.worker_pool import run_ranks
+
+ROOT = Path(__file__).resolve().parents[2]
+
+TINY = """
+    --num-layers 4 --hidden-size 32 --num-attention-heads 4 --seq-length 32 --max-position-embeddings 32
+    --micro-batch-size 1 --global-batch-size 4 --lr 1e-3 --mock-data --tokenizer-type NullTokenizer --vocab-size 60
+    --num-workers 0 --eval-iters 0 --log-interval 1 --no-progress-bar
+""".split()
+"""A four-layer GPT on made-up data; its 61 words leave padding in every layout."""
+
+
+def pretrain_gpt(world_size: int, flags: str | list[str], *, tiny: bool = True, timeout: float = 120) -> list[str]:
+    """Run pretrain_gpt.py on `world_size` ranks; what each of them printed."""
+    words = flags.split() if isinstance(flags, str) else flags
+    return run_ranks(
+        world_size, run_program, "pretrain_gpt.py", [*(TINY if tiny else []), *words], timeout=timeout
+    )
+
+
+def run_program(program: str, argv: list[str]) -> str:
+    """Run a program on this rank as if started by torchrun; what it printed."""
+    printed = io.StringIO()
+    before = sys.argv
+    sys.argv = [program, *argv]
+    try:
+        with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed), allow_clean_exit():
+            runpy.run_path(str(ROOT / program), run_name="__main__")
+    except BaseException as error:
+        raise RuntimeError(f"{type(error).__name__}: {error}\n{printed.getvalue()[-2000:]}") from error
+    finally:
+        sys.argv = before
+        os.environ.pop("CUBLAS_WORKSPACE_CONFIG", None)
+    return printed.getvalue()
+
+
+@contextlib.contextmanager
+def allow_clean_exit() -> Iterator[None]:
+    """Exit code 0 is how a run that was asked to stop ends."""
+    try:
+        yield
+    except SystemExit as end:
+        if end.code not in (0, None):
+            raise
+
+
+def metrics(path: Path) -> list[dict[str, Any]]:
+    """Rows of a metrics file."""
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def train_rows(path: Path) -> list[dict[str, Any]]:
+    """Rows of training iterations, at full precision."""
+    return [row for row in metrics(path) if "lm loss" in row]

@@ -1,0 +1,97 @@
+"""A run that stops and resumes ends bitwise where the uninterrupted run ends, dropout on, in every layout."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.functional_tests.program import pretrain_gpt, train_rows
+from tests.worker_pool import RankFailure
+
+HALF, FULL = 10, 20
+
+LAYOUTS = {
+    "one": (1, ""),
+    "one-bf16": (1, "--bf16"),
+    "one-fp16": (1, "--fp16 --initial-loss-scale 65536"),
+    "one-sgd": (1, "--optimizer sgd"),
+    "tp2-sp": (2, "--tensor-model-parallel-size 2 --sequence-parallel"),
+    "pp2-recompute": (
+        2,
+        "--pipeline-model-parallel-size 2 --recompute-granularity full --recompute-method uniform "
+        "--recompute-num-layers 1",
+    ),
+    "dp2-distopt-bf16": (2, "--use-distributed-optimizer --bf16"),
+    "tp2-pp2": (4, "--tensor-model-parallel-size 2 --pipeline-model-parallel-size 2"),
+    "tp2-sp-dp2-distopt": (4, "--tensor-model-parallel-size 2 --sequence-parallel --use-distributed-optimizer"),
+}
+
+_TRACKED = ("iteration", "consumed_samples", "lm loss", "grad-norm", "learning-rate", "loss-scale", "params-norm")
+
+
+def history(path: Path) -> list[tuple]:
+    """The tracked numbers of each iteration, at full precision."""
+    return [tuple(row.get(name) for name in _TRACKED) for row in train_rows(path)]
+
+
+@pytest.mark.parametrize(
+    ("layout", "ckpt_format"),
+    [(layout, "torch_dist") for layout in LAYOUTS] + [("tp2-pp2", "torch"), ("tp2-sp-dp2-distopt", "torch")],
+)
+def test_resume_is_bit_exact(layout: str, ckpt_format: str, tmp_path: Path) -> None:
+    world_size, parallel = LAYOUTS[layout]
+    flags = (
+        f"--train-iters {FULL} --attention-dropout 0.1 --hidden-dropout 0.1 --lr-decay-style cosine "
+        f"--log-params-norm --ckpt-format {ckpt_format} {parallel}"
+    )
+    whole, parts = tmp_path / "whole.jsonl", tmp_path / "parts.jsonl"
+    pretrain_gpt(world_size, f"{flags} --metrics-jsonl {whole}")
+    save = f"--save {tmp_path / 'save'} --save-interval {HALF}"
+    pretrain_gpt(world_size, f"{flags} {save} --exit-interval {HALF} --metrics-jsonl {parts}")
+    assert len(train_rows(parts)) == HALF
+    printed = pretrain_gpt(world_size, f"{flags} {save} --load {tmp_path / 'save'} --metrics-jsonl {parts}")
+    assert f"at iteration {HALF}" in printed[0]
+    expected, found = history(whole), history(parts)
+    assert len(expected) == FULL
+    assert found == expected
+
+
+def test_resume_within_a_batch_size_ramp_up(tmp_path: Path) -> None:
+    flags = "--train-samples 70 --rampup-batch-size 2 2 40 --lr-warmup-samples 10 --global-batch-size 8"
+    whole, parts = tmp_path / "whole.jsonl", tmp_path / "parts.jsonl"
+    pretrain_gpt(2, f"{flags} --metrics-jsonl {whole}")
+    save = f"--save {tmp_path / 'save'} --save-interval 100 --load {tmp_path / 'save'} --metrics-jsonl {parts}"
+    pretrain_gpt(2, f"{flags} {save} --exit-interval 7")
+    pretrain_gpt(2, f"{flags} {save}")
+    expected = history(whole)
+    assert [row[1] for row in expected][:4] == [2, 4, 6, 8]
+    assert len({after[1] - before[1] for before, after in zip(expected, expected[1:])}) >= 3  # it does grow
+    assert history(parts) == expected
+
+
+@pytest.mark.parametrize("optimizer", ["", "--use-distributed-optimizer"])
+def test_resume_into_another_layout_continues_the_curve(optimizer: str, tmp_path: Path) -> None:
+    flags = f"--train-iters {FULL} --attention-dropout 0 --hidden-dropout 0 --lr-decay-style cosine {optimizer}"
+    whole, parts = tmp_path / "whole.jsonl", tmp_path / "parts.jsonl"
+    pretrain_gpt(1, f"{flags} --metrics-jsonl {whole}")
+    save = f"--save {tmp_path / 'save'} --save-interval 5 --metrics-jsonl {parts}"
+    stages = [
+        (4, "--tensor-model-parallel-size 2 --sequence-parallel"),
+        (2, "--pipeline-model-parallel-size 2"),
+        (4, ""),
+        (4, "--tensor-model-parallel-size 4"),
+    ]
+    for number, (world_size, parallel) in enumerate(stages, start=1):
+        stop = f"--exit-interval {5 * number}"
+        pretrain_gpt(world_size, f"{flags} {save} --load {tmp_path / 'save'} {stop} {parallel}")
+    for row, one in zip(train_rows(parts), train_rows(whole), strict=True):
+        assert row["iteration"] == one["iteration"]
+        assert row["lm loss"] == pytest.approx(one["lm loss"], rel=1e-5)
+
+
+def test_changing_the_kind_of_optimizer_is_refused(tmp_path: Path) -> None:
+    save = f"--train-iters 4 --save {tmp_path} --load {tmp_path} --save-interval 2"
+    pretrain_gpt(1, f"{save} --exit-interval 2")
+    with pytest.raises(RankFailure, match="--use-distributed-optimizer.*--no-load-optim"):
+        pretrain_gpt(1, f"{save} --use-distributed-optimizer")
