@@ -140,9 +140,7 @@ def check_optimizer_instances() -> None:
     assert ps.get_data_parallel_world_size(True, partial_data_parallel=True) == 2
     # experts: ep pairs (0, 1), (2, 3), ...; their replicas (0, 2), (1, 3), ... fall into two instances of one
     assert_members(ps.get_expert_data_parallel_group(), own([[0, 2], [1, 3], [4, 6], [5, 7]]))
-    assert_members(
-        ps.get_expert_data_parallel_group(partial_expert_data_parallel=True), own([[i] for i in range(8)])
-    )
+    assert_members(ps.get_expert_data_parallel_group(partial_expert_data_parallel=True), own([[i] for i in range(8)]))
     assert ps.get_expert_data_parallel_rank(partial_expert_data_parallel=True) == 0
     inter = ps.get_inter_distributed_optimizer_instance_group()
     assert_members(inter, own([[0, 2], [1, 3], [4, 6], [5, 7]]))

@@ -50,9 +50,7 @@ EXAMPLES = [
 
 
 @pytest.mark.parametrize(("sizes", "order", "token", "groups"), EXAMPLES)
-def test_tabled_examples_of_16_ranks(
-    sizes: dict[str, int], order: str, token: str, groups: list[list[int]]
-) -> None:
+def test_tabled_examples_of_16_ranks(sizes: dict[str, int], order: str, token: str, groups: list[list[int]]) -> None:
     assert RankGenerator(**sizes, order=order).get_ranks(token) == groups
 
 

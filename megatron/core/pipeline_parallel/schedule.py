@@ -103,9 +103,7 @@ def _gives(compute: Compute, stage: int, num_stages: int) -> list[Transfer]:
     return [Transfer(True, compute.direction, compute.microbatch, peer)] if 0 <= peer < num_stages else []
 
 
-def stage_steps(
-    stage: int, num_stages: int, num_microbatches: int, is_forward_only: bool = False
-) -> list[Step]:
+def stage_steps(stage: int, num_stages: int, num_microbatches: int, is_forward_only: bool = False) -> list[Step]:
     """The steps of one stage."""
     if is_forward_only:
         return with_transfers(forward_only(num_microbatches), stage, num_stages)
@@ -113,49 +111,85 @@ def stage_steps(
 
 
 def simulate(stages: list[list[Step]]) -> list[int]:
-    """Run all stages with a transport that buffers nothing; the peak number of live microbatches of each stage.
+    """Run all stages with a transport that buffers nothing; each stage's peak number of live microbatches.
+
+    A microbatch is live from its forward to its backward; in evaluation, only while its forward runs.
 
     Raises:
-        RuntimeError: the stages wait for each other forever, a microbatch is computed out of order, or a
-            transfer is left over.
+        RuntimeError: the stages wait for each other forever, or a stage computes or sends what it cannot have
+            yet, computes something twice, or leaves out a backward.
     """
-    position = [0] * len(stages)
-    live: list[set[int]] = [set() for _ in stages]
-    peak = [0] * len(stages)
-    pending: list[set[Transfer]] = [set() for _ in stages]
+    runs = [_StageRun(stage, len(stages), steps) for stage, steps in enumerate(stages)]
     progress = True
     while progress:
-        progress = False
-        for stage, steps in enumerate(stages):
-            while position[stage] < len(steps) and isinstance(steps[position[stage]], Compute):
-                _compute(steps[position[stage]], live[stage], stage)  # type: ignore[arg-type]
-                peak[stage] = max(peak[stage], len(live[stage]))
-                position[stage] += 1
-                progress = True
-            if position[stage] < len(steps) and not pending[stage]:
-                pending[stage] = set(steps[position[stage]].transfers)  # type: ignore[union-attr]
-        for stage in range(len(stages)):
-            for transfer in list(pending[stage]):
-                partner = Transfer(not transfer.is_send, transfer.direction, transfer.microbatch, stage)
-                if partner in pending[transfer.peer]:
-                    for side, done in ((stage, transfer), (transfer.peer, partner)):
-                        pending[side].discard(done)
-                        position[side] += not pending[side]
+        progress = sum(run.advance() for run in runs) > 0
+        for run in runs:
+            for transfer in list(run.pending):
+                partner = Transfer(not transfer.is_send, transfer.direction, transfer.microbatch, run.stage)
+                if transfer.peer in range(len(runs)) and partner in runs[transfer.peer].pending:
+                    run.complete(transfer)
+                    runs[transfer.peer].complete(partner)
                     progress = True
-    stuck = {
-        stage: steps[position[stage]] for stage, steps in enumerate(stages) if position[stage] < len(steps)
-    }
-    if stuck or any(live):
-        raise RuntimeError(
-            f"the schedule does not complete: stages wait at {stuck}, live microbatches {live}"
-        )
-    return peak
+    stuck = {run.stage: run.steps[run.position] for run in runs if run.position < len(run.steps)}
+    live = {run.stage: sorted(run.live) for run in runs if run.live}
+    if stuck or live:
+        raise RuntimeError(f"the schedule does not complete: stages wait at {stuck}, live microbatches {live}")
+    return [run.peak for run in runs]
 
 
-def _compute(compute: Compute, live: set[int], stage: int) -> None:
-    if compute.direction is Direction.FORWARD:
-        live.add(compute.microbatch)
-    elif compute.microbatch in live:
-        live.remove(compute.microbatch)
-    else:
-        raise RuntimeError(f"stage {stage} runs {compute} before its forward")
+class _StageRun:
+    """How far a stage has come."""
+
+    def __init__(self, stage: int, num_stages: int, steps: list[Step]) -> None:
+        self.stage, self.num_stages, self.steps = stage, num_stages, steps
+        self.position = 0
+        self.pending: set[Transfer] = set()
+        self.done: set[Compute] = set()
+        self.received: set[Transfer] = set()
+        self.live: set[int] = set()
+        self.peak = 0
+        self.trains = any(isinstance(s, Compute) and s.direction is Direction.BACKWARD for s in steps)
+
+    def advance(self) -> bool:
+        """Compute up to the next exchange and post that; whether anything was computed."""
+        before = self.position
+        while self.position < len(self.steps):
+            step = self.steps[self.position]
+            if isinstance(step, Exchange):
+                if not self.pending:
+                    self._post(step)
+                break
+            self._compute(step)
+            self.position += 1
+        return self.position > before
+
+    def complete(self, transfer: Transfer) -> None:
+        """A transfer has met its partner; the exchange ends with its last one."""
+        self.pending.discard(transfer)
+        self.received.add(transfer)
+        self.position += not self.pending
+
+    def _post(self, exchange: Exchange) -> None:
+        for transfer in exchange.transfers:
+            self._require(
+                not transfer.is_send or Compute(transfer.direction, transfer.microbatch) in self.done,
+                f"sends {transfer} before it is computed",
+            )
+        self.pending = set(exchange.transfers)
+
+    def _compute(self, compute: Compute) -> None:
+        self._require(compute not in self.done, f"runs {compute} twice")
+        for transfer in _needs(compute, self.stage, self.num_stages):
+            self._require(transfer in self.received, f"runs {compute} before it has received its input")
+        self.done.add(compute)
+        if compute.direction is Direction.FORWARD:
+            self.live.add(compute.microbatch)
+            self.peak = max(self.peak, len(self.live))
+        else:
+            self._require(compute.microbatch in self.live, f"runs {compute} before its forward")
+        if compute.direction is Direction.BACKWARD or not self.trains:
+            self.live.remove(compute.microbatch)
+
+    def _require(self, condition: bool, complaint: str) -> None:
+        if not condition:
+            raise RuntimeError(f"stage {self.stage} {complaint}")
