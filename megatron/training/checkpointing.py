@@ -18,14 +18,23 @@ from torch import nn
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.collective import on_first_rank, together
 from megatron.core.dist_checkpointing.core import CheckpointingException
+from megatron.core.dist_checkpointing.dict_utils import merge
 from megatron.core.dist_checkpointing.serialization import get_default_save_sharded_strategy
 from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
+from megatron.core.dist_checkpointing.strategies.torch_files import read_metadata as read_sharded_metadata
 from megatron.core.dist_checkpointing.validation import StrictHandling, parse_strict_flag
 from megatron.training.checkpoint_arguments import apply_checkpoint_args
 from megatron.training.checkpoint_checks import (
     plain_shape_mismatches,
     require_same_model,
     sharded_shape_mismatches,
+)
+from megatron.training.checkpoint_optimizer import (
+    MODEL_SPACE,
+    OptimizerRequest,
+    full_precision_request,
+    kind_of_optimizer,
+    load_full_precision,
 )
 from megatron.training.checkpoint_paths import (
     begin_checkpoint,
@@ -68,7 +77,7 @@ __all__ = [
 ]
 
 FORMATS = ("torch_dist", "torch")
-MODEL_SPACE, DP_ZERO = "fully_sharded_model_space", "dp_zero_gather_scatter"
+DP_ZERO = "dp_zero_gather_scatter"
 
 
 # ---- saving ----
@@ -87,9 +96,7 @@ def save_checkpoint(
     checkpoint stays the latest.
     """
     require_known_format(args.ckpt_format)
-    print_rank_0(
-        f"saving checkpoint at iteration {state.iteration:7d} to {args.save} in {args.ckpt_format} format"
-    )
+    print_rank_0(f"saving checkpoint at iteration {state.iteration:7d} to {args.save} in {args.ckpt_format} format")
     task = f"cannot save a checkpoint to {args.save}"
     folder = Path(args.save)
     directory = on_first_rank(task, lambda: begin_checkpoint(folder, state.iteration))
@@ -103,8 +110,7 @@ def save_checkpoint(
         on_first_rank(task, lambda: discard_checkpoint(directory))
         raise
     print_rank_0(
-        f"  successfully saved checkpoint from iteration {state.iteration:7d} to {args.save} "
-        f"{place_of_rank()}"
+        f"  successfully saved checkpoint from iteration {state.iteration:7d} to {args.save} {place_of_rank()}"
     )
     return final
 
@@ -162,9 +168,7 @@ def comparable(common: Any) -> Any:
 def require_known_format(name: str) -> None:
     """Raise for a format that cannot be written or read."""
     if name not in FORMATS:
-        raise NotImplementedError(
-            f"--ckpt-format {name} is not available; available formats: {', '.join(FORMATS)}"
-        )
+        raise NotImplementedError(f"--ckpt-format {name} is not available; available formats: {', '.join(FORMATS)}")
 
 
 def place_of_rank() -> str:
@@ -211,8 +215,7 @@ def find_checkpoint(args: argparse.Namespace, load_arg: str = "load") -> Found |
     if not has_own and pretrained is not None:
         if not checkpoint_exists(pretrained):
             raise FileNotFoundError(
-                f"neither --{load_arg} ({folder}) nor --pretrained-checkpoint ({pretrained}) "
-                "holds a checkpoint"
+                f"neither --{load_arg} ({folder}) nor --pretrained-checkpoint ({pretrained}) holds a checkpoint"
             )
         folder, weights_only, has_own = pretrained, True, True
     if not has_own:
@@ -299,8 +302,7 @@ def load_checkpoint(
     load(found, args, common, model, optimizer, opt_param_scheduler, strict)
     state = TrainState() if found.weights_only else restored_state(common)
     print_rank_0(
-        f"  successfully loaded checkpoint from {found.folder} {place_of_rank()} "
-        f"at iteration {state.iteration}"
+        f"  successfully loaded checkpoint from {found.folder} {place_of_rank()} at iteration {state.iteration}"
     )
     return state
 
@@ -368,24 +370,33 @@ def load_torch_dist(
     metadata = dist_checkpointing.load_content_metadata(preloaded_state_dict=common) or {}
     with together(f"cannot load {found.directory}"):
         require_entries(found, common, parts)
-        sharding = sharding_type(args, saved, metadata, parts.optimizer)
-    request = sharded_model(model, metadata)
+        sharding = sharding_type(args, saved, metadata, common["optimizer"]) if parts.optimizer else None
+    model_request = sharded_model(model, metadata)
     with together(f"cannot load {found.directory}"):
+        stored = read_sharded_metadata(found.directory)
         tolerant = mode is not StrictHandling.ASSUME_OK_UNEXPECTED or not strict
-        mismatches = sharded_shape_mismatches(request, found.directory, only_shapes=tolerant)
+        mismatches = sharded_shape_mismatches(model_request, stored, only_shapes=tolerant)
     require_same_model(args, None if found.weights_only else saved, found.directory, found.format, mismatches)
+    precise, request = full_precision_request(model_request, stored)
+    conversion: OptimizerRequest | None = None
     if parts.optimizer:
         assert optimizer is not None
         request["optimizer"] = optimizer.sharded_state_dict(
-            dict(request), is_loading=True, metadata={**metadata, "distrib_optim_sharding_type": sharding}
+            model_request, is_loading=True, metadata={**metadata, "distrib_optim_sharding_type": sharding}
         )
+        if kind_of_optimizer(common["optimizer"]) != kind_of_optimizer(request["optimizer"]):
+            conversion = OptimizerRequest(request["optimizer"], stored.state_dict_metadata)
+            request["optimizer"] = conversion.request
     if parts.rng:
         request["rng_state"] = rng_object(None)
     if not strict and mode is StrictHandling.ASSUME_OK_UNEXPECTED:
         mode = StrictHandling.LOG_UNEXPECTED
     loaded = dist_checkpointing.load(request, found.directory, strict=mode)
     contents = loaded[0] if isinstance(loaded, tuple) else loaded
+    merge(contents, load_full_precision(precise, found.directory))
     load_model(model, contents, strict=strict and mode is StrictHandling.ASSUME_OK_UNEXPECTED)
+    if conversion is not None:
+        contents["optimizer"] = conversion.finish(contents["optimizer"], found.directory)
     restore_rest(contents, parts, optimizer, scheduler)
 
 
@@ -404,16 +415,19 @@ def require_entries(found: Found, common: dict[str, Any], parts: Parts) -> None:
 
 
 def sharding_type(
-    args: argparse.Namespace, saved: argparse.Namespace | None, metadata: dict[str, Any], with_optimizer: bool
+    args: argparse.Namespace, saved: argparse.Namespace | None, metadata: dict[str, Any], state: Any
 ) -> str:
-    """How the distributed optimizer's state was cut; raises if that cut does not fit this layout."""
+    """How a distributed optimizer's `state` was cut; raises if that cut does not fit this run."""
+    if kind_of_optimizer(state) != "distributed":
+        return MODEL_SPACE
     default = MODEL_SPACE if getattr(saved, "ckpt_fully_parallel_save", True) else DP_ZERO
     kind = metadata.get("distrib_optim_sharding_type", default)
-    fixed = with_optimizer and args.use_distributed_optimizer and kind != MODEL_SPACE
-    if fixed and saved is not None and layout_of(saved) != layout_of(args):
+    same = args.use_distributed_optimizer and (saved is None or layout_of(saved) == layout_of(args))
+    if kind != MODEL_SPACE and not same:
         raise CheckpointingException(
-            f"the optimizer's state was saved with --no-ckpt-fully-parallel-save and fits only (TP, PP) = "
-            f"{layout_of(saved)}, not {layout_of(args)}: set --no-load-optim to start it afresh"
+            "the optimizer's state was saved with --no-ckpt-fully-parallel-save and fits only a distributed "
+            f"optimizer with (TP, PP) = {layout_of(saved)}, this run has {layout_of(args)}: set --no-load-optim to "
+            "start it afresh"
         )
     return kind
 
@@ -436,6 +450,8 @@ def load_torch(
     with together(f"cannot load {found.directory}"):
         contents = read_own(found.directory)
         require_entries(found, contents, parts)
+        if parts.optimizer:
+            require_same_kind_of_optimizer(args, saved)
         mismatches = plain_shape_mismatches(model, contents, strict)
     require_same_model(args, None, found.directory, found.format, mismatches)
     load_model(model, contents, strict)
@@ -444,9 +460,19 @@ def load_torch(
     restore_rest(contents, parts, None if parts.optimizer else optimizer, scheduler)
 
 
-def restore_rest(
-    contents: dict[str, Any], parts: Parts, optimizer: Any | None, scheduler: Any | None
-) -> None:
+def require_same_kind_of_optimizer(args: argparse.Namespace, saved: argparse.Namespace | None) -> None:
+    """Raise if the files are those of a distributed optimizer and this run's is not, or the other way
+    round."""
+    was = getattr(saved, "use_distributed_optimizer", args.use_distributed_optimizer)
+    if was != args.use_distributed_optimizer:
+        raise CheckpointingException(
+            f"the optimizer's state was saved with{'' if was else 'out'} --use-distributed-optimizer, which format "
+            "torch cannot change: set the flag as it was, or --no-load-optim to start the optimizer afresh (a "
+            "checkpoint of format torch_dist loads either way)"
+        )
+
+
+def restore_rest(contents: dict[str, Any], parts: Parts, optimizer: Any | None, scheduler: Any | None) -> None:
     """Restore optimizer, schedule and random numbers, after the model."""
     if parts.optimizer and optimizer is not None:
         optimizer.load_state_dict(contents["optimizer"])

@@ -9,6 +9,7 @@ import os
 import random
 import signal
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 
+from megatron.core.dist_checkpointing import load_plain_tensors
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.training.checkpoint_paths import begin_checkpoint, detect_format, publish_checkpoint
 from megatron.training.checkpointing import (
@@ -80,9 +82,7 @@ def load_and_train(plan: Plan, folder: str) -> list[Any]:
         run.load(folder)
     assert run.state.iteration == 2
     assert (
-        "random generators is ignored" in out.getvalue()
-        or torch.distributed.get_rank() != 0
-        or plan.tp * plan.pp == 1
+        "random generators is ignored" in out.getvalue() or torch.distributed.get_rank() != 0 or plan.tp * plan.pp == 1
     )
     return run.train(2)
 
@@ -120,6 +120,51 @@ def test_every_layout_continues_the_run_of_another(
         assert back[step][0] == pytest.approx(expected[step][0], rel=1e-5)
 
 
+# ---- other kinds of optimizers ----
+
+
+KINDS = [
+    Plan(dropout=0.0),
+    Plan(dropout=0.0, tp=2, dp=2, dist_opt=True),
+    Plan(dropout=0.0, pp=2, dtype=torch.bfloat16),
+    Plan(dropout=0.0, dp=3, dist_opt=True, dtype=torch.bfloat16),
+]
+
+
+def optimizer_tensors(folder: str) -> dict[str, torch.Tensor]:
+    tensors = load_plain_tensors(f"{folder}/iter_0000002")
+    return {key: value for key, value in tensors.items() if key.startswith("optimizer.")}
+
+
+def pass_on(plan: Plan, source: str, target: str) -> float:
+    run = TinyRun(plan, seed=1000)
+    run.load(source)
+    assert {float(step) for step in all_steps(run)} == {2.0}
+    run.save(target)
+    return run.optimizer.param_groups[0]["lr"]
+
+
+def all_steps(run: TinyRun) -> Iterator[torch.Tensor]:
+    for state in run.optimizer.optimizer.state.values():
+        yield state["step"]
+
+
+@pytest.mark.parametrize("writer", KINDS, ids=str)
+def test_state_passes_between_kinds_of_optimizers(tmp_path: Path, writer: Plan) -> None:
+    run_ranks(writer.size, save_after_training, writer, str(tmp_path / "first"))
+    first = optimizer_tensors(str(tmp_path / "first"))
+    weights = load_plain_tensors(tmp_path / "first" / "iter_0000002")
+    for number, reader in enumerate(KINDS):
+        if reader == writer:
+            continue
+        rates = run_ranks(reader.size, pass_on, reader, str(tmp_path / "first"), str(tmp_path / str(number)))
+        assert len(set(rates)) == 1
+        for key, value in optimizer_tensors(str(tmp_path / str(number))).items():
+            name = key.removeprefix("optimizer.state.fp32_param.")
+            expected = first[key] if key in first else weights[name]
+            assert torch.equal(value, expected), key
+
+
 # ---- what is refused ----
 
 
@@ -144,12 +189,8 @@ def test_another_architecture_is_refused_with_settings_and_shapes(tmp_path: Path
     assert "hidden_size is 32 here and 16 in the checkpoint" in message
     assert "num_layers is 2 here and 4 in the checkpoint" in message
     if format == "torch_dist":
-        assert (
-            "decoder.layers.self_attention.linear_qkv.weight: shape [4, 48, 16] in the checkpoint" in message
-        )
-        assert (
-            "embedding.word_embeddings.weight: shape [48, 16] in the checkpoint, [48, 32] expected" in message
-        )
+        assert "decoder.layers.self_attention.linear_qkv.weight: shape [4, 48, 16] in the checkpoint" in message
+        assert "embedding.word_embeddings.weight: shape [48, 16] in the checkpoint, [48, 32] expected" in message
     changes = {"hidden_size": 16, "num_layers": 4}  # the flags agree, the model does not
     (message,) = run_ranks(1, message_of_load, replace(plan, hidden=32), str(tmp_path), changes)
     assert "[48, 16] in the checkpoint, [48, 32] expected" in message
@@ -301,15 +342,11 @@ def test_names() -> None:
     name = get_checkpoint_name("/c", 1000, **place, expert_parallel=True, expert_rank=3)
     assert name == "/c/iter_0001000/mp_rank_01_002_003/model_optim_rng.pt"
     assert get_checkpoint_name("/c", 7, return_base_dir=True) == "/c/iter_0000007"
-    one = get_checkpoint_name(
-        "/c", 7, pipeline_parallel=False, tensor_rank=0, expert_parallel=False, release=True
-    )
+    one = get_checkpoint_name("/c", 7, pipeline_parallel=False, tensor_rank=0, expert_parallel=False, release=True)
     assert one == "/c/release/mp_rank_00/model_optim_rng.pt"
 
 
-@pytest.mark.parametrize(
-    ("text", "expected"), [("12\n", (12, False)), ("release", (0, True)), ("0", (0, False))]
-)
+@pytest.mark.parametrize(("text", "expected"), [("12\n", (12, False)), ("release", (0, True)), ("0", (0, False))])
 def test_tracker(tmp_path: Path, text: str, expected: tuple[int, bool]) -> None:
     assert not checkpoint_exists(tmp_path) and not checkpoint_exists(None)
     tracker = Path(get_checkpoint_tracker_filename(tmp_path))
@@ -379,7 +416,7 @@ def save_for_ever(folder: str, format: str) -> None:
 
 @pytest.mark.parametrize("format", ["torch_dist", "torch"])
 def test_kills_at_any_instant_leave_a_whole_checkpoint(tmp_path: Path, format: str) -> None:
-    context = multiprocessing.get_context("fork")
+    context = multiprocessing.get_context("forkserver")
     chance = random.Random(0)
     latest = 0
     for _ in range(12):
@@ -413,16 +450,15 @@ def load_killed(folder: str, format: str) -> int:
 
 
 def save_without_space(folder: str, format: str, failing: int) -> list[str]:
-    """Error messages of two saves: with a rank that cannot write, and with a folder that cannot be written."""
+    """Error messages of two saves: with a rank that cannot write, and with a folder that cannot be
+    written."""
     from megatron.core.dist_checkpointing.strategies import torch_files
     from megatron.training import checkpoint_torch
 
     run = TinyRun(Plan(tp=2, dist_opt=True, format=format))
     run.train(1)
     run.save(folder)
-    module, name = (
-        (checkpoint_torch, "save_torch_file") if format == "torch" else (torch_files, "_write_file")
-    )
+    module, name = (checkpoint_torch, "save_torch_file") if format == "torch" else (torch_files, "_write_file")
     original = getattr(module, name)
 
     def full(*args: Any) -> Any:
