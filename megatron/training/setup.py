@@ -49,9 +49,10 @@ def get_model(
     if args.fp16 or args.bf16:
         model = Float16Module(config, model)
     if wrap_with_ddp:
-        model = DistributedDataParallel(
-            config=config, ddp_config=ddp_config_from_args(args, model), module=model
-        )
+        num_parameters = sum(param.numel() for param in model.parameters())
+        replicas = parallel_state.get_data_parallel_world_size(with_context_parallel=True)
+        ddp_config = ddp_config_from_args(args, num_parameters=num_parameters, dp_cp_size=replicas)
+        model = DistributedDataParallel(config=config, ddp_config=ddp_config, module=model)
         if args.data_parallel_random_init:
             model.broadcast_params()
     return [model]
