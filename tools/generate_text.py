@@ -32,9 +32,7 @@ def add_generation_arguments(parser: argparse.ArgumentParser) -> argparse.Argume
     group.add_argument("--temperature", type=float, default=1.0, help="divides the logits; 0 is greedy")
     group.add_argument("--top_k", type=int, default=1, help="draw among the k best; 1 is greedy, 0 no limit")
     group.add_argument("--top_p", type=float, default=0.0, help="draw within this mass; 0 is no limit")
-    parser.set_defaults(
-        exit_on_missing_checkpoint=True, no_load_optim=True, no_load_rng=True, micro_batch_size=1
-    )
+    parser.set_defaults(exit_on_missing_checkpoint=True, no_load_optim=True, no_load_rng=True, micro_batch_size=1)
     return parser
 
 

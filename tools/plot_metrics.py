@@ -67,9 +67,7 @@ def draw(training: Curve, validation: Curve, reference: tuple[str, float] | None
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--metrics", type=Path, required=True, help="metrics.jsonl of a run")
     parser.add_argument("--output", type=Path, required=True, help="picture to write, e.g. loss.png")
     parser.add_argument("--loss", default="lm loss", help="which loss to draw")

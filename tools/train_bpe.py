@@ -30,9 +30,7 @@ def read_texts(paths: list[Path], keys: list[str]) -> Iterator[str]:
                 except json.JSONDecodeError as error:
                     raise SystemExit(f"{path}, line {number}: not valid JSON ({error})") from None
                 except (KeyError, TypeError):
-                    raise SystemExit(
-                        f"{path}, line {number}: no key {' or '.join(keys)} (see --json-keys)"
-                    ) from None
+                    raise SystemExit(f"{path}, line {number}: no key {' or '.join(keys)} (see --json-keys)") from None
 
 
 def train(texts: Iterator[str], vocab_size: int, min_frequency: int) -> tuple[dict[str, int], list[str]]:
@@ -40,9 +38,7 @@ def train(texts: Iterator[str], vocab_size: int, min_frequency: int) -> tuple[di
     from tokenizers import ByteLevelBPETokenizer
 
     tokenizer = ByteLevelBPETokenizer(add_prefix_space=False)
-    tokenizer.train_from_iterator(
-        texts, vocab_size=vocab_size - 1, min_frequency=min_frequency, show_progress=False
-    )
+    tokenizer.train_from_iterator(texts, vocab_size=vocab_size - 1, min_frequency=min_frequency, show_progress=False)
     model = json.loads(tokenizer.to_str())["model"]
     vocabulary = {**model["vocab"], END_OF_TEXT: len(model["vocab"])}
     merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]]
@@ -56,14 +52,10 @@ def write_atomically(path: Path, content: str) -> None:
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--input", type=Path, nargs="+", required=True, help="JSON lines files")
     parser.add_argument("--json-keys", nargs="+", default=["text"], help="keys whose text is learned from")
-    parser.add_argument(
-        "--vocab-size", type=int, default=50257, help="number of tokens, <|endoftext|> included"
-    )
+    parser.add_argument("--vocab-size", type=int, default=50257, help="number of tokens, <|endoftext|> included")
     parser.add_argument("--min-frequency", type=int, default=2, help="a pair seen less often is not merged")
     parser.add_argument("--output-dir", type=Path, required=True, help="folder for vocab.json and merges.txt")
     args = parser.parse_args()
@@ -79,9 +71,7 @@ def main() -> None:
     args = parse_args()
     vocabulary, merges = train(read_texts(args.input, args.json_keys), args.vocab_size, args.min_frequency)
     args.output_dir.mkdir(parents=True, exist_ok=True)
-    write_atomically(
-        args.output_dir / "merges.txt", "#version: 0.2\n" + "".join(f"{pair}\n" for pair in merges)
-    )
+    write_atomically(args.output_dir / "merges.txt", "#version: 0.2\n" + "".join(f"{pair}\n" for pair in merges))
     write_atomically(args.output_dir / "vocab.json", json.dumps(vocabulary, ensure_ascii=False) + "\n")
     print(f"{args.output_dir}: {len(vocabulary)} tokens, {len(merges)} merges")
     if len(vocabulary) < args.vocab_size:

@@ -124,10 +124,6 @@ def check_prompts(prompts: Sequence[Sequence[int]], vocab_size: int) -> None:
         raise ValueError("no prompt was given; at least one is needed")
     for number, prompt in enumerate(prompts):
         if not prompt:
-            raise ValueError(
-                f"prompt {number} is empty; the model continues text, so give at least one token"
-            )
+            raise ValueError(f"prompt {number} is empty; the model continues text, so give at least one token")
         if not 0 <= min(prompt) <= max(prompt) < vocab_size:
-            raise ValueError(
-                f"prompt {number} has token ids outside the vocabulary of {vocab_size}: {list(prompt)}"
-            )
+            raise ValueError(f"prompt {number} has token ids outside the vocabulary of {vocab_size}: {list(prompt)}")

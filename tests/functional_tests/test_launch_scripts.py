@@ -29,9 +29,7 @@ def places(tmp_path: Path) -> list[str]:
     return [str(tmp_path / name) for name in names]
 
 
-def launch(
-    script: str, world_size: int, places: list[str], tmp_path: Path
-) -> subprocess.CompletedProcess[str]:
+def launch(script: str, world_size: int, places: list[str], tmp_path: Path) -> subprocess.CompletedProcess[str]:
     programs = tmp_path / "bin"
     programs.mkdir()
     (programs / "torchrun").write_text(FAKE_TORCHRUN)

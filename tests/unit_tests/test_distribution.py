@@ -30,11 +30,7 @@ def test_installed_version_is_that_of_the_source() -> None:
 
 
 def test_base_install_is_torch_and_numpy() -> None:
-    base = {
-        requirement.name
-        for requirement in direct_requirements()
-        if "extra" not in str(requirement.marker or "")
-    }
+    base = {requirement.name for requirement in direct_requirements() if "extra" not in str(requirement.marker or "")}
     assert base == {"torch", "numpy"}
 
 
@@ -43,9 +39,7 @@ def test_every_direct_dependency_is_pinned_and_explained() -> None:
     explained = (ROOT / "docs/dependencies.md").read_text()
     for name in {requirement.name for requirement in direct_requirements()}:
         assert name in pinned, f"{name} has no pin in requirements/constraints.txt"
-        assert re.search(rf"\b{re.escape(name)}\b", explained), (
-            f"{name} has no reason in docs/dependencies.md"
-        )
+        assert re.search(rf"\b{re.escape(name)}\b", explained), f"{name} has no reason in docs/dependencies.md"
 
 
 def test_every_pin_is_exact() -> None:
@@ -65,9 +59,7 @@ def test_every_pin_belongs_to_the_closure_of_our_requirements() -> None:
         except metadata.PackageNotFoundError:
             continue
         waiting += [Requirement(text) for text in children if "extra ==" not in text]
-    needed |= {
-        "requests"
-    }  # opentelemetry-exporter-http-transport[requests], an extra of an indirect dependency
+    needed |= {"requests"}  # opentelemetry-exporter-http-transport[requests], an extra of an indirect dependency
     applicable = {pin.name for pin in pins() if pin.marker is None or pin.marker.evaluate()}
     assert applicable - needed == set()
 
@@ -85,7 +77,5 @@ def test_import_loads_no_optional_package(module: str) -> None:
         "mamba_ssm",
     )
     program = f"import sys, {module}; print([name for name in {optional!r} if name in sys.modules])"
-    result = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, check=True
-    )
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, check=True)
     assert result.stdout.strip() == "[]"

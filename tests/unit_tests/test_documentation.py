@@ -41,7 +41,5 @@ def test_links_lead_somewhere(page: Path) -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_programs_named_in_commands_exist(page: Path) -> None:
-    programs = re.findall(
-        r"(?:python|bash|torchrun[^\n]*?) ((?:[\w.]+/)*[\w.]+\.(?:py|sh))\b", page.read_text()
-    )
+    programs = re.findall(r"(?:python|bash|torchrun[^\n]*?) ((?:[\w.]+/)*[\w.]+\.(?:py|sh))\b", page.read_text())
     assert [program for program in programs if not (ROOT / program).exists()] == []

@@ -43,9 +43,7 @@ def build_model(tp_size: int = 1, pp_size: int = 1, sequence_parallel: bool = Fa
 
 def continue_prompts(layout: tuple, prompts: list, params: SamplingParams, eod: int | None = None) -> list:
     model = build_model(*layout)
-    return generate(
-        [model], prompts, params, vocab_size=VOCAB_SIZE, max_context=MAX_CONTEXT, end_of_document=eod
-    )
+    return generate([model], prompts, params, vocab_size=VOCAB_SIZE, max_context=MAX_CONTEXT, end_of_document=eod)
 
 
 def continue_by_hand(prompt: list[int], num_tokens: int) -> list[int]:
