@@ -85,7 +85,7 @@ def _reduce_sequence_parallel_grads(model: list[nn.Module], config: Any, group: 
 
 def _coalesced_sum(tensors: list[Tensor], group: ProcessGroup | None) -> None:
     """One all-reduce for each dtype."""
-    for dtype in {t.dtype for t in tensors}:
+    for dtype in dict.fromkeys(t.dtype for t in tensors):  # in the same order on every rank
         same = [t for t in tensors if t.dtype == dtype]
         flat = torch.cat([t.reshape(-1) for t in same])
         dist.all_reduce(flat, group=group)
@@ -122,7 +122,7 @@ def _reduce_shared_grads(
 
 def _divide_by_tokens(model: list[nn.Module], num_tokens: Tensor, groups: ProcessGroupCollection) -> None:
     """Divide every gradient by the tokens of the whole batch, which the last stage knows."""
-    total = num_tokens.to(device.current_device()).clone()
+    total = num_tokens.to(device.current_device(), torch.int64).clone()  # whatever type the last stage counts in
     if get_pg_size(groups.pp) > 1:
         dist.broadcast(total, group_src=get_pg_size(groups.pp) - 1, group=groups.pp)
     if get_pg_size(groups.dp_cp) > 1:

@@ -89,12 +89,12 @@ def _with_neighbours(
     group = _pp_group()
     after, before = (group.rank() + 1) % group.size(), (group.rank() - 1) % group.size()
     sends = [(t, peer) for t, peer in ((send_prev, before), (send_next, after)) if t is not None]
-    receives = [
-        (shape, peer) for shape, peer in ((recv_prev, before), (recv_next, after)) if shape is not None
-    ]
+    # With two stages both neighbours are one rank, which takes messages in the order in which they were sent:
+    # what it sends to its previous stage comes first, and comes from this stage's next.
+    receives = [(shape, peer) for shape, peer in ((recv_next, after), (recv_prev, before)) if shape is not None]
     received = iter(exchange(sends, receives, config, group))
-    from_prev = next(received) if recv_prev is not None else None
     from_next = next(received) if recv_next is not None else None
+    from_prev = next(received) if recv_prev is not None else None
     return from_prev, from_next
 
 
