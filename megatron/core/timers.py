@@ -152,8 +152,8 @@ class Timers:
                 raise ValueError(f"timer {name!r} has level {known}, not {log_level}")
             return self._timers[name]
         level = self._max_log_level if log_level is None else log_level
-        if level > self._max_log_level:
-            raise ValueError(f"timer level {level} is above the highest, {self._max_log_level}")
+        if not 0 <= level <= self._max_log_level:
+            raise ValueError(f"timer level {level} is not one of 0, 1, 2")
         if level > self._log_level:
             return self._dummy
         self._timers[name] = Timer(name)
