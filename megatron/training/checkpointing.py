@@ -8,7 +8,6 @@ anything.
 from __future__ import annotations
 
 import argparse
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,15 +18,30 @@ from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.collective import on_first_rank, together
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.dict_utils import merge
-from megatron.core.dist_checkpointing.serialization import get_default_save_sharded_strategy
-from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
+from megatron.core.dist_checkpointing.serialization import (
+    get_default_load_sharded_strategy,
+    get_default_save_sharded_strategy,
+)
+from megatron.core.dist_checkpointing.strategies.base import LoadShardedStrategy
+from megatron.core.dist_checkpointing.strategies.fully_parallel import (
+    FullyParallelLoadStrategyWrapper,
+    FullyParallelSaveStrategyWrapper,
+)
 from megatron.core.dist_checkpointing.strategies.torch_files import read_metadata as read_sharded_metadata
 from megatron.core.dist_checkpointing.validation import StrictHandling, parse_strict_flag
-from megatron.training.checkpoint_arguments import apply_checkpoint_args
 from megatron.training.checkpoint_checks import (
     plain_shape_mismatches,
     require_same_model,
     sharded_shape_mismatches,
+)
+from megatron.training.checkpoint_find import (
+    Found,
+    find_checkpoint,
+    load_args_from_checkpoint,
+    read_common,
+    report_missing,
+    require_known_format,
+    saved_args,
 )
 from megatron.training.checkpoint_optimizer import (
     MODEL_SPACE,
@@ -39,14 +53,11 @@ from megatron.training.checkpoint_optimizer import (
 from megatron.training.checkpoint_paths import (
     begin_checkpoint,
     checkpoint_exists,
-    complete_directory,
-    detect_format,
     discard_checkpoint,
     get_checkpoint_name,
     get_checkpoint_tracker_filename,
     publish_checkpoint,
     read_metadata,
-    read_tracker,
 )
 from megatron.training.checkpoint_state import (
     common_entries,
@@ -59,7 +70,6 @@ from megatron.training.checkpoint_state import (
 )
 from megatron.training.checkpoint_torch import (
     load_torch_optimizer,
-    read_first_rank,
     read_own,
     save_torch,
 )
@@ -76,7 +86,6 @@ __all__ = [
     "save_checkpoint",
 ]
 
-FORMATS = ("torch_dist", "torch")
 DP_ZERO = "dp_zero_gather_scatter"
 
 
@@ -165,12 +174,6 @@ def comparable(common: Any) -> Any:
     }
 
 
-def require_known_format(name: str) -> None:
-    """Raise for a format that cannot be written or read."""
-    if name not in FORMATS:
-        raise NotImplementedError(f"--ckpt-format {name} is not available; available formats: {', '.join(FORMATS)}")
-
-
 def place_of_rank() -> str:
     """This rank's place in the model-parallel grid, counted from 1."""
     ps = parallel_state
@@ -180,94 +183,7 @@ def place_of_rank() -> str:
     )
 
 
-# ---- finding ----
-
-
-@dataclass(frozen=True)
-class Found:
-    """A checkpoint on the disk."""
-
-    directory: Path
-    folder: str
-    iteration: int
-    release: bool
-    weights_only: bool
-    """Take nothing but the weights: a release, or a fallback for a run that starts."""
-    format: str
-
-    def __str__(self) -> str:
-        kind = "distributed checkpoint" if self.format == "torch_dist" else "checkpoint"
-        if self.release:
-            return f"release {kind} from {self.folder}"
-        return f"{kind} from {self.folder} at iteration {self.iteration}"
-
-
-def find_checkpoint(args: argparse.Namespace, load_arg: str = "load") -> Found | None:
-    """The checkpoint that the flags ask for, as this rank sees it; None if there is none.
-
-    Raises:
-        CheckpointingException: what the flags name is not a checkpoint of a format that they allow.
-        FileNotFoundError: neither the folder nor `--pretrained-checkpoint` has one.
-    """
-    folder, weights_only = getattr(args, load_arg), bool(args.finetune)
-    pretrained = getattr(args, "pretrained_checkpoint", None)
-    has_own = folder is not None and (checkpoint_exists(folder) or args.ckpt_step is not None)
-    if not has_own and pretrained is not None:
-        if not checkpoint_exists(pretrained):
-            raise FileNotFoundError(
-                f"neither --{load_arg} ({folder}) nor --pretrained-checkpoint ({pretrained}) holds a checkpoint"
-            )
-        folder, weights_only, has_own = pretrained, True, True
-    if not has_own:
-        return None
-    iteration, release = args.ckpt_step, False
-    if iteration is None or weights_only and folder == pretrained:
-        iteration, release = read_tracker(get_checkpoint_tracker_filename(folder))
-    directory = complete_directory(folder, iteration, release)
-    on_disk = detect_format(directory)
-    require_allowed_format(args, directory, on_disk)
-    return Found(directory, str(folder), iteration, release, weights_only or release, on_disk)
-
-
-def report_missing(args: argparse.Namespace, folder: str) -> None:
-    """Say that there is no checkpoint; stop if that is not acceptable."""
-    print_rank_0(f"WARNING: could not find the metadata file {get_checkpoint_tracker_filename(folder)}")
-    if args.exit_on_missing_checkpoint:
-        print_rank_0(">> '--exit-on-missing-checkpoint' set ... exiting. <<")
-        sys.exit(1)
-    print_rank_0("    will not load any checkpoints and will start from random")
-
-
-def require_allowed_format(args: argparse.Namespace, directory: Path, on_disk: str) -> None:
-    """Raise unless the format is the expected one, or any is accepted."""
-    if on_disk == args.ckpt_format or args.auto_detect_ckpt_format and on_disk in FORMATS:
-        return
-    require_known_format(on_disk)
-    raise CheckpointingException(
-        f"{directory} has format {on_disk}, --ckpt-format is {args.ckpt_format}: "
-        f"set --auto-detect-ckpt-format to load it"
-    )
-
-
 # ---- loading ----
-
-
-def load_args_from_checkpoint(args: argparse.Namespace, load_arg: str = "load") -> argparse.Namespace | None:
-    """Fill `args` with the model's settings of a checkpoint, before they are checked; returns all that it
-    saved.
-
-    Needs no process groups. The format may be any that can be read, as it is one of the settings taken over.
-    """
-    any_format = argparse.Namespace(**{**vars(args), "auto_detect_ckpt_format": True})
-    found = find_checkpoint(any_format, load_arg)
-    if found is None:
-        report_missing(args, getattr(args, load_arg))
-        return None
-    saved = saved_args(read_common(found))
-    if saved is None:
-        raise CheckpointingException(f"{found.directory} does not say which arguments it was made with")
-    apply_checkpoint_args(args, saved, path=str(found.directory))
-    return saved
 
 
 def load_checkpoint(
@@ -305,19 +221,6 @@ def load_checkpoint(
         f"  successfully loaded checkpoint from {found.folder} {place_of_rank()} at iteration {state.iteration}"
     )
     return state
-
-
-def read_common(found: Found) -> dict[str, Any]:
-    """What does not depend on the layout: arguments, counters, schedule."""
-    if found.format == "torch":
-        return read_first_rank(found.directory)
-    return dist_checkpointing.load_common_state_dict(found.directory)
-
-
-def saved_args(common: dict[str, Any]) -> argparse.Namespace | None:
-    """Arguments of the run that wrote the checkpoint, if it says."""
-    saved = common.get("args")
-    return saved if isinstance(saved, argparse.Namespace) else None
 
 
 @dataclass(frozen=True)
@@ -391,13 +294,23 @@ def load_torch_dist(
         request["rng_state"] = rng_object(None)
     if not strict and mode is StrictHandling.ASSUME_OK_UNEXPECTED:
         mode = StrictHandling.LOG_UNEXPECTED
-    loaded = dist_checkpointing.load(request, found.directory, strict=mode)
+    loaded = dist_checkpointing.load(request, found.directory, load_strategy(args, found), strict=mode)
     contents = loaded[0] if isinstance(loaded, tuple) else loaded
     merge(contents, load_full_precision(precise, found.directory))
     load_model(model, contents, strict=strict and mode is StrictHandling.ASSUME_OK_UNEXPECTED)
     if conversion is not None:
         contents["optimizer"] = conversion.finish(contents["optimizer"], found.directory)
     restore_rest(contents, parts, optimizer, scheduler)
+
+
+def load_strategy(args: argparse.Namespace, found: Found) -> LoadShardedStrategy:
+    """How tensors are read: by each rank for itself, or for the other data parallel ranks too."""
+    strategy = get_default_load_sharded_strategy(found.directory)
+    if not args.ckpt_fully_parallel_load:
+        return strategy
+    return FullyParallelLoadStrategyWrapper(
+        strategy, parallel_state.get_data_parallel_group(with_context_parallel=True)
+    )
 
 
 def require_entries(found: Found, common: dict[str, Any], parts: Parts) -> None:

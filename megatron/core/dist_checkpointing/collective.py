@@ -40,9 +40,7 @@ def broadcast_from_first(value: T, group: Group = None) -> T:
     if size == 1:
         return value
     values = [value]
-    dist.broadcast_object_list(
-        values, src=0 if group is None else dist.get_global_rank(group, 0), group=group
-    )
+    dist.broadcast_object_list(values, src=0 if group is None else dist.get_global_rank(group, 0), group=group)
     return values[0]
 
 
@@ -57,9 +55,7 @@ def raise_on_all_ranks(error: Exception | None, task: str, group: Group = None) 
         if message is not None:
             ranks.setdefault(message, []).append(rank)
     several = len(messages) > 1
-    lines = [
-        f"{message} (rank {', '.join(map(str, at))})" if several else message for message, at in ranks.items()
-    ]
+    lines = [f"{message} (rank {', '.join(map(str, at))})" if several else message for message, at in ranks.items()]
     raise CheckpointingException(f"{task}: " + "\n".join(lines)) from error
 
 

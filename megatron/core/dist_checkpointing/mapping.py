@@ -82,9 +82,7 @@ class ShardedTensor(ShardedBase):
             raise CheckpointingException(f"axis_fragmentations has not {rank} axes in {self}")
         for axis, (offset, length) in enumerate(zip(self.global_offset, self.shape_in_global)):
             if offset < 0 or offset + length > self.global_shape[axis] and not self.allow_shape_mismatch:
-                raise CheckpointingException(
-                    f"axis {axis} of the shard lies outside of the global tensor: {self}"
-                )
+                raise CheckpointingException(f"axis {axis} of the shard lies outside of the global tensor: {self}")
             if self.axis_fragmentations is not None and length and offset % length:
                 raise CheckpointingException(f"axis {axis} of the shard is not aligned to the grid: {self}")
         if self.flattened_range is not None:
@@ -94,21 +92,14 @@ class ShardedTensor(ShardedBase):
 
     def _validate_flattened_range(self, flattened_range: slice) -> None:
         start, stop, step = flattened_range.start, flattened_range.stop, flattened_range.step
-        if (
-            step is not None
-            or start is None
-            or stop is None
-            or not 0 <= start <= stop <= prod(self.local_shape)
-        ):
+        if step is not None or start is None or stop is None or not 0 <= start <= stop <= prod(self.local_shape):
             raise CheckpointingException(f"flattened_range is no contiguous range of the shard: {self}")
 
     def _validate_data(self, data: torch.Tensor) -> None:
         if data.dtype != self.dtype:
             raise CheckpointingException(f"data has dtype {data.dtype}, expected {self.dtype} in {self}")
         if tuple(data.shape) != self.data_shape:
-            raise CheckpointingException(
-                f"data has shape {tuple(data.shape)}, expected {self.data_shape} in {self}"
-            )
+            raise CheckpointingException(f"data has shape {tuple(data.shape)}, expected {self.data_shape} in {self}")
 
     @property
     def shape_in_global(self) -> tuple[int, ...]:
@@ -192,22 +183,16 @@ class ShardedTensor(ShardedBase):
             init_kwargs: further fields, such as `allow_shape_mismatch`.
         """
         if flattened_range is not None:
-            raise ValueError(
-                "flattened_range is for from_rank_offsets_flat, from_rank_offsets takes a whole shard"
-            )
+            raise ValueError("flattened_range is for from_rank_offsets_flat, from_rank_offsets takes a whole shard")
         local_shape = tuple(data.shape)
         shape = [1] * prepend_axis_num + list(local_shape)
         global_shape, offsets, fragmentations = list(shape), [0] * len(shape), [1] * len(shape)
         mentioned: set[int] = set()
         for axis, position, count in rank_offsets:
             if not 0 <= axis < len(shape) or axis in mentioned:
-                raise CheckpointingException(
-                    f"axis {axis} in rank_offsets of {key} is repeated or not in {shape}"
-                )
+                raise CheckpointingException(f"axis {axis} in rank_offsets of {key} is repeated or not in {shape}")
             if not 0 <= position < count:
-                raise CheckpointingException(
-                    f"position {position} of {count} on axis {axis} of {key} does not exist"
-                )
+                raise CheckpointingException(f"position {position} of {count} on axis {axis} of {key} does not exist")
             mentioned.add(axis)
             global_shape[axis] = shape[axis] * count
             offsets[axis] = shape[axis] * position
@@ -248,9 +233,7 @@ class ShardedTensor(ShardedBase):
         whole = cls.from_rank_offsets(key, box, *args, **kwargs)
         return replace(whole, data=data, flattened_range=flattened_range)
 
-    def init_data(
-        self, device: str | torch.device, init_fn: Callable[..., torch.Tensor] = torch.empty
-    ) -> None:
+    def init_data(self, device: str | torch.device, init_fn: Callable[..., torch.Tensor] = torch.empty) -> None:
         """Give a description without data a tensor made by `init_fn`."""
         if self.data is None:
             self.data = init_fn(self.data_shape, dtype=self.dtype, device=device)
@@ -276,9 +259,7 @@ class ShardedTensor(ShardedBase):
             data = None if self.data is None else self.data.narrow(dim, start, length)
             return [replace(description, data=data)]
         if dim != 0:
-            raise CheckpointingException(
-                f"a flattened shard can be narrowed along axis 0 only, not {dim}: {self}"
-            )
+            raise CheckpointingException(f"a flattened shard can be narrowed along axis 0 only, not {dim}: {self}")
         row = prod(self.local_shape[1:])
         first, last = start * row, (start + length) * row
         begin, end = max(self.flattened_range.start, first), min(self.flattened_range.stop, last)
@@ -324,9 +305,7 @@ class ShardedObject(ShardedBase):
             0 <= off < size for off, size in zip(self.global_offset, self.global_shape)
         )
         if not inside:
-            raise CheckpointingException(
-                f"cell {self.global_offset} is not in grid {self.global_shape} of {self.key}"
-            )
+            raise CheckpointingException(f"cell {self.global_offset} is not in grid {self.global_shape} of {self.key}")
 
     def without_data(self) -> ShardedObject:
         """The same description with `data` None."""
@@ -383,9 +362,7 @@ class ShardedTensorFactory(ShardedBase):
 
 def apply_factories(sharded_state_dict: ShardedStateDict) -> None:
     """Replace each factory by its parts, in place."""
-    dict_list_map_inplace(
-        lambda x: x.build() if isinstance(x, ShardedTensorFactory) else x, sharded_state_dict
-    )
+    dict_list_map_inplace(lambda x: x.build() if isinstance(x, ShardedTensorFactory) else x, sharded_state_dict)
 
 
 def apply_factory_merges(x1: Any, x2: Any, key: tuple[str | int, ...] = ()) -> Any:
@@ -409,9 +386,7 @@ def apply_factory_merges(x1: Any, x2: Any, key: tuple[str | int, ...] = ()) -> A
         items = enumerate(x2) if isinstance(x2, list) else x2.items()
         for i, sub in items:
             if not isinstance(i, int) or i >= len(x1):
-                raise ValueError(
-                    f"cannot merge factories at {key}: entry {i} was not loaded ({len(x1)} entries)"
-                )
+                raise ValueError(f"cannot merge factories at {key}: entry {i} was not loaded ({len(x1)} entries)")
             x1[i] = apply_factory_merges(x1[i], sub, (*key, i))
         return x1
     raise ValueError(f"cannot merge factories at {key}: {type(x1).__name__} against {type(x2).__name__}")

@@ -56,9 +56,7 @@ def get_param_id_to_sharded_param_map(
     return found
 
 
-def make_sharded_optimizer_tensor(
-    model_param: ShardedParam, optim_param: torch.Tensor, prefix: str
-) -> ShardedParam:
+def make_sharded_optimizer_tensor(model_param: ShardedParam, optim_param: torch.Tensor, prefix: str) -> ShardedParam:
     """Description of `optim_param`, which lies as the parameter does, under the name
     `<prefix>.<parameter>`."""
     key = f"{prefix}.{model_param.key}"
@@ -84,9 +82,7 @@ def optim_state_to_sharding_state(
     described: dict = {}
     for number, state in optim_state_dict["state"].items():
         if number not in id_to_sharded_param_map:
-            raise ValueError(
-                f"optimizer state {number} belongs to no parameter of the model's sharded state dict"
-            )
+            raise ValueError(f"optimizer state {number} belongs to no parameter of the model's sharded state dict")
         param = id_to_sharded_param_map[number]
         described[number] = {
             name: make_sharded_optimizer_tensor(param, value, f"optimizer.state.{name}")

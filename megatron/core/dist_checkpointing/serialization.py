@@ -90,9 +90,7 @@ def save(
     save_common = resolve_save_strategy(StrategyAction.SAVE_COMMON, common_strategy, ("torch", 1))
     assert isinstance(save_sharded, SaveShardedStrategy) and isinstance(save_common, SaveCommonStrategy)
     validate_sharded_objects_handling(save_sharded, save_common)
-    config = CheckpointingConfig(
-        save_sharded.backend, save_sharded.version, save_common.backend, save_common.version
-    )
+    config = CheckpointingConfig(save_sharded.backend, save_sharded.version, save_common.backend, save_common.version)
     on_first_rank(f"cannot save to {directory}", lambda: make_room(directory))
     try:
         save_common.save_common(common, directory)
@@ -139,11 +137,7 @@ def resolve_save_strategy(
     action: StrategyAction, given: SaveStrategyBase | tuple[str, int] | None, default: tuple[str, int]
 ) -> SaveStrategyBase:
     """`given`, or the strategy of that format, or the default."""
-    strategy = (
-        get_default_strategy(action, *(given or default))
-        if given is None or isinstance(given, tuple)
-        else given
-    )
+    strategy = get_default_strategy(action, *(given or default)) if given is None or isinstance(given, tuple) else given
     assert isinstance(strategy, SaveStrategyBase)
     return strategy
 
@@ -224,9 +218,7 @@ def load(
     assert isinstance(sharded, dict)
     if nonpersistent or sharded:
         validate_sharded_objects_handling(sharded_reader, common_reader)
-    sharded, missing, unexpected = _match(
-        sharded, checkpoint_dir, sharded_reader, mode, validate_access_integrity
-    )
+    sharded, missing, unexpected = _match(sharded, checkpoint_dir, sharded_reader, mode, validate_access_integrity)
     merge(state, dict_list_map_outplace(lambda value: value.unwrap(), nonpersistent))
     loaded = sharded_reader.load(sharded, Path(checkpoint_dir))
     merge(state, loaded)
@@ -253,9 +245,7 @@ def _match(
     if explicit:
         with together(f"cannot load {checkpoint_dir}"):
             available = reader.load_sharded_metadata(Path(checkpoint_dir))
-    return validate_integrity_and_strict_load(
-        sharded, mode, validate_access_integrity, local, everywhere, available
-    )
+    return validate_integrity_and_strict_load(sharded, mode, validate_access_integrity, local, everywhere, available)
 
 
 def _drop_not_loaded(factories: Any, state: Any) -> None:

@@ -29,9 +29,7 @@ def zip_strict(*args: Any) -> zip:
 
 
 def _extract(state_dict: ShardedStateDict, *classes: type) -> tuple[Any, Any]:
-    return extract_matching_values(
-        state_dict, lambda value: isinstance(value, classes), return_lists_as_dicts=True
-    )
+    return extract_matching_values(state_dict, lambda value: isinstance(value, classes), return_lists_as_dicts=True)
 
 
 def extract_sharded_tensors(sharded_state_dict: ShardedStateDict) -> tuple[ShardedStateDict, StateDict]:
@@ -78,9 +76,7 @@ def add_prefix_for_sharding(sharded_state_dict: ShardedStateDict, prefix: str) -
     _rename(sharded_state_dict, lambda key: prefix + key)
 
 
-def replace_prefix_for_sharding(
-    sharded_state_dict: ShardedStateDict, old_prefix: str, new_prefix: str
-) -> None:
+def replace_prefix_for_sharding(sharded_state_dict: ShardedStateDict, old_prefix: str, new_prefix: str) -> None:
     """Exchange the prefix of the names of all sharded values, in place; every name must have it."""
 
     def new_key(key: str) -> str:

@@ -79,9 +79,7 @@ def parse_strict_flag(strict: str | StrictHandling) -> StrictHandling:
     try:
         return StrictHandling(strict)
     except ValueError:
-        raise ValueError(
-            f"strictness {strict!r} is none of {[mode.value for mode in StrictHandling]}"
-        ) from None
+        raise ValueError(f"strictness {strict!r} is none of {[mode.value for mode in StrictHandling]}") from None
 
 
 # ---- names ----
@@ -94,9 +92,7 @@ def unique_key(value: ShardedBase) -> str:
 
 def determine_global_metadata(sharded_state_dict: ShardedStateDict) -> tuple[LocalMetadata, GlobalMetadata]:
     """Descriptions of the sharded values of this rank, and of those of every rank."""
-    local = [
-        value.without_data() for value in nested_values(sharded_state_dict) if isinstance(value, ShardedBase)
-    ]
+    local = [value.without_data() for value in nested_values(sharded_state_dict) if isinstance(value, ShardedBase)]
     return local, gather_from_all(local)
 
 
@@ -138,9 +134,7 @@ def validate_integrity_and_strict_load(
     return sharded_state_dict, missing, unexpected
 
 
-def adjust_non_strict_load(
-    sharded_state_dict: ShardedStateDict, sharded_keys_to_remove: set[str]
-) -> ShardedStateDict:
+def adjust_non_strict_load(sharded_state_dict: ShardedStateDict, sharded_keys_to_remove: set[str]) -> ShardedStateDict:
     """The state dict without the sharded values of those names."""
     if not sharded_keys_to_remove:
         return sharded_state_dict
@@ -191,9 +185,7 @@ def validate_sharding_integrity(
     problems = [problem for key, shards in tensors.items() for problem in tensor_problems(key, shards)]
     problems += [problem for key, cells in objects.items() for problem in object_problems(key, cells)]
     if problems:
-        raise CheckpointingException(
-            "the shards do not make up the global state:\n  " + "\n  ".join(problems)
-        )
+        raise CheckpointingException("the shards do not make up the global state:\n  " + "\n  ".join(problems))
 
 
 def validate_common_state_dict(common_state_dict: CommonStateDict) -> None:
@@ -242,9 +234,7 @@ def _box_problems(key: str, offset: tuple[int, ...], shards: list[ShardedTensor]
         return [] if count == 1 else [f"{key}: {count} main replicas of the shard at {offset}, expected 1"]
     if any(shard.flattened_range is None for shard in shards):
         return [f"{key}: the shard at {offset} is flattened on some ranks only"]
-    ranges = sorted(
-        (s.flattened_range.start, s.flattened_range.stop) for s in shards if s.flattened_range is not None
-    )
+    ranges = sorted((s.flattened_range.start, s.flattened_range.stop) for s in shards if s.flattened_range is not None)
     position = 0
     for start, stop in ranges:
         if start == stop:
@@ -255,9 +245,7 @@ def _box_problems(key: str, offset: tuple[int, ...], shards: list[ShardedTensor]
             return [f"{key}: elements {low} to {high} of shard {offset} are {what}"]
         position = stop
     total = prod(shards[0].local_shape)
-    return (
-        [] if position == total else [f"{key}: elements {position} to {total} of shard {offset} are missing"]
-    )
+    return [] if position == total else [f"{key}: elements {position} to {total} of shard {offset} are missing"]
 
 
 def _any_overlap(boxes: list[tuple]) -> bool:
@@ -311,9 +299,7 @@ def verify_checkpoint_and_load_strategy(
     """Strategies that read the checkpoint in `checkpoint_dir`. Raises if there is none."""
     config = maybe_load_config(checkpoint_dir)
     if config is None:
-        what = (
-            "is not a complete distributed checkpoint" if Path(checkpoint_dir).exists() else "does not exist"
-        )
+        what = "is not a complete distributed checkpoint" if Path(checkpoint_dir).exists() else "does not exist"
         raise CheckpointingException(f"{checkpoint_dir} {what}")
     sharded = resolve_load_strategy(
         StrategyAction.LOAD_SHARDED, sharded_strategy, config.sharded_backend, config.sharded_backend_version

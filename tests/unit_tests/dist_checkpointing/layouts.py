@@ -58,9 +58,7 @@ def padded_embedding(layout: Layout, prefix: str = "") -> torch.Tensor:
     return whole
 
 
-def local_shards(
-    layout: Layout, rank: int, prefix: str = ""
-) -> dict[str, ShardedTensor | ShardedTensorFactory]:
+def local_shards(layout: Layout, rank: int, prefix: str = "") -> dict[str, ShardedTensor | ShardedTensorFactory]:
     """All parameters of a rank, with the right values."""
     t, d, p = layout.place(rank)
     shards: dict[str, ShardedTensor | ShardedTensorFactory] = {}
@@ -76,9 +74,7 @@ def local_shards(
         fc1 = torch.cat([gate.chunk(layout.tp, 0)[t], up.chunk(layout.tp, 0)[t]])
         name = f"layers.{layer - p * per_stage}"
         shards[f"{name}.qkv"] = ShardedTensor.from_rank_offsets("qkv", qkv, stack, (1, t, layout.tp), **cut)
-        shards[f"{name}.proj"] = ShardedTensor.from_rank_offsets(
-            "proj", proj, stack, (2, t, layout.tp), **cut
-        )
+        shards[f"{name}.proj"] = ShardedTensor.from_rank_offsets("proj", proj, stack, (2, t, layout.tp), **cut)
         norm = global_tensor("norm", prefix)[layer].clone()
         shards[f"{name}.norm"] = ShardedTensor.from_rank_offsets("norm", norm, stack, **whole)
         shard = ShardedTensor.from_rank_offsets("fc1", fc1, stack, (1, t, layout.tp), **cut)

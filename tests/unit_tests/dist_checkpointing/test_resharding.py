@@ -11,8 +11,14 @@ import torch.distributed as dist
 
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
-from megatron.core.dist_checkpointing.serialization import get_default_save_sharded_strategy
-from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
+from megatron.core.dist_checkpointing.serialization import (
+    get_default_load_sharded_strategy,
+    get_default_save_sharded_strategy,
+)
+from megatron.core.dist_checkpointing.strategies.fully_parallel import (
+    FullyParallelLoadStrategyWrapper,
+    FullyParallelSaveStrategyWrapper,
+)
 from megatron.core.dist_checkpointing.strategies.resharding import boxes_of_range
 from tests.unit_tests.dist_checkpointing.layouts import (
     GLOBAL_SHAPES,
@@ -52,6 +58,36 @@ def load_all(layout: Layout, directory: str, same_grid: bool) -> None:
     assert_loaded(loaded, expected)
 
 
+def load_shared(layout: Layout, directory: str) -> list[str]:
+    """Names read from the disk by each rank, when ranks read for each other."""
+    from megatron.core.dist_checkpointing.strategies import torch as strategy
+
+    expected = local_state(layout, dist.get_rank())
+    del expected["rng"]
+    read: list[str] = []
+    original = strategy.plan_load
+
+    def count(values: list, metadata: object) -> dict:
+        read.extend(value.key for value in values)
+        return original(values, metadata)
+
+    strategy.plan_load = count
+    try:
+        wrapper = FullyParallelLoadStrategyWrapper(get_default_load_sharded_strategy(directory))
+        assert_loaded(dist_checkpointing.load(blank(expected), directory, wrapper), expected)
+    finally:
+        strategy.plan_load = original
+    return read
+
+
+@pytest.mark.parametrize("reader", [Layout(dp=3), Layout(tp=2, dp=2, flat=True), Layout(dp=2, pp=2)], ids=str)
+def test_ranks_may_read_for_each_other(saved: dict[Layout, str], reader: Layout) -> None:
+    reads = run_ranks(reader.size, load_shared, reader, saved[Layout(tp=2, pp=2)])
+    alone = len(run_ranks(1, load_shared, Layout(), saved[Layout(tp=2, pp=2)])[0])
+    assert all(0 < len(names) < alone for names in reads)
+    assert sum(map(len, reads)) < alone * reader.size
+
+
 def load_each(layout: Layout, directories: dict[Layout, str]) -> None:
     for writer, directory in directories.items():
         load_all(layout, directory, same_grid=(writer.tp, writer.pp) == (layout.tp, layout.pp))
@@ -81,9 +117,7 @@ def test_every_layout_stores_the_same_global_tensors(saved: dict[Layout, str]) -
             assert torch.equal(tensors[f"exp_avg.{key}"], global_tensor(key, "exp_avg.")), key
 
 
-@pytest.mark.parametrize(
-    "writer", [Layout(padded_vocab=16), Layout(tp=2, dp=2, flat=True, padded_vocab=20)], ids=str
-)
+@pytest.mark.parametrize("writer", [Layout(padded_vocab=16), Layout(tp=2, dp=2, flat=True, padded_vocab=20)], ids=str)
 @pytest.mark.parametrize("padded_vocab", [12, 16, 24])
 def test_padding_of_the_vocabulary_may_change(tmp_path: Path, writer: Layout, padded_vocab: int) -> None:
     run_ranks(writer.size, save_all, writer, str(tmp_path))

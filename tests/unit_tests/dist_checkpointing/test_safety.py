@@ -102,9 +102,7 @@ def test_objects_of_unknown_classes_become_stubs(tmp_path: Path) -> None:
         setattr(module, cls.__name__, cls)
     sys.modules[module.__name__] = module
     try:
-        torch.save(
-            {"mode": RerunMode.DISABLED, "state": [Diagnostic()], "w": torch.ones(2)}, tmp_path / "f.pt"
-        )
+        torch.save({"mode": RerunMode.DISABLED, "state": [Diagnostic()], "w": torch.ones(2)}, tmp_path / "f.pt")
     finally:
         del sys.modules[module.__name__]
     loaded = safe_torch_load(tmp_path / "f.pt")
@@ -117,9 +115,7 @@ def test_values_that_checkpoints_hold_come_back_whole(tmp_path: Path) -> None:
     import random
 
     value = {
-        "args": argparse.Namespace(
-            lr=0.1, dtype=torch.bfloat16, path=Path("/x"), sizes=(1, [2]), names={"a"}
-        ),
+        "args": argparse.Namespace(lr=0.1, dtype=torch.bfloat16, path=Path("/x"), sizes=(1, [2]), names={"a"}),
         "python": random.getstate(),
         "numpy": np.random.RandomState(1).get_state(),
         "scalar": np.float64(2.5),

@@ -116,9 +116,7 @@ def test_lists_values_and_local_objects_come_back_as_they_were(tmp_path: Path) -
 def test_factories_build_on_the_way_out_and_merge_on_the_way_in(tmp_path: Path) -> None:
     def build(key: str, data: torch.Tensor, replica_id: object, flattened_range: slice | None) -> dict:
         halves = data.chunk(2)
-        return {
-            name: ShardedTensor.from_rank_offsets(f"{key}.{name}", half) for name, half in zip("xy", halves)
-        }
+        return {name: ShardedTensor.from_rank_offsets(f"{key}.{name}", half) for name, half in zip("xy", halves)}
 
     def merge(parts: dict) -> torch.Tensor:
         return torch.cat([parts["x"], parts["y"]])
@@ -231,14 +229,10 @@ def test_shards_that_do_not_tile_are_refused_on_all_ranks(tmp_path: Path, kind: 
 
 def save_replicated(directory: str) -> None:
     shards = {
-        f"w{i}": ShardedTensor.from_rank_offsets(
-            f"w{i}", torch.full((10, 10), float(i)), replica_id=dist.get_rank()
-        )
+        f"w{i}": ShardedTensor.from_rank_offsets(f"w{i}", torch.full((10, 10), float(i)), replica_id=dist.get_rank())
         for i in range(8)
     }
-    dist_checkpointing.save(
-        shards, directory, FullyParallelSaveStrategyWrapper(get_default_save_sharded_strategy())
-    )
+    dist_checkpointing.save(shards, directory, FullyParallelSaveStrategyWrapper(get_default_save_sharded_strategy()))
 
 
 def test_replicated_work_is_spread_evenly(tmp_path: Path) -> None:

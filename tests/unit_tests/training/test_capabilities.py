@@ -89,8 +89,7 @@ BUILT = [
     "--position-embedding-type rope --rotary-percent 0.5 --use-rope-scaling",
     "--position-embedding-type rope --rotary-interleaved --no-rope-fusion",
     "--position-embedding-type none",
-    "--position-embedding-type yarn --yarn-rotary-scaling-factor 4 "
-    "--yarn-original-max-position-embeddings 32",
+    "--position-embedding-type yarn --yarn-rotary-scaling-factor 4 --yarn-original-max-position-embeddings 32",
     "--window-size 16 0 --qk-layernorm --normalization RMSNorm --apply-layernorm-1p",
     "--swiglu --untie-embeddings-and-output-weights --disable-bias-linear --add-qkv-bias",
     "--squared-relu",

@@ -17,9 +17,7 @@ def test_checkpoint_completes_and_overrides() -> None:
         "--swiglu --position-embedding-type rope --hidden-dropout 0.3 --untie-embeddings-and-output-weights"
     )
     saved.padded_vocab_size = 256
-    flags = (
-        "--load run --use-checkpoint-args --hidden-dropout 0.5 --seq-length 64 --mock-data --vocab-size 100"
-    )
+    flags = "--load run --use-checkpoint-args --hidden-dropout 0.5 --seq-length 64 --mock-data --vocab-size 100"
     args = parse_args(argv=flags.split())
     apply_checkpoint_args(args, saved.plain())
     assert (args.num_layers, args.hidden_size, args.padded_vocab_size) == (4, 64, 256)

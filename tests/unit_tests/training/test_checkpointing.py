@@ -34,13 +34,13 @@ from tests.worker_pool import run_ranks
 # ---- bit-exact resumption ----
 
 
-def resumed_and_uninterrupted(plan: Plan, folder: str) -> None:
+def resumed_and_uninterrupted(plan: Plan, folder: str, **flags: Any) -> None:
     first = TinyRun(plan)
     first.train(2)
     first.save(folder)
     expected = first.train(2), first.weights()
     second = TinyRun(plan, seed=1000)
-    second.load(folder)
+    second.load(folder, **flags)
     assert second.state == TrainState(2, 2 * BATCH, 0, 0, 2e6)
     results = second.train(2)
     assert results == expected[0]
@@ -64,6 +64,14 @@ RESUMED = [
 @pytest.mark.parametrize("format", ["torch_dist", "torch"])
 def test_resuming_is_bit_exact_with_dropout(tmp_path: Path, plan: Plan, format: str) -> None:
     run_ranks(plan.size, resumed_and_uninterrupted, replace(plan, format=format), str(tmp_path))
+
+
+def resumed_with_shared_reading(plan: Plan, folder: str) -> None:
+    resumed_and_uninterrupted(plan, folder, ckpt_fully_parallel_load=True)
+
+
+def test_resuming_is_bit_exact_when_ranks_read_for_each_other(tmp_path: Path) -> None:
+    run_ranks(4, resumed_with_shared_reading, Plan(tp=2, dp=2), str(tmp_path))
 
 
 # ---- other layouts ----

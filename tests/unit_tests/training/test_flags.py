@@ -163,9 +163,7 @@ def test_programs_add_their_own_flags() -> None:
         ("--use-distributed-optimiser", "--use-distributed-optimizer"),
     ],
 )
-def test_misspelt_flag_stops_with_a_suggestion(
-    misspelt: str, meant: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_misspelt_flag_stops_with_a_suggestion(misspelt: str, meant: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         parse_args(argv=[*SMALL_GPT.split(), misspelt])
     assert stop.value.code == 2

@@ -122,9 +122,7 @@ def test_refusal_ends_the_program_without_a_traceback(
     assert capsys.readouterr().err.endswith("error: --lr (1) is odd\n")
 
 
-def test_only_the_first_rank_says_why(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_only_the_first_rank_says_why(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "1")
     with pytest.raises(SystemExit), configuration_errors_end_the_program():
         raise ConfigurationError("--lr (1) is odd")

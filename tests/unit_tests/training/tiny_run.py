@@ -70,7 +70,9 @@ class Plan:
             "use_distributed_optimizer": self.dist_opt,
             "ckpt_fully_parallel_save": self.fully_parallel,
             "dist_ckpt_strictness": "assume_ok_unexpected",
-            **dict.fromkeys(("finetune", "exit_on_missing_checkpoint", "auto_detect_ckpt_format"), False),
+            **dict.fromkeys(
+                ("finetune", "exit_on_missing_checkpoint", "auto_detect_ckpt_format", "ckpt_fully_parallel_load"), False
+            ),
             **dict.fromkeys(("no_save_optim", "no_save_rng", "no_load_optim", "no_load_rng", "ckpt_step")),
             "pretrained_checkpoint": None,
             "vocab_file": None,
@@ -137,9 +139,7 @@ class TinyRun:
         )
         if half:
             model = Float16Module(self.config, model)
-        ddp_config = DistributedDataParallelConfig(
-            use_distributed_optimizer=plan.dist_opt, grad_reduce_in_fp32=True
-        )
+        ddp_config = DistributedDataParallelConfig(use_distributed_optimizer=plan.dist_opt, grad_reduce_in_fp32=True)
         return DistributedDataParallel(self.config, ddp_config, model)
 
     def train(self, steps: int) -> list[tuple[float | None, ...]]:

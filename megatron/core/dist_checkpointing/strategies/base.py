@@ -104,9 +104,7 @@ def register_default_strategy(
     _default_strategies[action, backend, version] = strategy
 
 
-def get_default_strategy(
-    action: StrategyAction, backend: str, version: int
-) -> LoadStrategyBase | SaveStrategyBase:
+def get_default_strategy(action: StrategyAction, backend: str, version: int) -> LoadStrategyBase | SaveStrategyBase:
     """The strategy used by default for a format and its version."""
     try:
         return _default_strategies[action, backend, version]

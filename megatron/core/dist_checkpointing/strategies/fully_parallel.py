@@ -8,12 +8,13 @@ from math import prod
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
 import torch.distributed as dist
 
 from ..collective import gather_from_all, rank_and_size
-from ..dict_utils import nested_values
-from ..mapping import ReplicaId, ShardedStateDict, ShardedTensor, is_main_replica
-from .base import SaveShardedStrategy
+from ..dict_utils import dict_list_map_outplace, extract_matching_values, merge, nested_values
+from ..mapping import ReplicaId, ShardedStateDict, ShardedTensor, StateDict, is_main_replica
+from .base import LoadShardedStrategy, SaveShardedStrategy
 
 ShardId = tuple[str, tuple[int, ...], tuple[int, int] | None]
 
@@ -75,11 +76,12 @@ def shard_id(tensor: ShardedTensor) -> ShardId:
 
 
 def distribute_shards(
-    sharded_state_dict: ShardedStateDict, group: dist.ProcessGroup | None
+    sharded_state_dict: ShardedStateDict, group: dist.ProcessGroup | None, main_only: bool = True
 ) -> ShardDistribution:
     """An even assignment, the same on all ranks of `group`. Communicates names and sizes only.
 
-    Largest shards first, each to the least loaded of the ranks that hold it.
+    Largest shards first, each to the least loaded of the ranks that hold it. With `main_only` shards whose
+    main replica is in another group are left to that group.
     """
     local = [
         (shard_id(t), prod(t.data_shape) * t.dtype.itemsize, is_main_replica(t.replica_id))
@@ -93,7 +95,7 @@ def distribute_shards(
         for name, size, is_main in shards:
             sizes[name] = size
             holders[name].append(rank)
-            if is_main:
+            if is_main or not main_only:
                 ours.add(name)
     load: dict[int, int] = defaultdict(int)
     writers: dict[ShardId, int] = {}
@@ -133,3 +135,99 @@ def as_replica(replica_id: ReplicaId, is_main: bool) -> ReplicaId:
     if is_main:
         return (0,) * len(replica_id)
     return replica_id if not is_main_replica(replica_id) else (*replica_id[:-1], 1)
+
+
+class FullyParallelLoadStrategyWrapper(LoadShardedStrategy):
+    """Lets each rank of a group read a part of what the group's ranks have in common, and broadcast it to the
+    others.
+
+    Args:
+        strategy: does the reading.
+        parallelization_group: ranks that share the work, usually the data parallel group; None is all ranks.
+        do_cache_distribution: keep the assignment of the first load for all later ones.
+        exchange_algo: `broadcast` is the only one.
+    """
+
+    def __init__(
+        self,
+        strategy: LoadShardedStrategy,
+        parallelization_group: dist.ProcessGroup | None = None,
+        do_cache_distribution: bool = False,
+        exchange_algo: str = "broadcast",
+    ) -> None:
+        if exchange_algo != "broadcast":
+            raise NotImplementedError(f"exchange_algo {exchange_algo!r} is not available, use 'broadcast'")
+        self.base_strategy = strategy
+        self.parallelization_group = parallelization_group
+        self.do_cache_distribution = do_cache_distribution
+        self.cached_distribution: ShardDistribution | None = None
+
+    @property
+    def can_handle_sharded_objects(self) -> bool:
+        return self.base_strategy.can_handle_sharded_objects
+
+    def check_backend_compatibility(self, loaded_backend: str) -> None:
+        self.base_strategy.check_backend_compatibility(loaded_backend)
+
+    def check_version_compatibility(self, loaded_version: int) -> None:
+        self.base_strategy.check_version_compatibility(loaded_version)
+
+    def load_tensors_metadata(self, checkpoint_dir: str | Path) -> dict[str, ShardedStateDict]:
+        return self.base_strategy.load_tensors_metadata(checkpoint_dir)
+
+    def load_sharded_metadata(self, checkpoint_dir: str | Path) -> dict[str, ShardedStateDict]:
+        return self.base_strategy.load_sharded_metadata(checkpoint_dir)
+
+    def load(self, sharded_state_dict: ShardedStateDict, checkpoint_dir: str | Path) -> StateDict:
+        distribution = self.apply_loading_parallelization(sharded_state_dict)
+        if distribution is None:
+            return self.base_strategy.load(sharded_state_dict, checkpoint_dir)
+        rank, _ = rank_and_size(self.parallelization_group)
+        others, own = extract_matching_values(
+            sharded_state_dict,
+            lambda v: isinstance(v, ShardedTensor) and distribution.main_rank_for_shard[shard_id(v)] != rank,
+            return_lists_as_dicts=True,
+        )
+        for tensor in nested_values(sharded_state_dict):
+            if isinstance(tensor, ShardedTensor):
+                tensor.init_data("cpu")
+        assert isinstance(own, dict)
+        loaded = self.base_strategy.load(own, checkpoint_dir)
+        exchange_shards(sharded_state_dict, distribution, self.parallelization_group)
+        merge(loaded, dict_list_map_outplace(lambda tensor: tensor.data, others))
+        return loaded
+
+    def apply_loading_parallelization(self, sharded_state_dict: ShardedStateDict) -> ShardDistribution | None:
+        """Who reads what; None if there is nobody to share the work with."""
+        if rank_and_size(self.parallelization_group)[1] == 1:
+            return None
+        distribution = self.cached_distribution
+        if distribution is None:
+            distribution = distribute_shards(sharded_state_dict, self.parallelization_group, main_only=False)
+        if self.do_cache_distribution:
+            self.cached_distribution = distribution
+        return distribution
+
+
+def exchange_shards(
+    sharded_state_dict: ShardedStateDict, distribution: ShardDistribution, group: dist.ProcessGroup | None
+) -> None:
+    """Broadcast each shard that several ranks hold from the one that has read it, into the others' data."""
+    local: dict[ShardId, list[torch.Tensor]] = defaultdict(list)
+    for tensor in nested_values(sharded_state_dict):
+        if isinstance(tensor, ShardedTensor) and tensor.data is not None:
+            local[shard_id(tensor)].append(tensor.data.detach())
+    held = gather_from_all({name: (tuple(t[0].shape), t[0].dtype) for name, t in local.items()}, group)
+    where = next((t[0].device for t in local.values()), torch.device("cpu"))
+    for name in sorted(distribution.main_rank_for_shard, key=repr):
+        holders = [rank for rank, names in enumerate(held) if name in names]
+        if len(holders) < 2:
+            continue
+        reader = distribution.main_rank_for_shard[name]
+        shape, dtype = held[reader][name]
+        copies = local.get(name, [])
+        buffer = copies[0].contiguous() if copies else torch.empty(shape, dtype=dtype, device=where)
+        dist.broadcast(buffer, reader if group is None else dist.get_global_rank(group, reader), group=group)
+        for copy in copies:
+            if copy.data_ptr() != buffer.data_ptr():
+                copy.copy_(buffer)

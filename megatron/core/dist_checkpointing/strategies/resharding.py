@@ -212,14 +212,10 @@ def _cell_shape(stored_shape: Shape, global_shape: Shape) -> Shape:
     return tuple(total // count for total, count in zip(global_shape, stored_shape[:-1], strict=True))
 
 
-def _add_aligned_range(
-    plan: LocalRead, tensor: ShardedTensor, stored_shape: Shape, global_shape: Shape
-) -> bool:
+def _add_aligned_range(plan: LocalRead, tensor: ShardedTensor, stored_shape: Shape, global_shape: Shape) -> bool:
     """Read straight from one cell if the local box is a cell of the checkpoint's grid."""
     cell = _cell_shape(stored_shape, global_shape)
-    if cell != tensor.shape_in_global or any(
-        off % size for off, size in zip(tensor.global_offset, cell) if size
-    ):
+    if cell != tensor.shape_in_global or any(off % size for off, size in zip(tensor.global_offset, cell) if size):
         return False
     position = tuple(off // size if size else 0 for off, size in zip(tensor.global_offset, cell))
     inside = all(p < count for p, count in zip(position, stored_shape))

@@ -123,9 +123,7 @@ def tensor_entry(tensor: ShardedTensor) -> TensorEntry:
         raise CheckpointingException(f"{tensor.key} has no data to write")
     if tensor.flattened_range is None:
         box, shape, original = tuple(tensor.global_offset), tuple(tensor.global_shape), None
-        return TensorEntry(
-            tensor.key, box, tensor.shape_in_global, shape, original, tensor.dtype, tensor.data
-        )
+        return TensorEntry(tensor.key, box, tensor.shape_in_global, shape, original, tensor.dtype, tensor.data)
     start, stop = tensor.flattened_range.start, tensor.flattened_range.stop
     grid, cell = tensor.max_allowed_chunks(), tensor.local_chunk_offset_in_global()
     return TensorEntry(
@@ -164,9 +162,7 @@ class TorchDistLoadShardedStrategy(LoadShardedStrategy):
             plan = plan_load(values, metadata)
             reads = plan_reads(metadata, [target for local in plan.values() for target in local.targets])
             objects = [value for value in values if isinstance(value, ShardedObject)]
-            stored = [item.storage_index for item, _ in reads] + [
-                MetadataIndex(o.unique_key) for o in objects
-            ]
+            stored = [item.storage_index for item, _ in reads] + [MetadataIndex(o.unique_key) for o in objects]
             raise_if_damaged(metadata, directory, stored)
         with together(f"cannot read {directory}"):
             for local in plan.values():
@@ -179,9 +175,7 @@ class TorchDistLoadShardedStrategy(LoadShardedStrategy):
             lambda v: contents[v.unique_key] if isinstance(v, ShardedObject) else v.data, sharded_state_dict
         )
 
-    def load_tensors_metadata(
-        self, checkpoint_dir: str | Path, metadata: Metadata | None = None
-    ) -> dict[str, Any]:
+    def load_tensors_metadata(self, checkpoint_dir: str | Path, metadata: Metadata | None = None) -> dict[str, Any]:
         content = read_metadata(Path(checkpoint_dir)) if metadata is None else metadata
         return {
             key: whole_tensor(key, global_shape_of(content, key), stored.properties.dtype)
@@ -240,9 +234,7 @@ def plan_load(values: list[ShardedBase], metadata: Metadata) -> dict[int, LocalR
             except CheckpointingException as error:
                 problems.append(str(error))
     if problems:
-        raise CheckpointingException(
-            "the state does not fit the checkpoint:\n  " + "\n  ".join(sorted(set(problems)))
-        )
+        raise CheckpointingException("the state does not fit the checkpoint:\n  " + "\n  ".join(sorted(set(problems))))
     return plan
 
 
@@ -266,7 +258,5 @@ def _get_filesystem_reader(checkpoint_dir: str | Path, cache_metadata: bool = Fa
     return SafeReader(checkpoint_dir)
 
 
-register_default_strategy(
-    StrategyAction.SAVE_SHARDED, "torch_dist", 1, TorchDistSaveShardedStrategy("torch_dist", 1)
-)
+register_default_strategy(StrategyAction.SAVE_SHARDED, "torch_dist", 1, TorchDistSaveShardedStrategy("torch_dist", 1))
 register_default_strategy(StrategyAction.LOAD_SHARDED, "torch_dist", 1, TorchDistLoadShardedStrategy())

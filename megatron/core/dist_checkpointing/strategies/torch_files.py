@@ -58,9 +58,7 @@ class TensorEntry:
 
     def without_data(self) -> TensorEntry:
         """What the metadata needs."""
-        return TensorEntry(
-            self.key, self.offsets, self.sizes, self.stored_shape, self.original_shape, self.dtype, None
-        )
+        return TensorEntry(self.key, self.offsets, self.sizes, self.stored_shape, self.original_shape, self.dtype, None)
 
     @property
     def num_bytes(self) -> int:
@@ -203,9 +201,7 @@ def read_metadata(directory: Path) -> Metadata:
     try:
         return load_dcp_metadata(directory / METADATA_FNAME)
     except FileNotFoundError:
-        raise CheckpointingException(
-            f"{directory / METADATA_FNAME} is missing: the checkpoint is incomplete"
-        ) from None
+        raise CheckpointingException(f"{directory / METADATA_FNAME} is missing: the checkpoint is incomplete") from None
 
 
 def original_shape(metadata: Metadata, key: str) -> Shape | None:
@@ -221,9 +217,7 @@ def global_shape_of(metadata: Metadata, key: str) -> Shape:
     return tuple(_stored_tensor(metadata, key).size) if original is None else original
 
 
-def find_damage(
-    metadata: Metadata, directory: Path, indices: Iterable[MetadataIndex] | None = None
-) -> list[str]:
+def find_damage(metadata: Metadata, directory: Path, indices: Iterable[MetadataIndex] | None = None) -> list[str]:
     """Files that are missing or shorter than the metadata says, among those that hold `indices` (default:
     all)."""
     ends: dict[str, int] = defaultdict(int)
