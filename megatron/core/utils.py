@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import math
+import re
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -256,12 +257,16 @@ def _installed_version(distribution: str) -> str | None:
 
 
 def _at_least(found: str | None, wanted: str, check_equality: bool) -> bool:
-    def numbers(text: str) -> tuple[int, ...]:
-        return tuple(int(part) for part in text.split("+")[0].split(".")[:3] if part.isdigit())
-
     if found is None:
         return False
-    return numbers(found) >= numbers(wanted) if check_equality else numbers(found) > numbers(wanted)
+    return _numbers(found) >= _numbers(wanted) if check_equality else _numbers(found) > _numbers(wanted)
+
+
+def _numbers(version_text: str) -> tuple[int, ...]:
+    """Major, minor and micro version; what is appended to them (`a0`, `+cu128`) does not count."""
+    parts = [re.match(r"\d*", part) for part in version_text.split(".")[:3]]
+    numbers = [int(part[0] or 0) for part in parts if part]
+    return tuple(numbers + [0] * (3 - len(numbers)))
 
 
 class GlobalMemoryBuffer:
@@ -296,7 +301,7 @@ def check_param_hashes_across_dp_replicas(model: list[torch.nn.Module], cross_ch
     for chunk in model:
         for name, param in chunk.named_parameters():
             digest.update(name.encode())
-            digest.update(param.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+            digest.update(param.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
     group = default_process_groups().dp_cp
     hashes: list[str | None] = [None] * get_pg_size(group)
     dist.all_gather_object(hashes, digest.hexdigest(), group=group)
