@@ -82,4 +82,4 @@ def train_step(
         samples = get_num_microbatches() * args.micro_batch_size * args.data_parallel_size
         opt_param_scheduler.step(increment=samples)
     losses = {name: float(value) for name, value in reduce_reports(reports).items()}
-    return StepResult(losses, not success, grad_norm, num_zeros)
+    return StepResult(losses, not success, grad_norm, None if num_zeros is None else int(num_zeros))
