@@ -73,7 +73,7 @@ TRAIN=(
     --micro-batch-size 4 --global-batch-size 8 --train-iters "$ITERATIONS"
     --lr 3e-3 --min-lr 2e-4 --lr-decay-style cosine --lr-warmup-iters 20 --weight-decay 0.1 --adam-beta2 0.95
     "${TOKENIZER[@]}" --data-path "$DATA" --split 90,8,2 --num-workers 0
-    --log-interval 20 --eval-interval 60 --eval-iters 8 --save-interval 60
+    --log-interval 20 --eval-interval 100 --eval-iters 8 --save-interval 60
     --save "$OUT/checkpoints" --load "$OUT/checkpoints" --tensorboard-dir "$OUT/tensorboard"
 )
 
