@@ -1,0 +1,64 @@
+"""The memory report: tabled numbers, and the formula where they do not reach."""
+
+from __future__ import annotations
+
+import pytest
+
+from megatron.training.settings import Settings
+from megatron.training.theoretical_memory_usage import report_theoretical_memory, theoretical_memory
+from tests.unit_tests.training.settings_for_tests import validated
+
+GPT_345M = (
+    "--num-layers 24 --hidden-size 1024 --num-attention-heads 16 --seq-length 1024 --max-position-embeddings 1024 "
+    "--micro-batch-size 4 --recompute-activations"
+)
+
+
+def settings(**changes: object) -> Settings:
+    # The formula assumes sequence parallelism, also where one rank makes it do nothing.
+    return validated(GPT_345M).variant(padded_vocab_size=50304, sequence_parallel=True, **changes)
+
+
+def test_tabled_model_on_one_rank() -> None:
+    assert report_theoretical_memory(settings()) == (
+        "Theoretical memory footprints: weight and optimizer=6069.97 MB, activation=4070.03 MB, total=10140.00 MB\n"
+    )
+
+
+def test_tabled_model_on_many_ranks() -> None:
+    args = settings(
+        tensor_model_parallel_size=2,
+        pipeline_model_parallel_size=4,
+        virtual_pipeline_model_parallel_size=3,
+        data_parallel_size=8,
+        use_distributed_optimizer=True,
+        untie_embeddings_and_output_weights=True,
+    )
+    assert report_theoretical_memory(args, num_microbatches=8) == (
+        "Theoretical memory footprints: weight and optimizer=454.31 MB, activation=2050.08 MB, total=2504.39 MB\n"
+    )
+
+
+@pytest.mark.parametrize("changes", [{"sequence_parallel": False}, {"recompute_granularity": "full"}])
+def test_activations_are_left_out_where_the_formula_does_not_hold(changes: dict[str, object]) -> None:
+    args = settings().variant(**changes)
+    assert report_theoretical_memory(args) == ("Theoretical memory footprints: weight and optimizer=6069.97 MB\n")
+
+
+@pytest.mark.parametrize("num_microbatches", [None, 1, 3, 4, 100])
+def test_a_pipeline_holds_no_more_than_the_microbatches_there_are(num_microbatches: int | None) -> None:
+    s, b, h, f, layers, stages = 1024, 4, 1024, 4096, 24, 4
+    whole = s * b * h * (18 + 4 * f / h) * layers + 8 * s * b * stages + s * b * h * stages
+    in_flight = 1 if num_microbatches is None else min(1, num_microbatches / stages)
+    memory = theoretical_memory(settings(pipeline_model_parallel_size=4), num_microbatches)
+    assert memory.activations == pytest.approx(whole * in_flight, rel=1e-12)
+
+
+def test_grouped_queries_gates_and_untied_embeddings_count() -> None:
+    h, f, layers, vocabulary, groups, heads = 1024, 4096, 24, 50304, 4, 16
+    attention = 2 * h * h * (1 + groups / heads)
+    parameters = layers * (2 * h * (f * 1.5 + 2) + attention) + 2 * h + 2 * h * vocabulary
+    args = settings(
+        group_query_attention=True, num_query_groups=groups, swiglu=True, untie_embeddings_and_output_weights=True
+    )
+    assert theoretical_memory(args).weights_and_optimizer == 18 * parameters
