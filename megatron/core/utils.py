@@ -7,7 +7,7 @@ import logging
 import math
 import re
 from collections.abc import Callable
-from importlib.metadata import PackageNotFoundError, version
+from importlib import metadata
 from typing import Any
 
 import torch
@@ -220,6 +220,31 @@ def _checkpoint_groups(
     return tp_group or groups.tp, dp_cp_group or groups.dp_cp
 
 
+# --- batches ----------------------------------------------------------------------------------------------------
+
+
+def get_batch_on_this_cp_rank(batch: dict[str, Any], cp_group: ProcessGroup | None = None) -> dict[str, Any]:
+    """The part of each tensor's sequence dimension that this context parallel rank works on.
+
+    The sequence is seen as 2·cp chunks; rank c keeps chunks c and 2·cp - 1 - c, which balances causal attention.
+    Tensors are [b, s, ...]; `attention_mask` is [b, 1, s, s] and cut along its rows. Entries that are None stay None.
+    """
+    if cp_group is None and has_default_process_groups():
+        cp_group = default_process_groups().cp
+    size, rank = get_pg_size(cp_group), get_pg_rank(cp_group)
+    if size == 1:
+        return batch
+    chunks = (rank, 2 * size - 1 - rank)
+
+    def cut(name: str, value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        parts = value.chunk(2 * size, dim=2 if name == "attention_mask" else 1)
+        return torch.cat([parts[i] for i in chunks], dim=2 if name == "attention_mask" else 1)
+
+    return {name: cut(name, value) for name, value in batch.items()}
+
+
 # --- the rest ---
 
 
@@ -229,19 +254,19 @@ def log_single_rank(logger: logging.Logger, *args: Any, rank: int = 0, **kwargs:
         logger.log(*args, **kwargs)
 
 
-def is_torch_min_version(wanted: str, check_equality: bool = True) -> bool:
-    """Whether torch is at least `wanted` (or, without `check_equality`, newer)."""
-    return _at_least(torch.__version__, wanted, check_equality)
+def is_torch_min_version(version: str, check_equality: bool = True) -> bool:
+    """Whether torch is at least `version` (or, without `check_equality`, newer)."""
+    return _at_least(torch.__version__, version, check_equality)
 
 
-def is_te_min_version(wanted: str, check_equality: bool = True) -> bool:
-    """Whether Transformer Engine is installed in at least version `wanted`."""
-    return _at_least(_installed_version("transformer-engine"), wanted, check_equality)
+def is_te_min_version(version: str, check_equality: bool = True) -> bool:
+    """Whether Transformer Engine is installed in at least `version`."""
+    return _at_least(_installed_version("transformer-engine"), version, check_equality)
 
 
-def is_fa_min_version(wanted: str, check_equality: bool = True) -> bool:
-    """Whether flash-attn is installed in at least version `wanted`."""
-    return _at_least(_installed_version("flash-attn"), wanted, check_equality)
+def is_fa_min_version(version: str, check_equality: bool = True) -> bool:
+    """Whether flash-attn is installed in at least `version`."""
+    return _at_least(_installed_version("flash-attn"), version, check_equality)
 
 
 def get_te_version() -> str | None:
@@ -251,8 +276,8 @@ def get_te_version() -> str | None:
 
 def _installed_version(distribution: str) -> str | None:
     try:
-        return version(distribution)
-    except PackageNotFoundError:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
         return None
 
 

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from megatron.core import device, parallel_state
 from megatron.core.datasets.utils import get_blend_from_list
-from megatron.core.utils import get_pg_rank, get_pg_size, unwrap_model
+from megatron.core.utils import get_batch_on_this_cp_rank, get_pg_rank, get_pg_size, unwrap_model
 from megatron.training.global_vars import get_args
 
-__all__ = ["unwrap_model"]
+__all__ = ["get_batch_on_this_cp_rank", "unwrap_model"]
 
 Blend = tuple[list[str], list[float] | None]
 

@@ -109,7 +109,8 @@ def test_profile_writes_a_trace(tmp_path: Path) -> None:
 
 def test_fp16_skips_overflowing_steps(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
-    (printed,) = pretrain_gpt(1, f"--train-iters 6 --fp16 --initial-loss-scale 1e30 --hysteresis 1 --metrics-jsonl {path}")
+    flags = f"--train-iters 6 --fp16 --initial-loss-scale 1e30 --hysteresis 1 --metrics-jsonl {path}"
+    (printed,) = pretrain_gpt(1, flags)
     rows = train_rows(path)
     assert rows[0]["skipped"]
     assert rows[1]["loss-scale"] < rows[0]["loss-scale"] * 1.5

@@ -17,6 +17,14 @@ from megatron.core.pipeline_parallel.executor import (
     forward_step,
     set_input_tensor,
 )
+from megatron.core.pipeline_parallel.p2p_communication import (
+    recv_backward,
+    recv_forward,
+    send_backward,
+    send_backward_recv_forward,
+    send_forward,
+    send_forward_recv_backward,
+)
 from megatron.core.pipeline_parallel.schedule import stage_steps
 from megatron.core.process_groups_config import default_process_groups, has_default_process_groups
 from megatron.core.utils import divide, get_model_config, get_pg_rank, get_pg_size
@@ -30,6 +38,12 @@ __all__ = [
     "forward_step",
     "get_forward_backward_func",
     "get_tensor_shapes",
+    "recv_backward",
+    "recv_forward",
+    "send_backward",
+    "send_backward_recv_forward",
+    "send_forward",
+    "send_forward_recv_backward",
     "set_input_tensor",
 ]
 
