@@ -84,7 +84,7 @@ def checked_forward_step(
             if isinstance(loss, Tensor) and not bool(torch.isfinite(loss).all()):
                 where = _explain(forward_step_func, data_iterator, model)
                 raise NonFiniteLoss(
-                    f"rank {rank}: the loss of iteration {iteration} is {float(loss.sum())}; {where}. "
+                    f"rank {rank}: the loss of iteration {iteration} is {float(loss.detach().sum())}; {where}. "
                     "(--no-check-for-nan-in-loss-and-grad continues regardless.)"
                 )
             return result
