@@ -13,19 +13,34 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from megatron.core.collectives import all_gather_into_tensor, reduce_scatter_tensor
+from megatron.core.device import to_computing_type
 from megatron.core.tensor_parallel.mappings import _gather_first_dim
 from megatron.core.utils import divide, get_pg_size, get_tensor_model_parallel_group_if_none
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x Wᵀ + b in the type of x, computed in whatever type is fast."""
+    wide = to_computing_type(x)
+    if wide is x:
+        return F.linear(x, weight, bias)
+    return F.linear(wide, weight.float(), None if bias is None else bias.float()).to(x.dtype)
+
+
+def _matmul(a: Tensor, b: Tensor) -> Tensor:
+    """a b in the type of a, computed in whatever type is fast."""
+    wide = to_computing_type(a)
+    return a.matmul(b) if wide is a else wide.matmul(b.float()).to(a.dtype)
 
 
 def _accumulate_wgrad(weight: Tensor, grad_output: Tensor, x: Tensor, fused: bool) -> Tensor | None:
     """grad_outputᵀ x, added to `weight.main_grad` (then None is returned) where there is one and `fused` is set."""
     main_grad = getattr(weight, "main_grad", None)
     if not fused or main_grad is None:
-        return grad_output.t().matmul(x)
+        return _matmul(grad_output.t(), x)
     if main_grad.dtype == grad_output.dtype:
         main_grad.addmm_(grad_output.t(), x)
     else:
-        main_grad.add_(grad_output.t().matmul(x))
+        main_grad.add_(_matmul(grad_output.t(), x))
     return None
 
 
@@ -48,7 +63,7 @@ class LinearWithGradAccumulationAndAsyncCommunication(torch.autograd.Function):
         ctx.has_bias, ctx.fused_accumulation = bias is not None, fused_accumulation
         ctx.allreduce_dgrad, ctx.sequence_parallel, ctx.group = allreduce_dgrad, sequence_parallel, group
         full = _gather_first_dim(x, group) if sequence_parallel else x
-        return F.linear(full, weight, bias)
+        return _linear(full, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
@@ -59,7 +74,7 @@ class LinearWithGradAccumulationAndAsyncCommunication(torch.autograd.Function):
             gathering = all_gather_into_tensor(full_x, x.contiguous(), group=ctx.group, async_op=True)
         else:
             full_x = x
-        dgrad = grad_output.matmul(weight) if ctx.needs_input_grad[0] else None
+        dgrad = _matmul(grad_output, weight) if ctx.needs_input_grad[0] else None
         reducing = None
         if dgrad is not None and ctx.allreduce_dgrad:
             dgrad = dgrad.contiguous()
@@ -142,12 +157,12 @@ class LinearWithFrozenWeight(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(weight)
         ctx.allreduce_dgrad, ctx.group = allreduce_dgrad, group
-        return F.linear(x, weight, bias)
+        return _linear(x, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         (weight,) = ctx.saved_tensors
-        dgrad = grad_output.matmul(weight)
+        dgrad = _matmul(grad_output, weight)
         if ctx.allreduce_dgrad:
             dist.all_reduce(dgrad, group=ctx.group)
         return dgrad, None, None, None, None

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from megatron.core.device import to_computing_type
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.attention_masks import (
     UNLIMITED,
@@ -56,16 +57,17 @@ class SDPAttention(CoreAttention):
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool) -> Tensor:
         """[b, a, s, d] of queries, keys, values in that layout; `mask` as torch wants it."""
         with self.dropout_rng():
-            return scaled_dot_product_attention(
-                q,
-                k,
-                v,
+            context = scaled_dot_product_attention(
+                to_computing_type(q),
+                to_computing_type(k),
+                to_computing_type(v),
                 attn_mask=mask,
                 dropout_p=self.dropout_p,
                 is_causal=is_causal,
                 scale=self.softmax_scale,
                 enable_gqa=q.size(1) != k.size(1),
             )
+        return context.to(q.dtype)
 
     def attend_packed(
         self,

@@ -148,3 +148,20 @@ def test_cross_entropy_of_half_precision_logits() -> None:
 def test_cross_entropy_refuses_other_shapes() -> None:
     with pytest.raises(ValueError, match=r"\[3, 2\]"):
         vocab_parallel_cross_entropy(torch.zeros(3, 2, 4), torch.zeros(2, 3, dtype=torch.int64))
+
+
+def check_fp16_is_computed_in_fp32() -> None:
+    """Rounded once, at the end, not after every product."""
+    config = build_config(1, params_dtype=torch.float16)
+    layer = ColumnParallelLinear(256, 64, config=config, init_method=init_method_normal(1.0))
+    x = torch.randn(8, 2, 256).half().requires_grad_()
+    output, _ = layer(x)
+    assert output.dtype == torch.float16
+    assert torch.equal(output, F.linear(x.float(), layer.weight.float()).half())
+    output.sum().backward()
+    assert x.grad.dtype == layer.weight.grad.dtype == torch.float16
+    torch.testing.assert_close(x.grad.double(), layer.weight.double().sum(0).expand_as(x), rtol=1e-3, atol=1e-2)
+
+
+def test_fp16_is_computed_in_fp32_on_a_cpu() -> None:
+    run_ranks(1, check_fp16_is_computed_in_fp32)
