@@ -147,7 +147,10 @@ def get_blend_and_blend_per_split(args: Any) -> tuple[Blend | None, list[Blend |
     if args.per_split_data_args_path is not None:
         with open(args.per_split_data_args_path) as file:
             lists = json.load(file)
-        splits = [lists.get(split) for split in ("train", "valid", "test")]
+        names = ("train", "valid", "test")
+        if unknown := sorted(set(lists) - set(names)):
+            raise ValueError(f"{args.per_split_data_args_path} names {unknown}; the splits are {', '.join(names)}")
+        splits = [lists.get(name) for name in names]
         splits = [words.split() if isinstance(words, str) else words for words in splits]
     else:
         splits = [args.train_data_path, args.valid_data_path, args.test_data_path]
