@@ -11,6 +11,7 @@ import signal
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -422,26 +423,45 @@ def save_for_ever(folder: str, format: str) -> None:
             run.save(folder)
 
 
+def fork_savers(pipe: Connection, folder: str, format: str) -> None:
+    """For each message start a process that saves, answer its id, and wait until it is dead: imports happen
+    once."""
+    while pipe.recv():
+        process = os.fork()
+        if process == 0:
+            try:
+                save_for_ever(folder, format)
+            finally:
+                os._exit(1)
+        pipe.send(process)
+        pipe.recv()
+        os.waitpid(process, 0)
+        pipe.send(None)
+
+
 @pytest.mark.parametrize("format", ["torch_dist", "torch"])
 def test_kills_at_any_instant_leave_a_whole_checkpoint(tmp_path: Path, format: str) -> None:
     context = multiprocessing.get_context("forkserver")
+    pipe, theirs = context.Pipe()
+    nursery = context.Process(target=fork_savers, args=(theirs, str(tmp_path), format), daemon=True)
+    nursery.start()
     chance = random.Random(0)
     latest = 0
-    for _ in range(12):
-        process = context.Process(target=save_for_ever, args=(str(tmp_path), format), daemon=True)
-        process.start()
+    for _ in range(10):
+        pipe.send("start")
+        process = pipe.recv()
         deadline = time.monotonic() + 60
-        start = latest
-        while latest_iteration(tmp_path) <= start and process.is_alive() and time.monotonic() < deadline:
-            time.sleep(0.001)
+        while (reached := latest_iteration(tmp_path)) <= latest and time.monotonic() < deadline:
+            time.sleep(0.005)
         time.sleep(chance.uniform(0, 0.05))
-        assert process.is_alive()
-        os.kill(process.pid, signal.SIGKILL)
-        process.join()
+        os.kill(process, signal.SIGKILL)
+        pipe.send("killed")
+        pipe.recv()
+        assert reached > latest, "the process did not save"
         latest = latest_iteration(tmp_path)
-        assert latest > start
         (weight,) = run_ranks(1, load_killed, str(tmp_path), format)
         assert weight == latest, "the tracker names a checkpoint with other content"
+    pipe.send(None)
 
 
 def latest_iteration(folder: Path) -> int:
