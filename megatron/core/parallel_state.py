@@ -7,7 +7,7 @@ back. Library code takes groups as arguments; it comes here only when it was han
 from __future__ import annotations
 
 import datetime
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -21,12 +21,19 @@ from megatron.core.process_groups_config import (
     has_default_process_groups,
     set_default_process_groups,
 )
-from megatron.core.rank_grid import RankGenerator, generate_masked_orthogonal_rank_groups, hierarchical_ranks
+from megatron.core.rank_grid import (
+    RankGenerator,
+    RankGroups,
+    default_embedding_ranks,
+    default_position_embedding_ranks,
+    dense_layout,
+    expert_layout,
+    generate_masked_orthogonal_rank_groups,
+    group_plan,
+    hierarchical_plan,
+)
 
-__all__ = ["RankGenerator", "generate_masked_orthogonal_rank_groups", "hierarchical_ranks"]
-
-RankGroups = list[list[int]]
-
+__all__ = ["RankGenerator", "generate_masked_orthogonal_rank_groups"]
 
 @dataclass
 class _State:
@@ -42,16 +49,6 @@ class _State:
 
 
 _state = _State()
-
-
-def default_embedding_ranks(pp_ranks: list[int], split_rank: int | None = None) -> list[int]:
-    """Ranks of one pipeline that hold the word embedding: the first stage and, tied, the last."""
-    return [pp_ranks[0]] if len(pp_ranks) == 1 else [pp_ranks[0], pp_ranks[-1]]
-
-
-def default_position_embedding_ranks(pp_ranks: list[int], split_rank: int | None = None) -> list[int]:
-    """Ranks of one pipeline that hold position embeddings: the first stage."""
-    return [pp_ranks[0]]
 
 
 def initialize_model_parallel(
@@ -103,22 +100,22 @@ def initialize_model_parallel(
     tp, pp, cp = tensor_model_parallel_size, pipeline_model_parallel_size, context_parallel_size
     etp = expert_tensor_parallel_size or tp
     world_size = dist.get_world_size()
-    layout = _dense_layout(world_size, tp, pp, cp, order)
-    expert_layout = _expert_layout(world_size, etp, expert_model_parallel_size, pp, order)
-    if layout.get_ranks("pp") != expert_layout.get_ranks("pp"):
+    layout = dense_layout(world_size, tp, pp, cp, order)
+    expert_grid = expert_layout(world_size, etp, expert_model_parallel_size, pp, order)
+    if layout.get_ranks("pp") != expert_grid.get_ranks("pp"):
         raise RuntimeError(
             f"rank order {order!r} gives experts (tensor {etp} × expert {expert_model_parallel_size}) pipelines that "
             "differ from the dense layers'; put pp last in the order"
         )
-    plan = _group_plan(
+    plan = group_plan(
         layout,
-        expert_layout,
+        expert_grid,
         num_distributed_optimizer_instances,
         get_embedding_ranks or default_embedding_ranks,
         get_position_embedding_ranks or default_position_embedding_ranks,
     )
     if hierarchical_context_parallel_sizes:
-        for level, groups in enumerate(_hierarchical_plan(layout, hierarchical_context_parallel_sizes)):
+        for level, groups in enumerate(hierarchical_plan(layout, hierarchical_context_parallel_sizes)):
             plan[f"hcp{level}"] = groups
     _create_groups(plan, datetime.timedelta(minutes=distributed_timeout_minutes))
     _state.virtual_pipeline_size = virtual_pipeline_model_parallel_size
@@ -131,84 +128,6 @@ def _refuse_unbuilt(**values: object) -> None:
             raise NotImplementedError(
                 f"initialize_model_parallel({name}={value!r}) is not built yet; leave it out"
             )
-
-
-def _dense_layout(world_size: int, tp: int, pp: int, cp: int, order: str) -> RankGenerator:
-    if world_size % (tp * pp * cp):
-        raise RuntimeError(
-            f"world size {world_size} is not a multiple of tensor {tp} × pipeline {pp} × context {cp} = {tp * pp * cp}"
-        )
-    return RankGenerator(tp=tp, ep=1, dp=world_size // (tp * pp * cp), pp=pp, cp=cp, order=order)
-
-
-def _expert_layout(world_size: int, etp: int, ep: int, pp: int, order: str) -> RankGenerator:
-    if world_size % (etp * ep * pp):
-        raise RuntimeError(
-            f"world size {world_size} is not a multiple of expert tensor {etp} × expert {ep} × pipeline {pp}"
-        )
-    return RankGenerator(tp=etp, ep=ep, dp=world_size // (etp * ep * pp), pp=pp, cp=1, order=order)
-
-
-def _group_plan(
-    dense: RankGenerator,
-    expert: RankGenerator,
-    num_instances: int,
-    embedding_ranks: Callable[[list[int], int | None], list[int]],
-    position_embedding_ranks: Callable[[list[int], int | None], list[int]],
-) -> dict[str, RankGroups]:
-    """All groups by field name of `ProcessGroupCollection`, in creation order."""
-    pipelines = dense.get_ranks("pp")
-    data, expert_data = dense.get_ranks("dp-cp"), expert.get_ranks("dp")
-    for name, size in (("data", len(data[0])), ("expert data", len(expert_data[0]))):
-        if size % num_instances:
-            raise RuntimeError(
-                f"num_distributed_optimizer_instances ({num_instances}) must divide {name} size {size}"
-            )
-    intra, inter = _instances(expert_data, num_instances)
-    model_groups = expert.get_ranks("tp-ep-pp")
-    per_instance = len(model_groups) // num_instances
-    return {
-        "dp_cp": data,
-        "intra_dp_cp": [part for group in data for part in _slices(group, num_instances)],
-        "dp": dense.get_ranks("dp"),
-        "cp": dense.get_ranks("cp"),
-        "mp": dense.get_ranks("tp-pp"),
-        "tp": dense.get_ranks("tp"),
-        "pp": pipelines,
-        "embd": [embedding_ranks(ranks, None) for ranks in pipelines],
-        "pos_embd": [position_embedding_ranks(ranks, None) for ranks in pipelines],
-        "tp_dp_cp": dense.get_ranks("tp-dp-cp"),
-        "tp_dp": dense.get_ranks("tp-dp"),
-        "tp_cp": dense.get_ranks("tp-cp"),
-        "ep": expert.get_ranks("ep"),
-        "expt_tp": expert.get_ranks("tp"),
-        "tp_ep": expert.get_ranks("tp-ep"),
-        "tp_ep_pp": model_groups,
-        "expt_dp": expert_data,
-        "intra_expt_dp": intra,
-        "inter_dist_opt": inter,
-        "intra_dist_opt": [
-            sorted(sum(model_groups[i : i + per_instance], []))
-            for i in range(0, len(model_groups), max(per_instance, 1))
-        ],
-    }
-
-
-def _slices(ranks: list[int], count: int) -> RankGroups:
-    size = len(ranks) // count
-    return [ranks[i : i + size] for i in range(0, len(ranks), size)]
-
-
-def _instances(groups: RankGroups, count: int) -> tuple[RankGroups, RankGroups]:
-    """Each group cut into `count` instances (consecutive ranks), and the ranks at the same place of every instance."""
-    levels = [hierarchical_ranks(group, [len(group) // count, count]) for group in groups]
-    return sum((level[0] for level in levels), []), sum((level[1] for level in levels), [])
-
-
-def _hierarchical_plan(layout: RankGenerator, sizes: list[int]) -> Iterator[RankGroups]:
-    levels = [hierarchical_ranks(ranks, sizes) for ranks in layout.get_ranks("cp")]
-    for level in range(len(sizes)):
-        yield sum((groups[level] for groups in levels), [])
 
 
 def _create_groups(plan: dict[str, RankGroups], timeout: datetime.timedelta) -> None:

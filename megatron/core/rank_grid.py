@@ -6,9 +6,12 @@ A layout is an order such as `tp-cp-ep-dp-pp` (the first axis varies fastest) an
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from math import prod
 
 import numpy as np
+
+RankGroups = list[list[int]]
 
 
 def ranks_along(axes: str, sizes: dict[str, int], offset: int = 0) -> list[list[int]]:
@@ -82,3 +85,105 @@ def generate_masked_orthogonal_rank_groups(
         raise ValueError(f"sizes {parallel_size} multiply to {prod(parallel_size)}, not to {world_size}")
     sizes = {str(i): size for i, size in enumerate(parallel_size)}
     return ranks_along("-".join(str(i) for i, chosen in enumerate(mask) if chosen), sizes)
+
+
+# --- all groups of a layout ------------------------------------------------------------------------------------
+
+
+def default_embedding_ranks(pp_ranks: list[int], split_rank: int | None = None) -> list[int]:
+    """Ranks of one pipeline that hold the word embedding: the first stage and, tied, the last."""
+    return [pp_ranks[0]] if len(pp_ranks) == 1 else [pp_ranks[0], pp_ranks[-1]]
+
+
+def default_position_embedding_ranks(pp_ranks: list[int], split_rank: int | None = None) -> list[int]:
+    """Ranks of one pipeline that hold position embeddings: the first stage."""
+    return [pp_ranks[0]]
+
+
+def dense_layout(world_size: int, tp: int, pp: int, cp: int, order: str) -> RankGenerator:
+    """The grid of everything but experts; data parallelism takes the ranks that are left.
+
+    Raises:
+        RuntimeError: the sizes do not fit the world.
+    """
+    if world_size % (tp * pp * cp):
+        raise RuntimeError(
+            f"world size {world_size} is not a multiple of tensor {tp} × pipeline {pp} × context {cp} = {tp * pp * cp}"
+        )
+    return RankGenerator(tp=tp, ep=1, dp=world_size // (tp * pp * cp), pp=pp, cp=cp, order=order)
+
+
+def expert_layout(world_size: int, etp: int, ep: int, pp: int, order: str) -> RankGenerator:
+    """The grid of the experts over the same ranks.
+
+    Raises:
+        RuntimeError: the sizes do not fit the world.
+    """
+    if world_size % (etp * ep * pp):
+        raise RuntimeError(
+            f"world size {world_size} is not a multiple of expert tensor {etp} × expert {ep} × pipeline {pp}"
+        )
+    return RankGenerator(tp=etp, ep=ep, dp=world_size // (etp * ep * pp), pp=pp, cp=1, order=order)
+
+
+def group_plan(
+    dense: RankGenerator,
+    expert: RankGenerator,
+    num_instances: int,
+    embedding_ranks: Callable[[list[int], int | None], list[int]],
+    position_embedding_ranks: Callable[[list[int], int | None], list[int]],
+) -> dict[str, RankGroups]:
+    """All groups by field name of `ProcessGroupCollection`, in creation order."""
+    pipelines = dense.get_ranks("pp")
+    data, expert_data = dense.get_ranks("dp-cp"), expert.get_ranks("dp")
+    for name, size in (("data", len(data[0])), ("expert data", len(expert_data[0]))):
+        if size % num_instances:
+            raise RuntimeError(
+                f"num_distributed_optimizer_instances ({num_instances}) must divide {name} size {size}"
+            )
+    intra, inter = _instances(expert_data, num_instances)
+    model_groups = expert.get_ranks("tp-ep-pp")
+    per_instance = len(model_groups) // num_instances
+    return {
+        "dp_cp": data,
+        "intra_dp_cp": [part for group in data for part in _slices(group, num_instances)],
+        "dp": dense.get_ranks("dp"),
+        "cp": dense.get_ranks("cp"),
+        "mp": dense.get_ranks("tp-pp"),
+        "tp": dense.get_ranks("tp"),
+        "pp": pipelines,
+        "embd": [embedding_ranks(ranks, None) for ranks in pipelines],
+        "pos_embd": [position_embedding_ranks(ranks, None) for ranks in pipelines],
+        "tp_dp_cp": dense.get_ranks("tp-dp-cp"),
+        "tp_dp": dense.get_ranks("tp-dp"),
+        "tp_cp": dense.get_ranks("tp-cp"),
+        "ep": expert.get_ranks("ep"),
+        "expt_tp": expert.get_ranks("tp"),
+        "tp_ep": expert.get_ranks("tp-ep"),
+        "tp_ep_pp": model_groups,
+        "expt_dp": expert_data,
+        "intra_expt_dp": intra,
+        "inter_dist_opt": inter,
+        "intra_dist_opt": [
+            sorted(sum(model_groups[i : i + per_instance], []))
+            for i in range(0, len(model_groups), max(per_instance, 1))
+        ],
+    }
+
+
+def _slices(ranks: list[int], count: int) -> RankGroups:
+    size = len(ranks) // count
+    return [ranks[i : i + size] for i in range(0, len(ranks), size)]
+
+
+def _instances(groups: RankGroups, count: int) -> tuple[RankGroups, RankGroups]:
+    """Each group cut into `count` instances (consecutive ranks), and the ranks at the same place of every instance."""
+    levels = [hierarchical_ranks(group, [len(group) // count, count]) for group in groups]
+    return sum((level[0] for level in levels), []), sum((level[1] for level in levels), [])
+
+
+def hierarchical_plan(layout: RankGenerator, sizes: list[int]) -> Iterator[RankGroups]:
+    """Groups of each level of hierarchical context parallelism."""
+    levels = [hierarchical_ranks(ranks, sizes) for ranks in layout.get_ranks("cp")]
+    for level in range(len(sizes)):
+        yield sum((groups[level] for groups in levels), [])
