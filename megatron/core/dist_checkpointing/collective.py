@@ -4,6 +4,7 @@ ever."""
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -63,6 +64,9 @@ def describe(error: Exception) -> str:
     """Text of an error; its class is named where the text alone says too little."""
     if isinstance(error, CheckpointingException):
         return str(error)
+    if isinstance(error, RuntimeError) and re.search("PytorchStreamWriter|inline_container", str(error)):
+        first_line = str(error).strip().splitlines()[0]
+        return f"torch could not write a file, probably because the disk is full ({first_line})"
     return str(error) if isinstance(error, OSError) and error.strerror else f"{type(error).__name__}: {error}"
 
 

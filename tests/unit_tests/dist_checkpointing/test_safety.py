@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.collective import describe
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor
 from megatron.core.dist_checkpointing.safe_load import is_stub, safe_torch_load
@@ -214,6 +215,13 @@ def test_one_rank_without_space_fails_all_ranks_and_leaves_nothing(tmp_path: Pat
     assert f"cannot write {tmp_path}" in messages[0]
     assert f"No space left on device (rank {failing})" in messages[0]
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_device_is_recognised_where_torch_hides_it() -> None:
+    with pytest.raises((OSError, RuntimeError)) as error:
+        torch.save(torch.zeros(100_000), "/dev/full")
+    text = describe(error.value)
+    assert "disk is full" in text or "No space left on device" in text
 
 
 def save_beyond_limit(directory: str) -> str:
