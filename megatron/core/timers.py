@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -237,3 +239,18 @@ class Timers:
             for i, name in enumerate(names):
                 if name in self._timers:
                     writer.add_scalar(f"{name}-time", float(seconds[:, i].max()), iteration)
+
+
+@contextmanager
+def timed(config: Any, name: str, log_level: int = 2) -> Iterator[None]:
+    """Measure what happens inside with the timer `name` of `config.timers`, if the config has timers.
+
+    Level-1 timers start behind a barrier if `config.barrier_with_L1_time`. An exception leaves the timer running.
+    """
+    if config.timers is None:
+        yield
+        return
+    timer = config.timers(name, log_level=log_level)
+    timer.start(barrier=log_level == 1 and config.barrier_with_L1_time)
+    yield
+    timer.stop()

@@ -12,6 +12,7 @@ from torch.distributed import ProcessGroup
 
 from megatron.core import device
 from megatron.core.process_groups_config import ProcessGroupCollection, default_process_groups
+from megatron.core.timers import timed
 from megatron.core.utils import get_attr_wrapped_model, get_model_config, get_pg_rank, get_pg_size
 
 
@@ -27,32 +28,16 @@ def finalize_model_grads(
     """
     groups = groups or default_process_groups()
     config = get_model_config(model[0])
-    with _timer(config, "all-grads-sync"):
+    with timed(config, "all-grads-sync", log_level=1):
         for chunk in model:
             chunk.finish_grad_sync()  # type: ignore[operator]
-    with _timer(config, "non-tensor-parallel-grads-all-reduce"):
+    with timed(config, "non-tensor-parallel-grads-all-reduce", log_level=1):
         _reduce_sequence_parallel_grads(model, config, groups.tp)
-    with _timer(config, "embedding-grads-all-reduce"):
+    with timed(config, "embedding-grads-all-reduce", log_level=1):
         _reduce_shared_grads(model, groups.embd, _shared_word_embedding)
         _reduce_shared_grads(model, groups.pos_embd, _position_embedding)
     if num_tokens is not None:
         _divide_by_tokens(model, num_tokens, groups)
-
-
-class _timer:
-    """A level-1 timer of the config, if it has any."""
-
-    def __init__(self, config: Any, name: str) -> None:
-        self.timer = None if config.timers is None else config.timers(name, log_level=1)
-        self.barrier = config.barrier_with_L1_time
-
-    def __enter__(self) -> None:
-        if self.timer is not None:
-            self.timer.start(barrier=self.barrier)
-
-    def __exit__(self, *exception: object) -> None:
-        if self.timer is not None and exception[0] is None:
-            self.timer.stop()
 
 
 def _gradient(param: nn.Parameter) -> Tensor | None:

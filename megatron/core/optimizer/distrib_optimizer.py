@@ -20,12 +20,13 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedState
 from megatron.core.distributed.param_and_grad_buffer import _ParamAndGradBucket, _ParamAndGradBuffer
 from megatron.core.optimizer import distrib_optimizer_checkpoint as checkpoint
 from megatron.core.optimizer.grad_scaler import MegatronGradScaler
-from megatron.core.optimizer.megatron_optimizer import InitStateFn, timed
+from megatron.core.optimizer.megatron_optimizer import InitStateFn
 from megatron.core.optimizer.mixed_precision_optimizer import MixedPrecisionOptimizer, copy_all
 from megatron.core.optimizer.optimizer_config import OptimizerConfig
 from megatron.core.optimizer.param_groups import match_saved_groups
 from megatron.core.optimizer.state import common_step, restore_scaler
 from megatron.core.process_groups_config import default_process_groups, has_default_process_groups
+from megatron.core.timers import timed
 from megatron.core.utils import get_pg_rank, get_pg_size
 
 SHARDING_TYPES = ("fully_sharded_model_space", "dp_zero_gather_scatter", "fully_sharded_bucket_space")
@@ -168,7 +169,7 @@ class DistributedOptimizer(MixedPrecisionOptimizer):
     def step_with_ready_grads(self) -> bool:
         """Update the owned pieces, then all-gather the weights of every chunk."""
         done = super().step_with_ready_grads()
-        with timed(self.config, "params-all-gather"):
+        with timed(self.config, "params-all-gather", log_level=1):
             for chunk in self.model_chunks:
                 chunk.start_param_sync()
         return done

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from itertools import chain
 from typing import Any
 
@@ -21,6 +20,7 @@ from megatron.core.optimizer.clip_grads import (
 )
 from megatron.core.optimizer.optimizer_config import OptimizerConfig
 from megatron.core.process_groups_config import default_process_groups, has_default_process_groups
+from megatron.core.timers import timed
 from megatron.core.utils import get_pg_rank
 
 InitStateFn = Callable[[torch.optim.Optimizer], None]
@@ -137,12 +137,12 @@ class MegatronOptimizer(ABC):
 
     def clip_and_count(self) -> tuple[float, float | None]:
         """Norm of the prepared gradients, which are then clipped; their zeros if they are to be counted."""
-        with timed(self.config, "optimizer-clip-main-grad"):
+        with timed(self.config, "optimizer-clip-main-grad", log_level=1):
             clip_grad = self.config.clip_grad
             grad_norm = self.clip_grad_norm(clip_grad) if clip_grad > 0.0 else self.get_grad_norm()
         if not self.config.log_num_zeros_in_grad:
             return grad_norm, None
-        with timed(self.config, "optimizer-count-zeros"):
+        with timed(self.config, "optimizer-count-zeros", log_level=1):
             return grad_norm, self.count_zeros()
 
     def prepare_grads(self) -> bool:
@@ -200,15 +200,3 @@ class MegatronOptimizer(ABC):
             is_loading: whether the result is to be filled rather than written.
             metadata: `distrib_optim_sharding_type`.
         """
-
-
-@contextmanager
-def timed(config: OptimizerConfig, name: str) -> Iterator[None]:
-    """Measure a phase of the step with the timer `name`, if there are timers."""
-    if config.timers is None:
-        yield
-        return
-    timer = config.timers(name, log_level=1)
-    timer.start(barrier=config.barrier_with_L1_time)
-    yield
-    timer.stop()

@@ -20,9 +20,10 @@ from megatron.core.dist_checkpointing.optimizer import (
 )
 from megatron.core.optimizer.clip_grads import reduce_over
 from megatron.core.optimizer.grad_scaler import MegatronGradScaler
-from megatron.core.optimizer.megatron_optimizer import InitStateFn, MegatronOptimizer, timed
+from megatron.core.optimizer.megatron_optimizer import InitStateFn, MegatronOptimizer
 from megatron.core.optimizer.optimizer_config import OptimizerConfig
 from megatron.core.optimizer.state import load_inner_state, restore_scaler, shard_inner_state
+from megatron.core.timers import timed
 
 
 class MixedPrecisionOptimizer(MegatronOptimizer):
@@ -49,11 +50,11 @@ class MixedPrecisionOptimizer(MegatronOptimizer):
         return self.grad_scaler.scale
 
     def collect_grads(self) -> bool:
-        with timed(self.config, "optimizer-copy-to-main-grad"):
+        with timed(self.config, "optimizer-copy-to-main-grad", log_level=1):
             self._copy_model_grads_to_main_grads()
         if self.grad_scaler is None:
             return False
-        with timed(self.config, "optimizer-unscale-and-check-inf"):
+        with timed(self.config, "optimizer-unscale-and-check-inf", log_level=1):
             return self._unscale_main_grads_and_check_for_nan(self.grad_scaler)
 
     def _unscale_main_grads_and_check_for_nan(self, grad_scaler: MegatronGradScaler) -> bool:
@@ -65,10 +66,10 @@ class MixedPrecisionOptimizer(MegatronOptimizer):
         return bool(found_inf.item() > 0)
 
     def step_with_ready_grads(self) -> bool:
-        with timed(self.config, "optimizer-inner-step"):
+        with timed(self.config, "optimizer-inner-step", log_level=1):
             self.optimizer.step()
         self._release_main_grads()
-        with timed(self.config, "optimizer-copy-main-to-model-params"):
+        with timed(self.config, "optimizer-copy-main-to-model-params", log_level=1):
             self._copy_main_params_to_model_params()
         return True
 

@@ -16,12 +16,13 @@ from megatron.core import device
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 from megatron.core.dist_checkpointing.optimizer import get_param_id_to_sharded_param_map
 from megatron.core.optimizer.chained_optimizer import ChainedOptimizer, ProxyDict
-from megatron.core.optimizer.megatron_optimizer import MegatronOptimizer, timed
+from megatron.core.optimizer.megatron_optimizer import MegatronOptimizer
 from megatron.core.optimizer.mixed_precision_optimizer import (
     Float16OptimizerWithFloat16Params,
     MixedPrecisionOptimizer,
 )
 from megatron.core.optimizer.state import load_inner_state, shard_inner_state
+from megatron.core.timers import timed
 
 __all__ = [
     "ChainedOptimizer",
@@ -40,14 +41,14 @@ class FP32Optimizer(MegatronOptimizer):
         return torch.ones(1, dtype=torch.float32, device=device.current_device())
 
     def collect_grads(self) -> bool:
-        with timed(self.config, "optimizer-copy-to-main-grad"):
+        with timed(self.config, "optimizer-copy-to-main-grad", log_level=1):
             for param, _ in self._pairs():
                 if hasattr(param, "main_grad"):
                     param.grad = param.main_grad
         return False
 
     def step_with_ready_grads(self) -> bool:
-        with timed(self.config, "optimizer-inner-step"):
+        with timed(self.config, "optimizer-inner-step", log_level=1):
             self.optimizer.step()
         for param, _ in self._pairs():
             if hasattr(param, "main_grad"):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch.distributed import ProcessGroup
 from megatron.core import device
 from megatron.core.pipeline_parallel.p2p_communication import Shape, exchange
 from megatron.core.pipeline_parallel.schedule import Compute, Direction, Exchange, Step, Transfer
+from megatron.core.timers import timed
 from megatron.core.utils import get_attr_wrapped_model
 
 LossFunction = Callable[..., Any]
@@ -52,18 +53,6 @@ def custom_backward(output: Tensor, grad_output: Tensor | None) -> None:
 def set_input_tensor(model: nn.Module, input_tensor: Tensor | None) -> None:
     """Hand a stage the activations it received."""
     get_attr_wrapped_model(model, "set_input_tensor")(input_tensor)
-
-
-@contextlib.contextmanager
-def timed(config: Any, name: str) -> Iterator[None]:
-    """Measure with the level-2 timer `name`, if the config has timers."""
-    if config.timers is None:
-        yield
-        return
-    timer = config.timers(name, log_level=2)
-    timer.start()
-    yield
-    timer.stop()
 
 
 def forward_step(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ from megatron.core.pipeline_parallel.p2p_communication import (
 )
 from megatron.core.pipeline_parallel.schedule import stage_steps
 from megatron.core.process_groups_config import default_process_groups, has_default_process_groups
+from megatron.core.timers import timed
 from megatron.core.utils import divide, get_model_config, get_pg_rank, get_pg_size
 
 __all__ = [
@@ -89,8 +91,9 @@ def get_tensor_shapes(
     return [(length, micro_batch_size, config.hidden_size)]
 
 
-def forward_backward_no_pipelining(
+def _run_stage(
     *,
+    pipelined: bool,
     forward_step_func: ForwardStepFunction,
     data_iterator: Iterator[Any] | list[Iterator[Any]],
     model: nn.Module | list[nn.Module],
@@ -103,63 +106,7 @@ def forward_backward_no_pipelining(
     first_val_step: bool | None = None,
     adjust_tensor_shapes_fn: None = None,
 ) -> list[Any]:
-    """All microbatches one after the other on a single stage; see `get_forward_backward_func`."""
-    return _run_stage(
-        forward_step_func=forward_step_func,
-        data_iterator=data_iterator,
-        model=model,
-        num_microbatches=num_microbatches,
-        seq_length=seq_length,
-        micro_batch_size=micro_batch_size,
-        decoder_seq_length=decoder_seq_length,
-        forward_only=forward_only,
-        collect_non_loss_data=collect_non_loss_data,
-        pipelined=False,
-    )
-
-
-def forward_backward_pipelining_without_interleaving(
-    *,
-    forward_step_func: ForwardStepFunction,
-    data_iterator: Iterator[Any] | list[Iterator[Any]],
-    model: nn.Module | list[nn.Module],
-    num_microbatches: int,
-    seq_length: int,
-    micro_batch_size: int,
-    decoder_seq_length: int | None = None,
-    forward_only: bool = False,
-    collect_non_loss_data: bool = False,
-    first_val_step: bool | None = None,
-    adjust_tensor_shapes_fn: None = None,
-) -> list[Any]:
-    """One-forward-one-backward over the pipeline group; see `get_forward_backward_func`."""
-    return _run_stage(
-        forward_step_func=forward_step_func,
-        data_iterator=data_iterator,
-        model=model,
-        num_microbatches=num_microbatches,
-        seq_length=seq_length,
-        micro_batch_size=micro_batch_size,
-        decoder_seq_length=decoder_seq_length,
-        forward_only=forward_only,
-        collect_non_loss_data=collect_non_loss_data,
-        pipelined=True,
-    )
-
-
-def _run_stage(
-    *,
-    forward_step_func: ForwardStepFunction,
-    data_iterator: Any,
-    model: nn.Module | list[nn.Module],
-    num_microbatches: int,
-    seq_length: int,
-    micro_batch_size: int,
-    decoder_seq_length: int | None,
-    forward_only: bool,
-    collect_non_loss_data: bool,
-    pipelined: bool,
-) -> list[Any]:
+    """This rank's share of a step; arguments as in `get_forward_backward_func`."""
     chunk = _only(model, "model chunks")
     config = get_model_config(chunk)
     group = default_process_groups().pp if pipelined else None
@@ -185,36 +132,21 @@ def _run_stage(
         collect_non_loss_data=collect_non_loss_data,
     )
     steps = stage_steps(stage, num_stages, num_microbatches, forward_only)
-    with torch.set_grad_enabled(not forward_only), timed_level_1(config):
+    with torch.set_grad_enabled(not forward_only), timed(config, "forward-backward", log_level=1):
         executor.run(steps)
     if config.finalize_model_grads_func is not None and not forward_only:
         config.finalize_model_grads_func([chunk], _token_count(executor, config))
     return executor.reports
 
 
-def timed_level_1(config: Any) -> Any:
-    """The `forward-backward` timer, behind a barrier if the config says so."""
-    return (
-        _ForwardBackwardTimer(config)
-        if config.timers is not None
-        else torch.autograd.profiler.record_function("forward-backward")
-    )
-
-
-class _ForwardBackwardTimer:
-    def __init__(self, config: Any) -> None:
-        self.timer = config.timers("forward-backward", log_level=1)
-        self.barrier = config.barrier_with_L1_time
-
-    def __enter__(self) -> None:
-        self.timer.start(barrier=self.barrier)
-
-    def __exit__(self, *exception: object) -> None:
-        if exception[0] is None:
-            self.timer.stop()
-
-
 def _token_count(executor: StageExecutor, config: Any) -> Tensor | None:
     if not config.calculate_per_token_loss:
         return None
     return torch.as_tensor(executor.num_tokens)
+
+
+forward_backward_no_pipelining = partial(_run_stage, pipelined=False)
+"""All microbatches one after the other on a single stage."""
+
+forward_backward_pipelining_without_interleaving = partial(_run_stage, pipelined=True)
+"""One-forward-one-backward over the pipeline group."""
