@@ -20,7 +20,10 @@ import traceback
 from collections.abc import Callable
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch.distributed import TCPStore
 
 _HOST = "127.0.0.1"
 _GRACE_SECONDS = 3.0  # how long the other ranks may take to finish after one has failed
@@ -68,9 +71,7 @@ class WorkerPool:
         self.workers: list[_Worker] = []
         self.tests = itertools.count()
 
-    def run(
-        self, world_size: int, fn: Callable[..., Any], args: tuple[Any, ...], timeout: float
-    ) -> list[Any]:
+    def run(self, world_size: int, fn: Callable[..., Any], args: tuple[Any, ...], timeout: float) -> list[Any]:
         while len(self.workers) < world_size:
             self.workers.append(_Worker(self.context, list(sys.path)))
         workers = self.workers[:world_size]
@@ -82,9 +83,7 @@ class WorkerPool:
         if failed or len(answers) < world_size:
             self._replace(workers)
             silent = [rank for rank in range(world_size) if rank not in answers]
-            message = "".join(
-                f"\n--- rank {rank} of {world_size} ---\n{text}" for rank, text in failed.items()
-            )
+            message = "".join(f"\n--- rank {rank} of {world_size} ---\n{text}" for rank, text in failed.items())
             if silent:
                 message += f"\nranks {silent} had not finished" + ("" if failed else f" after {timeout:g} s")
             raise RankFailure(message)
@@ -134,8 +133,10 @@ def _serve(pipe: Connection, python_path: list[str]) -> None:
     os.environ["OMP_NUM_THREADS"] = "1"
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     import torch
+    from torch.distributed import TCPStore
 
     torch.set_num_threads(1)
+    store: TCPStore | None = None  # one connection for all tests: making it may wait 5 s for a name server
     while True:
         try:
             fn, args, rank, world_size, port, prefix, timeout = pipe.recv()
@@ -143,7 +144,8 @@ def _serve(pipe: Connection, python_path: list[str]) -> None:
             return
         gc.freeze()  # modules stay: the collection after each test need not walk over them (0.3 s a rank)
         try:
-            answer: tuple[bool, Any] = (True, _run_one(fn, args, rank, world_size, port, prefix, timeout))
+            store = store or TCPStore(_HOST, port, is_master=False, wait_for_workers=False)
+            answer: tuple[bool, Any] = (True, _run_one(fn, args, rank, world_size, store, prefix, timeout))
         except BaseException:
             answer = (False, traceback.format_exc())
         try:
@@ -157,7 +159,7 @@ def _run_one(
     args: tuple[Any, ...],
     rank: int,
     world_size: int,
-    port: int,
+    base_store: TCPStore,
     prefix: str,
     timeout: float,
 ) -> Any:
@@ -170,9 +172,9 @@ def _run_one(
         WORLD_SIZE=str(world_size),
         LOCAL_WORLD_SIZE=str(world_size),
         MASTER_ADDR=_HOST,
-        MASTER_PORT=str(port),
+        MASTER_PORT=str(base_store.port),
     )
-    store = dist.PrefixStore(prefix, dist.TCPStore(_HOST, port, is_master=False, wait_for_workers=False))
+    store = dist.PrefixStore(prefix, base_store)
     dist.init_process_group(
         "gloo",
         store=store,
