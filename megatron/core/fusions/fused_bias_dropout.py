@@ -31,9 +31,7 @@ def bias_dropout_add_unfused(training: bool) -> BiasDropoutAdd:
     return bias_dropout_add
 
 
-def bias_dropout_add_fused_train(
-    x_with_bias: tuple[Tensor, Tensor | None], residual: Tensor, prob: float
-) -> Tensor:
+def bias_dropout_add_fused_train(x_with_bias: tuple[Tensor, Tensor | None], residual: Tensor, prob: float) -> Tensor:
     """residual + dropout(x + bias) with dropout on."""
     return _bias_dropout_add(x_with_bias, residual, prob, True)
 

@@ -28,7 +28,5 @@ def bias_swiglu_impl(
         NotImplementedError: the kept tensor is to be stored in fp8 or on the host.
     """
     if fp8_input_store or cpu_offload_input:
-        raise NotImplementedError(
-            "activation_func_fp8_input_store and cpu_offloading are not built for SwiGLU yet"
-        )
+        raise NotImplementedError("activation_func_fp8_input_store and cpu_offloading are not built for SwiGLU yet")
     return GatedActivation.apply(input, bias, torch.nn.functional.silu, torch.ops.aten.silu_backward)

@@ -16,8 +16,8 @@ from torch.distributed import ProcessGroup
 
 from megatron.core.utils import get_pg_rank, get_pg_size, get_tensor_model_parallel_group_if_none
 
-CHUNK_ELEMENTS = 1 << 18
-"""Logits looked at in one go on a CPU: small enough to stay in its cache from one pass to the next."""
+CHUNK_ELEMENTS = 1 << 20
+"""Logits looked at in one go on a CPU: few enough to stay in its cache from one pass to the next."""
 
 
 def calculate_logits_max(vocab_parallel_logits: Tensor) -> tuple[Tensor, Tensor]:
@@ -45,9 +45,7 @@ def calculate_predicted_logits(
     return elsewhere, local_target.flatten(), torch.cat((predicted.flatten(), sums.flatten())), exp_logits
 
 
-def calculate_cross_entropy_loss(
-    exp_logits: Tensor, predicted_logits_sum_exp_logits: Tensor
-) -> tuple[Tensor, Tensor]:
+def calculate_cross_entropy_loss(exp_logits: Tensor, predicted_logits_sum_exp_logits: Tensor) -> tuple[Tensor, Tensor]:
     """(probabilities, loss of each token) from what `calculate_predicted_logits` gave; changes `exp_logits`
     in place."""
     predicted, sums = (x.view(exp_logits.shape[:-1]) for x in predicted_logits_sum_exp_logits.chunk(2))
@@ -55,9 +53,7 @@ def calculate_cross_entropy_loss(
     return exp_logits.div_(sums.unsqueeze(-1)), loss
 
 
-def calculate_gradients(
-    softmax: Tensor, grad_output: Tensor, target_mask: Tensor, masked_target_1d: Tensor
-) -> Tensor:
+def calculate_gradients(softmax: Tensor, grad_output: Tensor, target_mask: Tensor, masked_target_1d: Tensor) -> Tensor:
     """Gradient of the logits, (probabilities - one-hot target) * grad_output; changes `softmax` in place."""
     flat = softmax.view(-1, softmax.size(-1))
     own = (~target_mask).flatten().to(softmax.dtype)
@@ -66,49 +62,63 @@ def calculate_gradients(
 
 
 class FusedVocabParallelCrossEntropy(torch.autograd.Function):
-    """Keeps the logits as they are and one fp32 number for each token; backward overwrites the logits.
+    """Forward turns the logits into probabilities, backward turns these into the gradient, all in one memory.
 
-    Forward all-reduces once the maximum, once the sums of two numbers per token; backward communicates
-    nothing.
+    Forward all-reduces once a maximum, once two sums for each token; backward communicates nothing.
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, logits: Tensor, target: Tensor, group: ProcessGroup | None, vocab_size: int | None
-    ) -> Tensor:
+    def forward(ctx: Any, logits: Tensor, target: Tensor, group: ProcessGroup | None, vocab_size: int | None) -> Tensor:
         width = logits.size(-1)
         first = get_pg_rank(group) * width
         valid = width if vocab_size is None else min(max(vocab_size - first, 0), width)
         rows, local_target = logits.view(-1, width), target.reshape(-1) - first
         elsewhere = (local_target < 0) | (local_target >= valid)
         local_target = local_target.masked_fill(elsewhere, 0)
-        log_sum = torch.empty(rows.size(0), dtype=torch.float32, device=logits.device)
-        for part in row_chunks(rows):
-            torch.logsumexp(rows[part, :valid].float(), dim=-1, out=log_sum[part])
-        predicted = (
-            rows.gather(-1, local_target.unsqueeze(-1)).squeeze(-1).float().masked_fill_(elsewhere, 0.0)
-        )
-        log_sum, predicted = _combine_over_group(log_sum, predicted, group)
-        ctx.save_for_backward(logits, log_sum, local_target, elsewhere)
-        ctx.valid = valid
-        return (log_sum - predicted).view(target.shape)
+        predicted = rows[_tokens(rows), local_target].float()
+        local_log_sum = _softmax_in_place(rows, valid)
+        log_sum, loss = _combine_over_group(local_log_sum, predicted.masked_fill(elsewhere, 0.0), group)
+        # exact even where the stored probability is rounded: for sure predictions 1 - p is what matters
+        target_probability = (predicted - log_sum).exp_()
+        ctx.save_for_backward(logits, local_target, elsewhere, target_probability, (local_log_sum - log_sum).exp_())
+        return loss.view(target.shape)
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        logits, log_sum, local_target, elsewhere = ctx.saved_tensors
-        rows = logits.view(-1, logits.size(-1))
-        scale = grad_output.reshape(-1, 1)
-        for part in row_chunks(rows):
-            # In fp32 these steps work on the logits themselves, in half precision on a small copy.
-            grad = rows[part, : ctx.valid].float()
-            grad.sub_(log_sum[part].unsqueeze(-1)).exp_().mul_(scale[part])
-            rows[part, : ctx.valid] = grad
-        own = torch.where(elsewhere.unsqueeze(-1), 0.0, scale)
-        if ctx.valid:
-            target_grad = rows.gather(-1, local_target.unsqueeze(-1)).float() - own
-            rows.scatter_(-1, local_target.unsqueeze(-1), target_grad.to(rows.dtype))
-        rows[:, ctx.valid :] = 0.0
+        logits, local_target, elsewhere, target_probability, share = ctx.saved_tensors
+        rows, scale = logits.view(-1, logits.size(-1)), grad_output.reshape(-1)
+        # The factor has the logits' type: a mixed product would be computed by a slow path.
+        factor = (scale * share).to(rows.dtype).unsqueeze(-1)
+        token = _tokens(rows)
+        target_grad = ((target_probability - 1.0) * scale).to(rows.dtype)
+        # Where the target is elsewhere, column 0 stands in for it and keeps its value.
+        target_grad = torch.where(elsewhere, rows[token, local_target] * factor.squeeze(-1), target_grad)
+        rows.mul_(factor)
+        rows[token, local_target] = target_grad
         return logits, None, None, None
+
+
+def _tokens(rows: Tensor) -> Tensor:
+    """Numbers of the rows: with them single elements are read and written without a look at the others."""
+    return torch.arange(rows.size(0), device=rows.device)
+
+
+def _softmax_in_place(rows: Tensor, valid: int) -> Tensor:
+    """Rows become their softmax over the first `valid` columns, zero beyond. Returns [n] fp32, logs of the sums."""
+    rows[:, valid:] = -torch.inf
+    log_sum = torch.full((rows.size(0),), -torch.inf, device=rows.device)
+    if valid == 0:  # nothing but padding: no softmax to speak of
+        rows.zero_()
+        return log_sum
+    wide, probabilities = (torch.empty(0, dtype=torch.float32, device=rows.device) for _ in range(2))
+    for part in row_chunks(rows):
+        chunk = rows[part]
+        logits = chunk if chunk.dtype == torch.float32 else wide.resize_(chunk.shape).copy_(chunk)
+        torch.softmax(logits, dim=-1, out=probabilities.resize_(chunk.shape))
+        # The largest probability is exp(largest logit - log_sum), and never close to zero.
+        log_sum[part] = logits.amax(dim=-1) - probabilities.amax(dim=-1).log_()
+        chunk.copy_(probabilities)
+    return log_sum
 
 
 def row_chunks(rows: Tensor) -> Iterator[slice]:
@@ -118,17 +128,15 @@ def row_chunks(rows: Tensor) -> Iterator[slice]:
         yield slice(start, start + step)
 
 
-def _combine_over_group(
-    log_sum: Tensor, predicted: Tensor, group: ProcessGroup | None
-) -> tuple[Tensor, Tensor]:
-    """Log of the sum of exponentials, and target logit, over the columns of all ranks."""
-    if get_pg_size(group) == 1:
-        return log_sum, predicted
-    highest = log_sum.clone()
-    dist.all_reduce(highest, dist.ReduceOp.MAX, group=group)
-    both = torch.stack(((log_sum - highest).exp_(), predicted))
-    dist.all_reduce(both, group=group)
-    return both[0].log().add_(highest), both[1]
+def _combine_over_group(log_sum: Tensor, predicted: Tensor, group: ProcessGroup | None) -> tuple[Tensor, Tensor]:
+    """Log of the sum of exponentials over the columns of all ranks, and the loss."""
+    if get_pg_size(group) > 1:
+        highest = log_sum.clone()
+        dist.all_reduce(highest, dist.ReduceOp.MAX, group=group)
+        both = torch.stack(((log_sum - highest).exp_(), predicted))
+        dist.all_reduce(both, group=group)
+        log_sum, predicted = both[0].log().add_(highest), both[1]
+    return log_sum, log_sum - predicted
 
 
 def fused_vocab_parallel_cross_entropy(
@@ -137,7 +145,7 @@ def fused_vocab_parallel_cross_entropy(
     tp_group: ProcessGroup | None = None,
     vocab_size: int | None = None,
 ) -> Tensor:
-    """Loss of each token; backward overwrites the logits, so nothing else may need their values after it.
+    """Loss of each token. The logits are overwritten: nothing else may need their values.
 
     Args:
         vocab_parallel_logits: [s, b, v/tp] contiguous, any float type; the softmax runs in fp32.

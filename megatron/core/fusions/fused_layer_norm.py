@@ -60,9 +60,7 @@ class FusedLayerNorm(nn.Module):
 
     def _parameter(self, init_method: object) -> nn.Parameter:
         config = self.config
-        param = nn.Parameter(
-            torch.empty(self.hidden_size, dtype=config.params_dtype, device=device.current_device())
-        )
+        param = nn.Parameter(torch.empty(self.hidden_size, dtype=config.params_dtype, device=device.current_device()))
         param.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
         register_parameter_init(param, init_method, perform_initialization=config.perform_initialization)  # type: ignore[arg-type]
         return param

@@ -103,9 +103,7 @@ class FusedScaleMaskSoftmax(nn.Module):
         if input_in_fp16 and input_in_bf16:
             raise ValueError("the input cannot be fp16 and bf16 at once")
         if scale is not None and not softmax_in_fp32:
-            raise ValueError(
-                "attention_softmax_in_fp32 must be on where the scores are scaled inside the softmax"
-            )
+            raise ValueError("attention_softmax_in_fp32 must be on where the scores are scaled inside the softmax")
         self.attn_mask_type = attn_mask_type
         self.scaled_masked_softmax_fusion = scaled_masked_softmax_fusion
         self.mask_func = mask_func

@@ -150,16 +150,12 @@ class Attention(MegatronModule, ABC):
             NotImplementedError: a key-value cache is handed in.
         """
         if inference_context is not None or inference_params is not None:
-            raise NotImplementedError(
-                "inference with a key-value cache is not built yet; run the whole sequence"
-            )
+            raise NotImplementedError("inference with a key-value cache is not built yet; run the whole sequence")
         query, key, value = self.get_query_key_value_tensors(hidden_states, key_value_states)
         if rotary_pos_emb is not None and not self.skip_rope:
             query, key = self._rotate(query, key, rotary_pos_emb, packed_seq_params)
         if self.recompute_core and self.training:
-            context = self._checkpointed_core(
-                query, key, value, attention_mask, attention_bias, packed_seq_params
-            )
+            context = self._checkpointed_core(query, key, value, attention_mask, attention_bias, packed_seq_params)
         else:
             context = self.core_attention(
                 query,
@@ -179,9 +175,7 @@ class Attention(MegatronModule, ABC):
         rotary_pos_emb: Tensor | tuple[Tensor, Tensor],
         packed_seq_params: PackedSeqParams | None,
     ) -> tuple[Tensor, Tensor]:
-        q_angles, k_angles = (
-            rotary_pos_emb if isinstance(rotary_pos_emb, tuple) else (rotary_pos_emb, rotary_pos_emb)
-        )
+        q_angles, k_angles = rotary_pos_emb if isinstance(rotary_pos_emb, tuple) else (rotary_pos_emb, rotary_pos_emb)
         q_starts = packed_seq_params.cu_seqlens_q if packed_seq_params else None
         k_starts = packed_seq_params.cu_seqlens_kv if packed_seq_params else None
         mscale, cp = yarn_concentration(self.config), self.model_comm_pgs.cp
@@ -229,9 +223,7 @@ class SelfAttention(Attention):
         cp_comm_type: str | None = None,
         model_comm_pgs: ProcessGroupCollection | None = None,
     ) -> None:
-        super().__init__(
-            config, submodules, layer_number, attn_mask_type, "self", cp_comm_type, model_comm_pgs
-        )
+        super().__init__(config, submodules, layer_number, attn_mask_type, "self", cp_comm_type, model_comm_pgs)
         self.linear_qkv = build_module(
             submodules.linear_qkv,  # type: ignore[arg-type]
             config.hidden_size,
@@ -252,9 +244,7 @@ class SelfAttention(Attention):
         if spec is None or spec is IdentityOp:
             return None
         eps = self.config.layernorm_epsilon
-        return build_module(
-            spec, hidden_size=self.hidden_size_per_attention_head, config=self.config, eps=eps
-        )
+        return build_module(spec, hidden_size=self.hidden_size_per_attention_head, config=self.config, eps=eps)
 
     def get_query_key_value_tensors(
         self, hidden_states: Tensor, key_value_states: Tensor | None = None
@@ -313,9 +303,7 @@ class CrossAttention(Attention):
         cp_comm_type: str | None = None,
         model_comm_pgs: ProcessGroupCollection | None = None,
     ) -> None:
-        super().__init__(
-            config, submodules, layer_number, attn_mask_type, "cross", cp_comm_type, model_comm_pgs
-        )
+        super().__init__(config, submodules, layer_number, attn_mask_type, "cross", cp_comm_type, model_comm_pgs)
         if config.num_query_groups != config.num_attention_heads:
             raise NotImplementedError(
                 f"num_query_groups ({config.num_query_groups}) with cross attention: leave it unset there"

@@ -48,9 +48,7 @@ def hidden_keys(
     sq, sk = query.size(0), key.size(0)
     if mask_type == AttnMaskType.no_mask:
         attention_mask = None
-    order = (
-        AttnMaskType.no_mask if mask_type == AttnMaskType.causal and attention_mask is not None else mask_type
-    )
+    order = AttnMaskType.no_mask if mask_type == AttnMaskType.causal and attention_mask is not None else mask_type
     parts = [attention_mask] if attention_mask is not None else []
     window = effective_window(window_size, order, sq, sk)
     if window != UNLIMITED and not (sq == 1 and window[0] < 0):

@@ -40,9 +40,7 @@ class CoreAttention(MegatronModule):
     ) -> None:
         super().__init__(config)
         if config.context_parallel_size > 1:
-            raise NotImplementedError(
-                f"context_parallel_size ({config.context_parallel_size}) is not built yet: use 1"
-            )
+            raise NotImplementedError(f"context_parallel_size ({config.context_parallel_size}) is not built yet: use 1")
         assert config.kv_channels is not None
         self.layer_number = layer_number
         self.attn_mask_type = attn_mask_type

@@ -39,9 +39,7 @@ class FlashAttention(SDPAttention):
         has_mask = attention_mask is not None and mask_type != AttnMaskType.no_mask
         fits = can_flash_attend(query.dtype, query.device, query.size(-1))
         if packed_seq_params is not None or has_mask or attention_bias is not None or not fits:
-            return super().forward(
-                query, key, value, attention_mask, mask_type, attention_bias, packed_seq_params
-            )
+            return super().forward(query, key, value, attention_mask, mask_type, attention_bias, packed_seq_params)
         q, k, v = (x.transpose(0, 1) for x in (query, key, value))  # [b, s, a, d]
         left, right = effective_window(self.window_size, mask_type, query.size(0), key.size(0))
         with self.dropout_rng():
@@ -75,9 +73,7 @@ class FlashAttention(SDPAttention):
         assert starts is not None
         # The longest sequence only sizes the launch: the whole sample is a safe bound, and costs no look at
         # the device.
-        max_length = (
-            int(packed_seq_params.max_seqlen_q) if isinstance(packed_seq_params.max_seqlen_q, int) else s
-        )
+        max_length = int(packed_seq_params.max_seqlen_q) if isinstance(packed_seq_params.max_seqlen_q, int) else s
         if use_torch:
             context = varlen_attention(
                 q, k, v, starts=starts, max_length=max_length, scale=self.softmax_scale, window=window

@@ -92,9 +92,7 @@ class MLP(MegatronModule):
             tp_group=tp_group,
         )
 
-    def forward(
-        self, hidden_states: Tensor, per_token_scale: Tensor | None = None
-    ) -> tuple[Tensor, Tensor | None]:
+    def forward(self, hidden_states: Tensor, per_token_scale: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """(output, bias to be added or None).
 
         Args:

@@ -100,9 +100,7 @@ class Float16Module(MegatronModule):
     def __init__(self, config: TransformerConfig, module: nn.Module) -> None:
         super().__init__(config)
         if config.fp16 == config.bf16:
-            raise ValueError(
-                f"Float16Module needs one of fp16 and bf16, got fp16={config.fp16}, bf16={config.bf16}"
-            )
+            raise ValueError(f"Float16Module needs one of fp16 and bf16, got fp16={config.fp16}, bf16={config.bf16}")
         self.half_type = torch.float16 if config.fp16 else torch.bfloat16
         self.module = module.to(self.half_type)
         self.fp16, self.bf16 = config.fp16, config.bf16
@@ -133,7 +131,5 @@ class Float16Module(MegatronModule):
     def sharded_state_dict(self, prefix: str = "", *args: Any, **kwargs: Any) -> ShardedStateDict:
         return self.module.sharded_state_dict(prefix, *args, **kwargs)
 
-    def load_state_dict(
-        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
-    ) -> Any:
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         return self.module.load_state_dict(state_dict, strict=strict, assign=assign)

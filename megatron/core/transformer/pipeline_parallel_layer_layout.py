@@ -27,15 +27,9 @@ class PipelineParallelLayerLayout:
         ValueError: the letters, the repetition or the number of stages make no layout.
     """
 
-    def __init__(
-        self, layout: str | Sequence[Sequence[str | LayerType]], pipeline_model_parallel_size: int
-    ) -> None:
+    def __init__(self, layout: str | Sequence[Sequence[str | LayerType]], pipeline_model_parallel_size: int) -> None:
         self.input_data = layout
-        stages = (
-            self.parse_str_to_list(layout)
-            if isinstance(layout, str)
-            else [_as_types(stage) for stage in layout]
-        )
+        stages = self.parse_str_to_list(layout) if isinstance(layout, str) else [_as_types(stage) for stage in layout]
         if not stages or len(stages) % pipeline_model_parallel_size:
             raise ValueError(
                 f"pipeline_model_parallel_layout {layout!r} has {len(stages)} stages, no multiple of "
@@ -44,9 +38,7 @@ class PipelineParallelLayerLayout:
         self.stages = stages
         self.pipeline_model_parallel_size = pipeline_model_parallel_size
         self.virtual_pipeline_model_parallel_size = len(stages) // pipeline_model_parallel_size
-        self.layout = [
-            stages[rank::pipeline_model_parallel_size] for rank in range(pipeline_model_parallel_size)
-        ]
+        self.layout = [stages[rank::pipeline_model_parallel_size] for rank in range(pipeline_model_parallel_size)]
 
     @staticmethod
     def from_str(layout: str, pipeline_model_parallel_size: int) -> PipelineParallelLayerLayout:
@@ -131,16 +123,13 @@ class PipelineParallelLayerLayout:
         """One line for each chunk, for a log."""
         size = self.pipeline_model_parallel_size
         return "\n".join(
-            f"virtual stage {i // size}, rank {i % size}: "
-            + (" ".join(layer.name for layer in stage) or "(empty)")
+            f"virtual stage {i // size}, rank {i % size}: " + (" ".join(layer.name for layer in stage) or "(empty)")
             for i, stage in enumerate(self.stages)
         )
 
     def __str__(self) -> str:
         names = {layer: letter for letter, layer in LETTERS.items()}
-        return "|".join(
-            "".join(names.get(layer, f"({layer.name})") for layer in stage) for stage in self.stages
-        )
+        return "|".join("".join(names.get(layer, f"({layer.name})") for layer in stage) for stage in self.stages)
 
     def __repr__(self) -> str:
         return f"PipelineParallelLayerLayout({str(self)!r}, {self.pipeline_model_parallel_size})"
@@ -166,9 +155,7 @@ def _as_types(stage: Sequence[str | LayerType]) -> list[LayerType]:
         elif layer in LayerType.__members__:
             types.append(LayerType[layer])
         else:
-            raise ValueError(
-                f"pipeline_model_parallel_layout: {layer!r} is none of {', '.join(LayerType.__members__)}"
-            )
+            raise ValueError(f"pipeline_model_parallel_layout: {layer!r} is none of {', '.join(LayerType.__members__)}")
     return types
 
 

@@ -38,13 +38,9 @@ def apply_rotary_pos_emb(
     """
     if cu_seqlens is not None:
         if get_pg_size(cp_group) > 1:
-            raise NotImplementedError(
-                "rotary positions of packed sequences with context parallelism are not built yet"
-            )
+            raise NotImplementedError("rotary positions of packed sequences with context parallelism are not built yet")
         if t.dim() == 3:
-            return _rotate(
-                t.unsqueeze(1), _packed_angles(freqs, cu_seqlens, t.size(0), 1), config, mscale
-            ).squeeze(1)
+            return _rotate(t.unsqueeze(1), _packed_angles(freqs, cu_seqlens, t.size(0), 1), config, mscale).squeeze(1)
         freqs = _packed_angles(freqs, cu_seqlens, t.size(0), t.size(1))
     return _rotate(t, freqs, config, mscale)
 

@@ -45,9 +45,7 @@ class SDPAttention(CoreAttention):
         if packed_seq_params is not None and attention_mask is None and attention_bias is None:
             return self.attend_packed(query, key, value, mask_type, packed_seq_params)
         hidden = None
-        is_causal = self._is_plain_causal(
-            mask_type, attention_mask, attention_bias, packed_seq_params, query, key
-        )
+        is_causal = self._is_plain_causal(mask_type, attention_mask, attention_bias, packed_seq_params, query, key)
         if not is_causal:
             hidden = hidden_keys(mask_type, attention_mask, self.window_size, packed_seq_params, query, key)
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))  # [b, a, s, d], still in place

@@ -152,9 +152,7 @@ class TransformerBlock(MegatronModule):
         with self._dropout_rng():
             first_stored = 0
             if self.config.recompute_granularity == "full" and self.training:
-                hidden_states, context, first_stored = self._run_recomputed(
-                    hidden_states, context, same_for_all_layers
-                )
+                hidden_states, context, first_stored = self._run_recomputed(hidden_states, context, same_for_all_layers)
             hidden_states, context = self._run(
                 first_stored, len(self.layers), hidden_states, context, same_for_all_layers
             )
@@ -166,11 +164,7 @@ class TransformerBlock(MegatronModule):
     def _dropout_rng(self) -> AbstractContextManager[None]:
         """Under sequence parallelism every rank drops other tokens, so it draws from a stream of its own."""
         drops = self.training and (self.config.hidden_dropout > 0 or self.config.attention_dropout > 0)
-        return (
-            get_cuda_rng_tracker().fork()
-            if self.config.sequence_parallel and drops
-            else contextlib.nullcontext()
-        )
+        return get_cuda_rng_tracker().fork() if self.config.sequence_parallel and drops else contextlib.nullcontext()
 
     def _run(
         self, start: int, stop: int, hidden_states: Tensor, context: Tensor | None, others: dict[str, Any]
@@ -227,9 +221,7 @@ class TransformerBlock(MegatronModule):
             local, number = f"{prefix}layers.{i}.", offset + i
             axis = ((0, number, self.config.num_layers),) if stack else ()
             part = layer.sharded_state_dict(local, axis, metadata)  # type: ignore[operator]
-            replace_prefix_for_sharding(
-                part, local, f"{prefix}layers." if stack else f"{prefix}layers.{number}."
-            )
+            replace_prefix_for_sharding(part, local, f"{prefix}layers." if stack else f"{prefix}layers.{number}.")
             sharded.update(part)
         for name, module in self.named_children():
             if module is not self.layers:

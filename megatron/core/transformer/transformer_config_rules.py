@@ -38,9 +38,7 @@ def require_fp8_fits(config: TransformerConfig) -> None:
     if config.fp8_param:
         require(config.fp8, "fp8_param needs fp8 to be set")
     if config.fp8 and config.first_last_layers_bf16:
-        require(
-            config.fp8_recipe != "delayed", "first_last_layers_bf16 does not work with fp8_recipe 'delayed'"
-        )
+        require(config.fp8_recipe != "delayed", "first_last_layers_bf16 does not work with fp8_recipe 'delayed'")
         per_stage = config.num_layers // config.pipeline_model_parallel_size
         for name in ("num_layers_at_start_in_bf16", "num_layers_at_end_in_bf16"):
             require(
@@ -137,9 +135,7 @@ def require_swiglu_for_fp8_store(config: TransformerConfig) -> None:
 def require_plain_rotation(config: TransformerConfig) -> None:
     """Latent attention and the fused rotation know the half-and-half layout only."""
     if config.rotary_interleaved:
-        require(
-            not config.multi_latent_attention, "rotary_interleaved does not work with multi_latent_attention"
-        )
+        require(not config.multi_latent_attention, "rotary_interleaved does not work with multi_latent_attention")
         require(not config.apply_rope_fusion, "rotary_interleaved needs apply_rope_fusion to be off")
 
 
@@ -201,13 +197,9 @@ def require_yarn_for_fused_rope(config: MLATransformerConfig) -> None:
 def require_experts_for_expert_parallel(config: TransformerConfig) -> None:
     """Expert parallelism splits experts, and a count of experts is positive."""
     if config.expert_model_parallel_size > 1:
-        require(
-            config.num_moe_experts, f"{shown(config, 'expert_model_parallel_size')} needs num_moe_experts"
-        )
+        require(config.num_moe_experts, f"{shown(config, 'expert_model_parallel_size')} needs num_moe_experts")
     if config.num_moe_experts is not None:
-        require(
-            config.num_moe_experts > 0, f"{shown(config, 'num_moe_experts')} must be positive; unset is dense"
-        )
+        require(config.num_moe_experts > 0, f"{shown(config, 'num_moe_experts')} must be positive; unset is dense")
 
 
 def derive_moe_ffn_hidden_size(config: TransformerConfig) -> None:
@@ -219,9 +211,7 @@ def derive_moe_ffn_hidden_size(config: TransformerConfig) -> None:
         )
     elif config.moe_ffn_hidden_size is None:
         config.moe_ffn_hidden_size = config.ffn_hidden_size
-        warnings.warn(
-            f"moe_ffn_hidden_size is not set; experts get {shown(config, 'ffn_hidden_size')}", stacklevel=2
-        )
+        warnings.warn(f"moe_ffn_hidden_size is not set; experts get {shown(config, 'ffn_hidden_size')}", stacklevel=2)
 
 
 def require_dispatcher_fits(config: TransformerConfig) -> None:
@@ -241,9 +231,7 @@ def require_dispatcher_fits(config: TransformerConfig) -> None:
 def require_positive_shared_expert(config: TransformerConfig) -> None:
     """A shared expert has a width."""
     size = config.moe_shared_expert_intermediate_size
-    require(
-        size is None or size > 0, f"{shown(config, 'moe_shared_expert_intermediate_size')} must be positive"
-    )
+    require(size is None or size > 0, f"{shown(config, 'moe_shared_expert_intermediate_size')} must be positive")
 
 
 def derive_capacity_factor(config: TransformerConfig) -> None:
@@ -295,9 +283,7 @@ def derive_router_groups(config: TransformerConfig) -> None:
         config.moe_router_num_groups = config.expert_model_parallel_size
     if config.moe_router_group_topk is None:
         return
-    require(
-        config.moe_router_num_groups, f"{shown(config, 'moe_router_group_topk')} needs moe_router_num_groups"
-    )
+    require(config.moe_router_num_groups, f"{shown(config, 'moe_router_group_topk')} needs moe_router_num_groups")
     if config.num_moe_experts:
         require_divisible(config, "num_moe_experts", by="moe_router_num_groups")
     require(
@@ -326,21 +312,15 @@ def require_offloading_fits(config: TransformerConfig) -> None:
             0 <= config.cpu_offloading_num_layers < config.num_layers,
             f"{shown(config, 'cpu_offloading_num_layers')} must be below {shown(config, 'num_layers')}",
         )
-        require(
-            config.pipeline_model_parallel_size == 1, "cpu_offloading needs pipeline_model_parallel_size 1"
-        )
-        require(
-            config.recompute_granularity is None, "cpu_offloading does not work with recompute_granularity"
-        )
+        require(config.pipeline_model_parallel_size == 1, "cpu_offloading needs pipeline_model_parallel_size 1")
+        require(config.recompute_granularity is None, "cpu_offloading does not work with recompute_granularity")
 
 
 def require_capturable_layers(config: TransformerConfig) -> None:
     """A captured layer cannot move activations away or run twice."""
     if config.enable_cuda_graph:
         require(not config.cpu_offloading, "enable_cuda_graph does not work with cpu_offloading")
-        require(
-            config.recompute_granularity is None, "enable_cuda_graph does not work with recompute_granularity"
-        )
+        require(config.recompute_granularity is None, "enable_cuda_graph does not work with recompute_granularity")
 
 
 TRANSFORMER_RULES: tuple[Any, ...] = (

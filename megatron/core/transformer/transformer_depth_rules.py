@@ -77,9 +77,7 @@ def require_known_recompute_modules(config: TransformerConfig) -> None:
     if config.recompute_granularity != "selective":
         return
     unknown = [module for module in modules if module not in RECOMPUTE_MODULES]
-    require(
-        not unknown, f"recompute_modules {unknown} are unknown; choose from {', '.join(RECOMPUTE_MODULES)}"
-    )
+    require(not unknown, f"recompute_modules {unknown} are unknown; choose from {', '.join(RECOMPUTE_MODULES)}")
     if "moe_act" in modules:
         require(config.moe_grouped_gemm, "recompute_modules moe_act needs moe_grouped_gemm")
     if "mla_up_proj" in modules:
@@ -164,9 +162,7 @@ def require_counted_stages_fit(config: TransformerConfig) -> None:
 
 def require_layers_share_equally(config: TransformerConfig) -> None:
     """Without another instruction every stage and chunk holds the same number of layers."""
-    if config.pipeline_model_parallel_layout is not None or any(
-        getattr(config, name) for name in SPLIT_FIELDS
-    ):
+    if config.pipeline_model_parallel_layout is not None or any(getattr(config, name) for name in SPLIT_FIELDS):
         return
     parts = config.pipeline_model_parallel_size * (config.virtual_pipeline_model_parallel_size or 1)
     require(

@@ -46,7 +46,7 @@ class TransformerLayerSubmodules:
     """Prefixes of parameter names in the module to those in a distributed checkpoint."""
 
 
-class BaseTransformerLayer(ABC):  # noqa: B024 - a marker, as the public interface has it
+class BaseTransformerLayer(ABC):
     """Marks classes that a `TransformerBlock` stacks."""
 
 
@@ -95,9 +95,7 @@ class TransformerLayer(MegatronModule, BaseTransformerLayer):
         self.cross_attn_bda = build_module(submodules.cross_attn_bda)
         self.pre_mlp_layernorm = self._norm(submodules.pre_mlp_layernorm)
         takes_group = get_module(submodules.mlp) is MLP
-        self.mlp = build_module(
-            submodules.mlp, config=config, **({"tp_group": groups.tp} if takes_group else {})
-        )
+        self.mlp = build_module(submodules.mlp, config=config, **({"tp_group": groups.tp} if takes_group else {}))
         self.mlp_bda = build_module(submodules.mlp_bda)
 
     def _norm(self, spec: Part) -> nn.Module:

@@ -146,9 +146,7 @@ def make_sharded_tensors_for_checkpoint(
         if name.endswith(extra_state_suffix):
             sharded[key] = make_sharded_object_for_checkpoint(value, key, offsets)
         elif name in axis_of:
-            sharded[key] = make_tp_sharded_tensor_for_checkpoint(
-                value, key, axis_of[name], prepend_offsets=offsets
-            )
+            sharded[key] = make_tp_sharded_tensor_for_checkpoint(value, key, axis_of[name], prepend_offsets=offsets)
         else:
             sharded[key] = make_sharded_tensor_for_checkpoint(value, key, prepend_offsets=offsets)
     return sharded

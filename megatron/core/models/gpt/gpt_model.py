@@ -171,9 +171,7 @@ class GPTModel(LanguageModule):
                 mscale_all_dim=config.yarn_mscale_all_dim,
                 cp_group=self.model_comm_pgs.cp,
             )
-        raise ValueError(
-            f"position_embedding_type {kind!r}: a GPT has learned_absolute, rope, yarn, mrope or none"
-        )
+        raise ValueError(f"position_embedding_type {kind!r}: a GPT has learned_absolute, rope, yarn, mrope or none")
 
     def global_parameter_name(self, local_name: str) -> str:
         """Name of a parameter in the whole model: its layer counted from the first stage, a tied copy by its
@@ -236,12 +234,8 @@ class GPTModel(LanguageModule):
         )
         if not self.post_process:
             return hidden_states
-        weight = (
-            self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
-        )
-        logits, _ = self.output_layer(
-            hidden_states, weight=weight, runtime_gather_output=runtime_gather_output
-        )
+        weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
+        logits, _ = self.output_layer(hidden_states, weight=weight, runtime_gather_output=runtime_gather_output)
         if labels is None:
             return logits.transpose(0, 1).contiguous()
         return self.compute_language_model_loss(labels, logits)

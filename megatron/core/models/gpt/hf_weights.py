@@ -37,9 +37,7 @@ class Weight:
 
 
 def _transposed(ours: str, theirs: str) -> Weight:
-    return Weight(
-        ours, (theirs,), lambda parts: parts[0].t().contiguous(), lambda whole: [whole.t().contiguous()]
-    )
+    return Weight(ours, (theirs,), lambda parts: parts[0].t().contiguous(), lambda whole: [whole.t().contiguous()])
 
 
 def _stacked(ours: str, *theirs: str) -> Weight:
@@ -155,19 +153,13 @@ def to_hf(weights: Iterator[Weight], ours: StateDict) -> StateDict:
     """
     table = list(weights)
     _require({weight.ours for weight in table}, ours)
-    return {
-        name: tensor
-        for weight in table
-        for name, tensor in zip(weight.theirs, weight.unpack(ours[weight.ours]))
-    }
+    return {name: tensor for weight in table for name, tensor in zip(weight.theirs, weight.unpack(ours[weight.ours]))}
 
 
 def _require(names: set[str], state: StateDict) -> None:
     missing = sorted(names - state.keys())
     if missing:
-        raise ValueError(
-            f"{len(missing)} weights are missing: {', '.join(missing[:5])}{' ...' * (len(missing) > 5)}"
-        )
+        raise ValueError(f"{len(missing)} weights are missing: {', '.join(missing[:5])}{' ...' * (len(missing) > 5)}")
 
 
 # --- into a model ---------------------------------------------------------------------------------------
@@ -189,9 +181,7 @@ def load_whole_state(model: GPTModel, state: StateDict) -> None:
             whole = nn.functional.pad(whole, (0, 0, 0, model.vocab_size - whole.size(0)))
         local = shard_of(whole, param, get_pg_rank(group), get_pg_size(group))
         if local.shape != param.shape:
-            raise ValueError(
-                f"{names[name]}: given {list(whole.shape)}, whose part does not fit {list(param.shape)}"
-            )
+            raise ValueError(f"{names[name]}: given {list(whole.shape)}, whose part does not fit {list(param.shape)}")
         param.copy_(local)
 
 

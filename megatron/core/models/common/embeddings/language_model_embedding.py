@@ -76,9 +76,7 @@ class LanguageModelEmbedding(MegatronModule):
             freeze=False,
         )
         assert config.init_method is not None
-        register_parameter_init(
-            table.weight, config.init_method, perform_initialization=config.perform_initialization
-        )
+        register_parameter_init(table.weight, config.init_method, perform_initialization=config.perform_initialization)
         return table
 
     def zero_parameters(self) -> None:
@@ -87,9 +85,7 @@ class LanguageModelEmbedding(MegatronModule):
             param.data.zero_()
             param.shared = True  # type: ignore[attr-defined]
 
-    def forward(
-        self, input_ids: Tensor, position_ids: Tensor | None, tokentype_ids: Tensor | None = None
-    ) -> Tensor:
+    def forward(self, input_ids: Tensor, position_ids: Tensor | None, tokentype_ids: Tensor | None = None) -> Tensor:
         """Embeddings [s, b, h], with sequence parallelism [s/tp, b, h].
 
         Args:

@@ -186,9 +186,7 @@ class MultimodalRotaryEmbedding(nn.Module):
         positions = position_ids.to(self.inv_freq.dtype)
         if self.seq_len_interpolation_factor is not None:
             positions = positions / self.seq_len_interpolation_factor
-        angles = repeated_angles(
-            positions.unsqueeze(-1) * self.inv_freq, self.rotary_interleaved
-        )  # [3, b, s, r]
+        angles = repeated_angles(positions.unsqueeze(-1) * self.inv_freq, self.rotary_interleaved)  # [3, b, s, r]
         blocks = angles.split(mrope_section * 2, dim=-1)
         chosen = torch.cat([block[i % 3] for i, block in enumerate(blocks)], dim=-1)  # [b, s, r]
         return chosen.transpose(0, 1).unsqueeze(2)

@@ -74,9 +74,7 @@ class YarnRotaryEmbedding(RotaryEmbedding):
             use_cpu_initialization=use_cpu_initialization,
             cp_group=cp_group,
         )
-        low, high = yarn_correction_range(
-            beta_fast, beta_slow, self.dim, rotary_base, original_max_position_embeddings
-        )
+        low, high = yarn_correction_range(beta_fast, beta_slow, self.dim, rotary_base, original_max_position_embeddings)
         kept = inverse_frequencies(self.dim, rotary_base)
         ramp = yarn_ramp(low, high, self.dim // 2)
         self.inv_freq = (kept / scaling_factor * ramp + kept * (1 - ramp)).to(self.inv_freq.device)

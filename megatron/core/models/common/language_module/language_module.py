@@ -32,9 +32,7 @@ class LanguageModule(MegatronModule):
     share_embeddings_and_output_weights: bool
     true_vocab_size: int | None = None
 
-    def __init__(
-        self, config: TransformerConfig, model_comm_pgs: ProcessGroupCollection | None = None
-    ) -> None:
+    def __init__(self, config: TransformerConfig, model_comm_pgs: ProcessGroupCollection | None = None) -> None:
         super().__init__(config)
         self.model_comm_pgs = groups_or_default(model_comm_pgs)
 
@@ -48,13 +46,9 @@ class LanguageModule(MegatronModule):
         labels = labels.transpose(0, 1).contiguous()
         tp_group = self.model_comm_pgs.tp
         if self.config.cross_entropy_loss_fusion:
-            loss = fused_vocab_parallel_cross_entropy(
-                logits, labels, tp_group, vocab_size=self.true_vocab_size
-            )
+            loss = fused_vocab_parallel_cross_entropy(logits, labels, tp_group, vocab_size=self.true_vocab_size)
         else:
-            loss = vocab_parallel_cross_entropy(
-                logits, labels, tp_group=tp_group, vocab_size=self.true_vocab_size
-            )
+            loss = vocab_parallel_cross_entropy(logits, labels, tp_group=tp_group, vocab_size=self.true_vocab_size)
         return loss.transpose(0, 1).contiguous()
 
     def setup_embeddings_and_output_layer(self) -> None:

@@ -1,0 +1,368 @@
+"""Training speed of one process on a CPU: this framework beside other ways to train the same GPT-2, in one run.
+
+    OMP_NUM_THREADS=2 python benchmarks/train_cpu.py --sizes small base --types fp32 bf16
+
+Every contender trains the same architecture (GPT-2: learned positions, LayerNorm, tanh GELU, biases, tied
+embeddings, no dropout) on the same tokens: forward, backward, clipping by norm, AdamW. Steps of the
+contenders alternate, and between them the peak of matrix multiplication is sampled, so that other load on the
+machine meets all of them alike. The unit is tokens per second of CPU time; the number given is the median
+over the rounds.
+
+Our training program asks the C library to keep freed memory (`megatron.core.host_memory`). All contenders run
+in this one process and profit from it alike; `--allocator default` leaves it out for all.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from megatron.core.host_memory import keep_freed_memory
+
+LENGTH, BATCH, VOCAB, LR, CLIP, DECAY = 512, 4, 50304, 1e-4, 1.0, 0.1
+TOKENS = LENGTH * BATCH
+
+
+@dataclass(frozen=True)
+class Size:
+    """Shape of a model."""
+
+    layers: int
+    hidden: int
+    heads: int
+
+    @property
+    def matmul_parameters(self) -> int:
+        """Weights that take part in matrix products: the layers' and the output layer's."""
+        return 12 * self.layers * self.hidden**2 + VOCAB * self.hidden
+
+    @property
+    def flops_per_token(self) -> int:
+        """Forward and backward, causal attention counted as the half of the square that it is."""
+        return 6 * self.matmul_parameters + 6 * self.layers * self.hidden * LENGTH
+
+
+SIZES = {"small": Size(6, 384, 6), "base": Size(12, 768, 12)}
+
+
+# --- the plain peer: a compact GPT in torch -------------------------------------------------------------
+
+
+class PlainBlock(nn.Module):
+    def __init__(self, size: Size) -> None:
+        super().__init__()
+        h = size.hidden
+        self.heads = size.heads
+        self.norm1, self.norm2 = nn.LayerNorm(h), nn.LayerNorm(h)
+        self.qkv, self.proj = nn.Linear(h, 3 * h), nn.Linear(h, h)
+        self.fc1, self.fc2 = nn.Linear(h, 4 * h), nn.Linear(4 * h, h)
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, s, h = x.shape
+        q, k, v = (t.view(b, s, self.heads, -1).transpose(1, 2) for t in self.qkv(self.norm1(x)).split(h, dim=-1))
+        attended = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        x = x + self.proj(attended.transpose(1, 2).reshape(b, s, h))
+        return x + self.fc2(F.gelu(self.fc1(self.norm2(x)), approximate="tanh"))
+
+
+class PlainGPT(nn.Module):
+    def __init__(self, size: Size) -> None:
+        super().__init__()
+        self.tokens, self.positions = nn.Embedding(VOCAB, size.hidden), nn.Embedding(LENGTH, size.hidden)
+        self.blocks = nn.ModuleList(PlainBlock(size) for _ in range(size.layers))
+        self.norm = nn.LayerNorm(size.hidden)
+        self.head = nn.Linear(size.hidden, VOCAB, bias=False)
+        self.head.weight = self.tokens.weight
+        for name, param in self.named_parameters():
+            if param.dim() == 2:
+                nn.init.normal_(param, std=0.02)
+            elif name.endswith("bias"):
+                nn.init.zeros_(param)
+
+    def forward(self, ids: Tensor, labels: Tensor) -> Tensor:
+        x = self.tokens(ids) + self.positions.weight[: ids.size(1)]
+        for block in self.blocks:
+            x = block(x)
+        logits = self.head(self.norm(x))
+        return F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten())
+
+
+# --- contenders: each a function that trains one step and returns the loss ------------------------------
+
+Step = Callable[[Tensor, Tensor], float]
+
+
+def torch_step(model: nn.Module, loss_of: Callable[[Tensor, Tensor], Tensor], how: str) -> Step:
+    """A usual training step with fused AdamW.
+
+    `how`: "fp32"; "bf16", weights in bf16 with fp32 main parameters; "autocast", fp32 weights with autocast to bf16.
+    """
+    mains = list(model.parameters())
+    if how == "bf16":
+        mains = [param.detach().clone() for param in mains]
+        model.to(torch.bfloat16)
+    weights = list(model.parameters())
+    optimizer = torch.optim.AdamW(mains, lr=LR, betas=(0.9, 0.95), weight_decay=DECAY, fused=True)
+
+    def step(ids: Tensor, labels: Tensor) -> float:
+        with torch.autocast("cpu", torch.bfloat16, enabled=how == "autocast"):
+            loss = loss_of(ids, labels)
+        loss.backward()
+        if how == "bf16":
+            for main, weight in zip(mains, weights):
+                main.grad, weight.grad = weight.grad.float(), None
+        torch.nn.utils.clip_grad_norm_(mains, CLIP)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        if how == "bf16":
+            with torch.no_grad():
+                torch._foreach_copy_(weights, mains)
+        return loss.item()
+
+    return step
+
+
+def plain(size: Size, how: str) -> Step:
+    model = PlainGPT(size)
+    return torch_step(model, model, how)
+
+
+def hugging_face(size: Size, how: str) -> Step:
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    shape = {"n_layer": size.layers, "n_embd": size.hidden, "n_head": size.heads, "n_positions": LENGTH}
+    config = GPT2Config(**shape, vocab_size=VOCAB, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, use_cache=False)
+    model = GPT2LMHeadModel(config).train()
+
+    def loss_of(ids: Tensor, labels: Tensor) -> Tensor:
+        logits = model(ids).logits
+        return F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten())
+
+    return torch_step(model, loss_of, how)
+
+
+def ours(size: Size, how: str) -> Step:
+    """The framework as a training program uses it: schedule, data parallel buffers, its optimizer."""
+    from megatron.core import parallel_state
+    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+    from megatron.core.models.gpt import GPTModel
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+    from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+    from megatron.core.pipeline_parallel import get_forward_backward_func
+    from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+    from megatron.core.transformer.module import Float16Module
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    if not torch.distributed.is_initialized():
+        torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+        parallel_state.initialize_model_parallel()
+    model_parallel_cuda_manual_seed(1234)
+    half = how == "bf16"
+    config = TransformerConfig(
+        num_layers=size.layers,
+        hidden_size=size.hidden,
+        num_attention_heads=size.heads,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        bf16=half,
+        params_dtype=torch.bfloat16 if half else torch.float32,
+        bias_activation_fusion=True,
+        bias_dropout_fusion=True,
+        gradient_accumulation_fusion=True,
+        cross_entropy_loss_fusion=True,
+    )
+    model: nn.Module = GPTModel(
+        config, get_gpt_layer_local_spec(), VOCAB, LENGTH, share_embeddings_and_output_weights=True
+    )
+    if half:
+        model = Float16Module(config, model)
+    model = DistributedDataParallel(config, DistributedDataParallelConfig(grad_reduce_in_fp32=True), model)
+    optimizer = get_megatron_optimizer(
+        OptimizerConfig(
+            lr=LR,
+            weight_decay=DECAY,
+            adam_beta2=0.95,
+            clip_grad=CLIP,
+            bf16=half,
+            params_dtype=config.params_dtype,
+        ),
+        [model],
+    )
+    config.finalize_model_grads_func = finalize_model_grads
+    config.no_sync_func = model.no_sync
+    config.grad_scale_func = optimizer.scale_loss
+    positions = torch.arange(LENGTH).expand(BATCH, -1)
+    forward_backward = get_forward_backward_func()
+
+    def loss_func(losses: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        total, count = losses.sum(), torch.tensor(losses.numel(), dtype=torch.int)
+        return total, count, {"lm loss": torch.stack((total.detach(), count.float()))}
+
+    def forward_step(batch: Any, model: nn.Module) -> tuple[Tensor, Callable[..., Any]]:
+        ids, labels = next(batch)
+        return model(ids, positions, None, labels=labels), loss_func
+
+    def step(ids: Tensor, labels: Tensor) -> float:
+        model.zero_grad_buffer()
+        optimizer.zero_grad()
+        reports = forward_backward(
+            forward_step_func=forward_step,
+            data_iterator=iter([(ids, labels)]),
+            model=[model],
+            num_microbatches=1,
+            seq_length=LENGTH,
+            micro_batch_size=BATCH,
+            forward_only=False,
+        )
+        optimizer.step()
+        total, count = reports[0]["lm loss"].tolist()
+        return total / count
+
+    return step
+
+
+CONTENDERS: dict[str, dict[str, tuple[Callable[[Size, str], Step], str]]] = {
+    "fp32": {
+        "ours": (ours, "fp32"),
+        "plain torch": (plain, "fp32"),
+        "hugging face": (hugging_face, "fp32"),
+    },
+    "bf16": {
+        "ours": (ours, "bf16"),
+        "plain torch": (plain, "bf16"),
+        "plain torch, autocast": (plain, "autocast"),
+        "hugging face": (hugging_face, "bf16"),
+    },
+}
+
+
+# --- measuring ------------------------------------------------------------------------------------------
+
+
+def gemm_peak(dtype: torch.dtype, seconds: float = 0.3) -> float:
+    """FLOP per second of CPU time of a large square product."""
+    n = 2048
+    a, b = torch.randn(n, n).to(dtype), torch.randn(n, n).to(dtype)
+    out = torch.empty(n, n, dtype=dtype)
+    torch.mm(a, b, out=out)
+    count, start = 0, time.process_time()
+    while time.process_time() - start < seconds:
+        torch.mm(a, b, out=out)
+        count += 1
+    return count * 2 * n**3 / (time.process_time() - start)
+
+
+def measure(size: Size, number_type: str, rounds: int, warmup: int, names: list[str] | None) -> dict[str, Any]:
+    """Steps of all contenders in turn, `rounds` times."""
+    dtype = torch.float32 if number_type == "fp32" else torch.bfloat16
+    chosen = {name: entry for name, entry in CONTENDERS[number_type].items() if not names or name in names}
+    steps = {}
+    for name, (make, how) in chosen.items():
+        torch.manual_seed(1)
+        steps[name] = make(size, how)
+    generator = torch.Generator().manual_seed(2)
+    speeds: dict[str, list[float]] = {name: [] for name in steps}
+    losses: dict[str, list[float]] = {name: [] for name in steps}
+    peaks = []
+    for i in range(warmup + rounds):
+        tokens = torch.randint(0, VOCAB, (BATCH, LENGTH + 1), generator=generator)
+        ids, labels = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+        for name, step in steps.items():
+            start = time.process_time()
+            loss = step(ids, labels)
+            elapsed = time.process_time() - start
+            losses[name].append(loss)
+            if i >= warmup:
+                speeds[name].append(TOKENS / elapsed)
+        peaks.append(gemm_peak(dtype))
+    peak = statistics.median(peaks)
+    return {
+        "gemm_peak_gflops_per_cpu_second": peak / 1e9,
+        "contenders": {
+            name: {
+                "tokens_per_cpu_second": statistics.median(values),
+                "all_rounds": values,
+                "share_of_gemm_peak": statistics.median(values) * size.flops_per_token / peak,
+                "first_and_last_loss": [losses[name][0], losses[name][-1]],
+            }
+            for name, values in speeds.items()
+        },
+    }
+
+
+def show(title: str, result: dict[str, Any]) -> None:
+    """One table."""
+    contenders = result["contenders"]
+    print(f"\n{title}; matrix product peak {result['gemm_peak_gflops_per_cpu_second']:.0f} GFLOP per CPU-second")
+    peers = [c["tokens_per_cpu_second"] for name, c in contenders.items() if name != "ours"]
+    best = max(peers, default=float("nan"))
+    print(f"  {'':24}{'tokens/CPU-s':>14}{'of peak':>10}{'of best peer':>14}{'loss':>20}")
+    for name, c in contenders.items():
+        first, last = c["first_and_last_loss"]
+        print(
+            f"  {name:24}{c['tokens_per_cpu_second']:14.1f}{c['share_of_gemm_peak']:10.1%}"
+            f"{c['tokens_per_cpu_second'] / best:14.3f}{first:11.4f} ->{last:7.4f}"
+        )
+    sys.stdout.flush()
+
+
+def machine() -> dict[str, Any]:
+    """What the numbers were read on."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+    return {
+        "cpu": model,
+        "threads": torch.get_num_threads(),
+        "capability": torch.backends.cpu.get_cpu_capability(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES))
+    parser.add_argument("--types", nargs="+", choices=CONTENDERS, default=list(CONTENDERS))
+    parser.add_argument("--contenders", nargs="+", help="only these, by name")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--warmup", type=int, default=2)
+    parser.add_argument("--allocator", choices=["keep", "default"], default="keep")
+    parser.add_argument("--output", type=Path, help="write the numbers to this JSON file")
+    args = parser.parse_args()
+    if args.allocator == "keep" and not keep_freed_memory():
+        print("this C library cannot be asked to keep freed memory")
+    results = []
+    for size in args.sizes:
+        for number_type in args.types:
+            result = measure(SIZES[size], number_type, args.rounds, args.warmup, args.contenders)
+            shape = SIZES[size]
+            show(f"{shape.layers} layers, hidden {shape.hidden}, {number_type}", result)
+            results.append({"size": asdict(shape), "type": number_type, **result})
+            gc.collect()
+    if args.output:
+        settings = {"sequence": LENGTH, "microbatch": BATCH, "vocabulary": VOCAB, "rounds": args.rounds}
+        settings["allocator"] = args.allocator
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+        args.output.write_text(json.dumps({"machine": machine(), "settings": settings, "results": results}, indent=1))
+
+
+if __name__ == "__main__":
+    main()
