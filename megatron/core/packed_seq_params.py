@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 
@@ -31,3 +32,16 @@ class PackedSeqParams:
     """Length of the longest query sequence."""
     max_seqlen_kv: Tensor | int | None = None
     """Length of the longest key sequence."""
+
+    @classmethod
+    def from_documents(cls, tokens: Tensor, end_of_document: int) -> PackedSeqParams:
+        """Borders of the documents in `tokens` [b, s], each of which ends with the token `end_of_document`.
+
+        A sample begins a new document, too.
+        """
+        begins = torch.zeros(tokens.numel() + 1, dtype=torch.bool, device=tokens.device)
+        begins[1:] = (tokens == end_of_document).flatten()
+        begins[:: tokens.size(1)] = True  # every sample, and the end of the last one
+        starts = begins.nonzero().flatten().to(torch.int32)
+        longest = int(starts.diff().max())
+        return cls("thd", starts, starts, max_seqlen_q=longest, max_seqlen_kv=longest)
