@@ -29,4 +29,8 @@ def bias_swiglu_impl(
     """
     if fp8_input_store or cpu_offload_input:
         raise NotImplementedError("activation_func_fp8_input_store and cpu_offloading are not built for SwiGLU yet")
-    return GatedActivation.apply(input, bias, torch.nn.functional.silu, torch.ops.aten.silu_backward)
+    return GatedActivation.apply(input, bias, torch.nn.functional.silu, _silu_backward)
+
+
+def _silu_backward(grad: Tensor, x: Tensor, out: Tensor) -> None:
+    torch.ops.aten.silu_backward.grad_input(grad, x, grad_input=out)

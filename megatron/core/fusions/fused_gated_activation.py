@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 Activation = Callable[[Tensor], Tensor]
-ActivationBackward = Callable[[Tensor, Tensor], Tensor]
+ActivationBackward = Callable[[Tensor, Tensor, Tensor], object]
+"""(output gradient, x, where to write the gradient of x)"""
 
 
 class GatedActivation(torch.autograd.Function):
@@ -32,5 +33,5 @@ class GatedActivation(torch.autograd.Function):
         grad = torch.empty_like(x)
         grad_gate, grad_up = grad.chunk(2, dim=-1)
         torch.mul(grad_output, ctx.activation(gate), out=grad_up)
-        grad_gate.copy_(ctx.activation_backward(grad_output * up, gate))
+        ctx.activation_backward(grad_output * up, gate, grad_gate)
         return grad, grad.flatten(0, -2).sum(0) if ctx.has_bias else None, None, None

@@ -43,18 +43,14 @@ def rotated(t: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
         sin: likewise.
     """
     width = 2 * cos.size(-1)
-    out = torch.empty(t.shape, dtype=t.dtype, device=t.device)
-    if width < t.size(-1):
-        out[..., width:] = t[..., width:]
-    x1, x2 = pair_views(t[..., :width], interleaved)
-    y1, y2 = pair_views(out[..., :width], interleaved)
-    if t.dtype == torch.float32 and not interleaved:
-        torch.mul(x1, cos, out=y1)
-        y1.addcmul_(x2, sin, value=-1.0)
-        torch.mul(x2, cos, out=y2)
-        y2.addcmul_(x1, sin)
-        return out
-    # fp32 products: bf16 angles would be wrong by 1/256 of themselves
-    y1.copy_(x1 * cos - x2 * sin)
-    y2.copy_(x2 * cos + x1 * sin)
-    return out
+    # bf16 angles would be wrong by 1/256 of themselves; a mixed product would convert element by element.
+    wide = t[..., :width].float()
+    turned = torch.empty(t.shape, dtype=wide.dtype, device=t.device)
+    x1, x2 = pair_views(wide, interleaved)
+    y1, y2 = pair_views(turned[..., :width], interleaved)
+    torch.mul(x1, cos, out=y1)
+    y1.addcmul_(x2, sin, value=-1.0)
+    torch.mul(x2, cos, out=y2)
+    y2.addcmul_(x1, sin)
+    turned[..., width:] = t[..., width:]
+    return turned.to(t.dtype)
