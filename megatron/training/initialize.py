@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 from megatron.core import device, parallel_state, tensor_parallel
+from megatron.core.host_memory import keep_freed_memory
 from megatron.core.tensor_parallel.initialization import set_initialization_seed
 from megatron.training.arguments import parse_args, validate_args
 from megatron.training.checkpointing import load_args_from_checkpoint
@@ -56,6 +57,8 @@ def initialize_megatron(
     explain_and_exit_if_asked(args)
     _setup_logging(args)
     set_global_variables(args)
+    if for_training and device.is_cpu():
+        keep_freed_memory()
     _set_padded_vocab_size(args)
     if args.rank == 0:
         print_args(args)
