@@ -239,8 +239,9 @@ def get_batch_on_this_cp_rank(batch: dict[str, Any], cp_group: ProcessGroup | No
     def cut(name: str, value: Any) -> Any:
         if not isinstance(value, Tensor):
             return value
-        parts = value.chunk(2 * size, dim=2 if name == "attention_mask" else 1)
-        return torch.cat([parts[i] for i in chunks], dim=2 if name == "attention_mask" else 1)
+        dim = 2 if name == "attention_mask" else 1
+        parts = value.split(divide(value.size(dim), 2 * size), dim)
+        return torch.cat([parts[i] for i in chunks], dim)
 
     return {name: cut(name, value) for name, value in batch.items()}
 

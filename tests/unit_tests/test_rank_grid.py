@@ -9,7 +9,12 @@ import pytest
 
 from megatron.core.rank_grid import (
     RankGenerator,
+    default_embedding_ranks,
+    default_position_embedding_ranks,
+    dense_layout,
+    expert_layout,
     generate_masked_orthogonal_rank_groups,
+    group_plan,
     hierarchical_ranks,
     ranks_along,
 )
@@ -135,3 +140,66 @@ def test_masks_choose_the_axes_of_a_grid() -> None:
         assert generate_masked_orthogonal_rank_groups(16, sizes, mask) == generator.get_ranks(token)
     with pytest.raises(ValueError, match=r"\[2, 4\] multiply to 8, not to 16"):
         generate_masked_orthogonal_rank_groups(16, [2, 4], [True, False])
+
+
+def plan(*, tp: int, cp: int, pp: int, etp: int, ep: int, instances: int = 1) -> dict[str, list[list[int]]]:
+    """All groups of 16 ranks."""
+    dense = dense_layout(16, tp, pp, cp, DEFAULT_ORDER)
+    experts = expert_layout(16, etp, ep, pp, DEFAULT_ORDER)
+    return group_plan(dense, experts, instances, default_embedding_ranks, default_position_embedding_ranks)
+
+
+def test_plan_of_16_ranks() -> None:
+    groups = plan(tp=2, cp=2, pp=2, etp=1, ep=4)
+    tabled = {
+        "cp": STRIDE_2,
+        "dp": STRIDE_4,
+        "pp": STRIDE_8,
+        "dp_cp": [[0, 2, 4, 6], [1, 3, 5, 7], [8, 10, 12, 14], [9, 11, 13, 15]],
+        "mp": [[0, 1, 8, 9], [2, 3, 10, 11], [4, 5, 12, 13], [6, 7, 14, 15]],
+        "tp_cp": QUADS,
+        "tp_dp_cp": [list(range(8)), list(range(8, 16))],
+        "ep": QUADS,
+        "expt_dp": STRIDE_4,
+        "tp_ep_pp": [[0, 1, 2, 3, 8, 9, 10, 11], [4, 5, 6, 7, 12, 13, 14, 15]],
+        "embd": STRIDE_8,
+        "pos_embd": [[rank] for rank in range(8)],
+    }
+    assert {name: groups[name] for name in tabled} == tabled
+
+
+def test_groups_are_created_in_the_order_of_the_table() -> None:
+    """Ranks that create communicators in different orders wait for each other."""
+    dense = ["dp_cp", "intra_dp_cp", "dp", "cp", "mp", "tp", "pp", "embd", "pos_embd", "tp_dp_cp", "tp_dp", "tp_cp"]
+    experts = ["ep", "expt_tp", "tp_ep", "tp_ep_pp", "expt_dp", "intra_expt_dp", "inter_dist_opt", "intra_dist_opt"]
+    assert list(plan(tp=2, cp=1, pp=4, etp=2, ep=1)) == dense + experts
+
+
+@pytest.mark.parametrize("instances", [1, 2, 4])
+def test_optimizer_instances_cut_replicas_into_consecutive_parts(instances: int) -> None:
+    groups = plan(tp=2, cp=1, pp=1, etp=2, ep=2, instances=instances)
+    size = 8 // instances
+    halves = [[0, 2, 4, 6, 8, 10, 12, 14], [1, 3, 5, 7, 9, 11, 13, 15]]
+    assert groups["intra_dp_cp"] == [half[i : i + size] for half in halves for i in range(0, 8, size)]
+    for replicas in groups["expt_dp"]:
+        inside = [g for g in groups["intra_expt_dp"] if g[0] in replicas]
+        across = [g for g in groups["inter_dist_opt"] if g[0] in replicas]
+        assert sum(inside, []) == replicas
+        assert across == [list(column) for column in zip(*inside)]
+    # an instance is everything that holds one copy of the sharded state, experts of all ranks included
+    assert groups["intra_dist_opt"] == [list(range(i, i + 16 // instances)) for i in range(0, 16, 16 // instances)]
+
+
+@pytest.mark.parametrize(
+    ("tp", "cp", "pp", "etp", "ep"), [(2, 1, 4, 2, 1), (2, 2, 2, 1, 4), (1, 1, 1, 2, 8), (4, 2, 2, 1, 8)]
+)
+def test_every_rank_has_one_group_of_each_kind(tp: int, cp: int, pp: int, etp: int, ep: int) -> None:
+    groups = plan(tp=tp, cp=cp, pp=pp, etp=etp, ep=ep)
+    for name in groups:
+        members = sorted(sum(groups[name], []))
+        if name == "embd":
+            assert members == sorted({rank for stages in groups["pp"] for rank in (stages[0], stages[-1])})
+        elif name == "pos_embd":
+            assert members == list(range(16 // pp))
+        else:
+            assert members == list(range(16)), name

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from types import SimpleNamespace
 from unittest import mock
 
 import pytest
 import torch.distributed as dist
 
-from megatron.core.timers import Timer, Timers
+from megatron.core.timers import Timer, Timers, timed
 from tests.worker_pool import run_ranks
 
 
@@ -172,6 +173,18 @@ def test_report_of_several_ranks() -> None:
         + ["  some:", "     rank  1: 500.00"]
     )
     assert run_ranks(3, reports_of_rank, "all")[2][0] == by_rank
+
+
+def test_measuring_a_block(clock: Clock) -> None:
+    timers = Timers(log_level=1, log_option="max")
+    config = SimpleNamespace(timers=timers, barrier_with_L1_time=True)
+    for _ in range(2):
+        with timed(config, "step", log_level=1), timed(config, "detail"):
+            clock.now += 3
+    assert timers("step").elapsed() == 6.0
+    assert list(timers._timers) == ["step"]  # details are switched off
+    with timed(SimpleNamespace(timers=None), "step"):
+        pass
 
 
 class Writer:

@@ -163,6 +163,48 @@ def test_places_without_process_groups() -> None:
     assert (described.global_shape, described.replica_id) == ((4, 6), (0, 0, 0))
 
 
+# --- batches ---
+
+
+def part_of_batch(length: int) -> dict[str, Tensor | None]:
+    parallel_state.initialize_model_parallel(context_parallel_size=dist.get_world_size())
+    positions = torch.arange(length)
+    batch = {
+        "tokens": positions.expand(2, length),
+        "hidden": torch.stack([positions, -positions], -1)[None],  # [b, s, h]
+        "attention_mask": (positions[:, None] * 100 + positions)[None, None],
+        "labels": None,
+    }
+    return utils.get_batch_on_this_cp_rank(batch)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_context_ranks_take_an_early_and_a_late_part(ranks: int) -> None:
+    """Rank c of n has chunks c and 2n - 1 - c of 2n: all have the same share of the causal triangle."""
+    length = 16
+    chunk = length // (2 * ranks)
+    seen: list[int] = []
+    for rank, batch in enumerate(run_ranks(ranks, part_of_batch, length)):
+        late = 2 * ranks - 1 - rank
+        own = [*range(rank * chunk, (rank + 1) * chunk), *range(late * chunk, (late + 1) * chunk)]
+        assert batch["labels"] is None
+        assert batch["tokens"].tolist() == [own, own]
+        assert batch["hidden"].tolist() == [[[i, -i] for i in own]]
+        assert batch["attention_mask"].tolist() == [[[[i * 100 + j for j in range(length)] for i in own]]]
+        assert sum(own) == length * (length - 1) // 2 // ranks
+        seen += own
+    assert sorted(seen) == list(range(length))
+
+
+def refused_length() -> None:
+    with pytest.raises(ValueError, match="14 is not divisible by 4"):
+        part_of_batch(14)
+
+
+def test_lengths_that_do_not_divide_are_refused() -> None:
+    run_ranks(2, refused_length)
+
+
 # --- the rest ---
 
 
