@@ -7,7 +7,8 @@ every rank drawing the same full tensor from the default CPU generator.
 
 Full tensors are drawn on the CPU in fp32. Elementwise initialisers (`blockwise = True`) are drawn block of
 rows by block of rows, each from a generator of its own, so that a rank draws no more than the blocks it holds
-a part of.
+a part of. Other initialisers see the whole tensor; where its size depends on the layout (a vocabulary padded to
+a multiple of the tensor parallel size), so may their values.
 """
 
 from __future__ import annotations
