@@ -121,9 +121,13 @@ class Float16Module(MegatronModule):
     def set_is_first_microbatch(self) -> None:
         self.module.set_is_first_microbatch()
 
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
+    def state_dict(  # type: ignore[override]
+        self, destination: dict[str, Any] | None = None, prefix: str = "", keep_vars: bool = False
+    ) -> dict[str, Any]:
         """The wrapped module's, so that the wrapper leaves no trace in a checkpoint."""
-        return self.module.state_dict(*args, **kwargs)
+        if destination is None:
+            return self.module.state_dict(prefix=prefix, keep_vars=keep_vars)
+        return self.module.state_dict(destination=destination, prefix=prefix, keep_vars=keep_vars)
 
     def state_dict_for_save_checkpoint(self, prefix: str = "", keep_vars: bool = False) -> dict[str, Any]:
         return self.module.state_dict_for_save_checkpoint(prefix=prefix, keep_vars=keep_vars)
