@@ -1,7 +1,6 @@
-"""Turn JSON lines into the token files that training reads.
+r"""Turn JSON lines into the token files that training reads.
 
-    python tools/preprocess_data.py --input corpus.jsonl --output-prefix data/corpus --append-eod --workers 4
-    \
+    python tools/preprocess_data.py --input corpus.jsonl --output-prefix data/corpus --append-eod --workers 4 \
         --tokenizer-type GPT2BPETokenizer --vocab-file vocab.json --merge-file merges.txt
 
 writes data/corpus_text_document.bin and .idx; training reads them with `--data-path

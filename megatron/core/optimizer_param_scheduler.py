@@ -221,8 +221,9 @@ class OptimizerParamScheduler:
             return own
         if not self.use_checkpoint_opt_param_scheduler and own != saved:
             raise ValueError(
-                f"{name} is {own}, but {saved} in the checkpoint; set override_opt_param_scheduler to keep "
-                f"{own} or use_checkpoint_opt_param_scheduler to take {saved}"
+                f"{name} is {own}, but {saved} in the checkpoint; set --override-opt_param-scheduler "
+                f"(override_opt_param_scheduler) to keep {own} or --use-checkpoint-opt_param-scheduler "
+                f"(use_checkpoint_opt_param_scheduler) to take {saved}"
             )
         return saved
 
