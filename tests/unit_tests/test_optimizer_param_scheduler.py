@@ -141,7 +141,7 @@ def test_a_schedule_that_differs_from_the_checkpoint() -> None:
         schedule.load_state_dict(saved.state_dict())
         return schedule.max_lr, groups[0]["max_lr"], groups[1]["max_lr"]
 
-    with pytest.raises(ValueError, match="max_lr is 0.001, but 0.002 in the checkpoint; set override_opt"):
+    with pytest.raises(ValueError, match="max_lr is 0.001, but 0.002 in the checkpoint; set --override-opt_param"):
         load(use_checkpoint_opt_param_scheduler=False)
     assert load(use_checkpoint_opt_param_scheduler=True) == (2e-3, 2e-3, 6e-3)
     kept = load(use_checkpoint_opt_param_scheduler=False, override_opt_param_scheduler=True)
