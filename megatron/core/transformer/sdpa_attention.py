@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from megatron.core.device import to_computing_type
+from megatron.core.fusions.blocked_attention import blocked_causal_attention, suits_blocks
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.attention_masks import (
     UNLIMITED,
@@ -54,6 +55,8 @@ class SDPAttention(CoreAttention):
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool) -> Tensor:
         """[b, a, s, d] of queries, keys, values in that layout; `mask` as torch wants it."""
+        if is_causal and self.dropout_p == 0.0 and suits_blocks(q, v):
+            return blocked_causal_attention(q, k, v, self.softmax_scale)
         with self.dropout_rng():
             context = scaled_dot_product_attention(
                 to_computing_type(q),

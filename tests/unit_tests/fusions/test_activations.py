@@ -53,9 +53,7 @@ def test_matches_formula(name: str, with_bias: bool) -> None:
     grad = torch.randn_like(expected)
     actual = fused(x, bias)
     torch.testing.assert_close(actual, expected)
-    torch.testing.assert_close(
-        torch.autograd.grad(actual, leaves, grad), torch.autograd.grad(expected, leaves, grad)
-    )
+    torch.testing.assert_close(torch.autograd.grad(actual, leaves, grad), torch.autograd.grad(expected, leaves, grad))
 
 
 @pytest.mark.parametrize("name", FUSED)

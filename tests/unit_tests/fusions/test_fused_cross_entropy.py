@@ -30,9 +30,7 @@ def problem(true_vocab: int) -> tuple[Tensor, Tensor, Tensor]:
 
 def reference(logits: Tensor, target: Tensor, weight: Tensor, true_vocab: int) -> tuple[Tensor, Tensor]:
     leaf = logits.double().requires_grad_()
-    loss = F.cross_entropy(leaf[..., :true_vocab].flatten(0, 1), target.flatten(), reduction="none").view(
-        S, B
-    )
+    loss = F.cross_entropy(leaf[..., :true_vocab].flatten(0, 1), target.flatten(), reduction="none").view(S, B)
     (loss * weight.double()).sum().backward()
     return loss.float(), leaf.grad
 
