@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -72,10 +73,12 @@ def test_wandb_run(tmp_path: Path) -> None:
     trackers.log({"lm loss": 2.25}, 2, 24)
     trackers.close()
     (run,) = (tmp_path / "save" / "wandb").glob("**/offline-run-*/*.wandb")
-    written = run.read_bytes()
-    for word in (b"the-project", b"the-run", b"lm loss", b"2.25", b"samples vs steps"):
-        assert word in written
-    assert b"vs samples" not in written
+    words = (b"the-project", b"the-run", b"lm loss", b"2.25", b"samples vs steps")
+    deadline = time.monotonic() + 20  # a process of wandb's own writes the file, and finishes a little later
+    while time.monotonic() < deadline and not all(word in run.read_bytes() for word in words):
+        time.sleep(0.05)
+    assert [word for word in words if word not in run.read_bytes()] == []
+    assert b"vs samples" not in run.read_bytes()
 
 
 def rows(path: Path) -> list[dict[str, Any]]:
