@@ -95,6 +95,8 @@ def get_batch_on_this_tp_rank(data_iterator: Iterator[dict[str, Tensor]] | None)
 
 def _broadcast(read: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype, group: Any) -> Tensor:
     if read is not None:
+        if tuple(read.shape) != shape:
+            raise ValueError(f"the data set gives batches of shape {tuple(read.shape)}; the flags ask for {shape}")
         values = read.to(device.current_device(), dtype=dtype, non_blocking=True).contiguous()
     else:
         values = torch.empty(shape, dtype=dtype, device=device.current_device())

@@ -145,8 +145,7 @@ class DistributedOptimizer(MixedPrecisionOptimizer):
                 shard.param.main_param = shard.main  # type: ignore[attr-defined]
                 shard.param.main_param_sharded = True  # type: ignore[attr-defined]
 
-    # --- the step
-    # ---------------------------------------------------------------------------------------------
+    # --- the step ---
 
     def _copy_model_grads_to_main_grads(self) -> None:
         for shard in self.shards:
@@ -174,8 +173,7 @@ class DistributedOptimizer(MixedPrecisionOptimizer):
                 chunk.start_param_sync()
         return done
 
-    # --- checkpoints: groups and loss scale
-    # -------------------------------------------------------------------
+    # --- checkpoints: groups and loss scale ---
 
     def state_dict(self) -> dict[str, Any]:
         """Groups (with the step counter, without parameters) and loss scale.
@@ -253,8 +251,7 @@ class DistributedOptimizer(MixedPrecisionOptimizer):
         """Name of something that belongs to this replica's buffers."""
         return f"optimizer.distributed.dp_group_idx_{self.data_parallel_group_idx}.{name}"
 
-    # --- checkpoints: main params and moments
-    # -----------------------------------------------------------------
+    # --- checkpoints: main params and moments ---
 
     def param_state(self, shard: ParamShard) -> dict[str, Tensor]:
         """`param` (fp32) and moments of a piece, each [end - start], to be read or filled."""

@@ -33,8 +33,7 @@ if TYPE_CHECKING:
 
 DTypes = tuple[torch.dtype, torch.dtype]
 
-# --- model space
-# ----------------------------------------------------------------------------------------------------
+# --- model space ---
 
 
 def shard_in_model_space(
@@ -89,8 +88,7 @@ def load_from_model_space(optimizer: DistributedOptimizer, state_dict: dict[Any,
     optimizer.round_main_params_to_model()
 
 
-# --- buffers
-# --------------------------------------------------------------------------------------------------------
+# --- buffers ---
 
 
 def own_ranges(optimizer: DistributedOptimizer) -> dict[int, dict[DTypes, list[dict[str, Tensor]]]]:
@@ -266,8 +264,7 @@ def shard_in_bucket_space(optimizer: DistributedOptimizer) -> dict[Any, Any]:
     return sharded
 
 
-# --- between the ranks of a data-parallel group
-# -----------------------------------------------------------------
+# --- between the ranks of a data-parallel group ---
 
 
 def _host_group(optimizer: DistributedOptimizer) -> tuple[ProcessGroup | None, torch.device]:

@@ -59,8 +59,7 @@ class MegatronOptimizer(ABC):
             groups = default_process_groups()
             self.grad_stats_parallel_group, self.tensor_parallel_group = groups.mp, groups.tp
 
-    # --- parameters and gradients
-    # -----------------------------------------------------------------------------
+    # --- parameters and gradients ---
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
@@ -114,8 +113,7 @@ class MegatronOptimizer(ABC):
         """Number of gradient elements of the whole model that are exactly zero."""
         return count_zeros_fp32(self.get_main_grads_for_grad_norm(), self.get_grad_stats_parallel_group())
 
-    # --- loss scale
-    # -------------------------------------------------------------------------------------------
+    # --- loss scale ---
 
     @abstractmethod
     def get_loss_scale(self) -> Tensor:
@@ -125,8 +123,7 @@ class MegatronOptimizer(ABC):
         """The loss to run backward from."""
         return self.get_loss_scale() * loss
 
-    # --- the step
-    # ---------------------------------------------------------------------------------------------
+    # --- the step ---
 
     def step(self) -> StepResult:
         """Update the weights with the gradients in the buffers, unless these overflowed."""
@@ -174,8 +171,7 @@ class MegatronOptimizer(ABC):
     def reload_model_params(self) -> None:
         """Make the model's parameters the main ones, after they were loaded without optimizer state."""
 
-    # --- checkpoints
-    # ------------------------------------------------------------------------------------------
+    # --- checkpoints ---
 
     @abstractmethod
     def state_dict(self) -> dict[str, Any]:

@@ -33,8 +33,7 @@ def groups_or_default(groups: ProcessGroupCollection | None) -> ProcessGroupColl
     return default_process_groups() if has_default_process_groups() else ProcessGroupCollection()
 
 
-# --- attention masks
-# --------------------------------------------------------------------------------------------
+# --- attention masks ---
 
 
 @functools.lru_cache(maxsize=8)
@@ -67,8 +66,7 @@ def attention_mask_func(attention_scores: Tensor, attention_mask: Tensor) -> Ten
     return attention_scores.masked_fill(attention_mask, -10000.0)
 
 
-# --- activations
-# ------------------------------------------------------------------------------------------------
+# --- activations ---
 
 
 def gelu_impl(x: Tensor) -> Tensor:
@@ -86,8 +84,7 @@ def erf_gelu(x: Tensor) -> Tensor:
     return x * 0.5 * (torch.erf(x / math.sqrt(2.0)) + 1.0)
 
 
-# --- modules
-# ----------------------------------------------------------------------------------------------------
+# --- modules ---
 
 
 def get_linear_layer(
@@ -117,8 +114,7 @@ def set_model_to_sequence_parallel(model: nn.Module, set_to: bool = False) -> No
             module.config = variant
 
 
-# --- checkpoints
-# ------------------------------------------------------------------------------------------------
+# --- checkpoints ---
 
 
 def make_sharded_tensors_for_checkpoint(

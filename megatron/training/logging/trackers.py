@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,9 +30,10 @@ class Trackers:
             self.wandb.log(values | samples, step=iteration)
 
     def record(self, row: dict[str, Any]) -> None:
-        """Append one line to the metrics file, flushed so that a kill loses nothing."""
+        """Append one line to the metrics file, flushed so that a kill loses nothing; nan and infinities are null."""
         if self.metrics is not None:
-            self.metrics.write(json.dumps(row) + "\n")
+            strict = {name: None if _is_not_finite(value) else value for name, value in row.items()}
+            self.metrics.write(json.dumps(strict, allow_nan=False) + "\n")
             self.metrics.flush()
 
     def flush(self) -> None:
@@ -47,6 +49,10 @@ class Trackers:
             self.wandb.finish()
         if self.metrics is not None:
             self.metrics.close()
+
+
+def _is_not_finite(value: Any) -> bool:
+    return isinstance(value, float) and not math.isfinite(value)
 
 
 def open_trackers(args: Any) -> Trackers:

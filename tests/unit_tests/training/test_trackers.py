@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import sys
 import time
@@ -131,3 +132,9 @@ def test_a_missing_package_is_named(
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(RuntimeError, match=message):
         open_trackers(settings(**flags))
+
+
+def test_numbers_that_json_does_not_know_are_null() -> None:
+    file = io.StringIO()
+    Trackers(metrics=file).record({"iteration": 1, "lm loss": float("nan"), "grad-norm": float("inf"), "lr": 0.5})
+    assert json.loads(file.getvalue()) == {"iteration": 1, "lm loss": None, "grad-norm": None, "lr": 0.5}
