@@ -9,12 +9,10 @@ section 5.
 
 from __future__ import annotations
 
-import random as python_random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -171,11 +169,6 @@ def set_all_rng_states(states: RNGStates) -> None:
     torch.set_rng_state(cpu)
     device.set_default_rng_state(default)
     get_cuda_rng_tracker().set_states(streams)
-
-
-def host_rng_states() -> dict[str, Any]:
-    """States of Python's and numpy's global generators."""
-    return {"python": python_random.getstate(), "numpy": np.random.get_state()}
 
 
 @contextmanager

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-
 from megatron.core import device, parallel_state
 from megatron.core.num_microbatches_calculator import get_num_microbatches
 from megatron.training.flops import num_floating_point_operations
@@ -156,8 +154,3 @@ def _report_memory(iteration: int) -> None:
         stats = {name.replace("_", " "): value / 2**20 for name, value in device.memory_stats().items()}
         shown = " | ".join(f"{name}: {value}" for name, value in stats.items())
         print(f"[Rank {rank()}] (after {iteration} iterations) memory (MB) | {shown}", flush=True)
-
-
-def world_tensor(value: float) -> torch.Tensor:
-    """A scalar on this rank's device, for reductions over ranks."""
-    return torch.tensor(value, device=device.current_device())
