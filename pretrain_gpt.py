@@ -35,9 +35,7 @@ def model_provider(pre_process: bool = True, post_process: bool = True) -> GPTMo
     if args.spec is not None and args.spec[0] != "local":
         layer_spec = import_module(args.spec)
     else:
-        layer_spec = get_gpt_layer_local_spec(
-            qk_layernorm=args.qk_layernorm, normalization=args.normalization
-        )
+        layer_spec = get_gpt_layer_local_spec(qk_layernorm=args.qk_layernorm, normalization=args.normalization)
     return GPTModel(
         config=config,
         transformer_layer_spec=layer_spec,

@@ -22,6 +22,7 @@ check() {
 }
 
 check ruff check .
+check ruff format --check .
 check lint-imports
 check mypy
 check python -m pytest "$@"

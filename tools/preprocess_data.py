@@ -24,13 +24,9 @@ from megatron.training.tokenizer import build_tokenizer
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line, checked as far as possible without touching a file."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     group = parser.add_argument_group("input data")
-    group.add_argument(
-        "--input", required=True, help="JSON lines, plain or .gz; a pattern such as 'a/*.jsonl'"
-    )
+    group.add_argument("--input", required=True, help="JSON lines, plain or .gz; a pattern such as 'a/*.jsonl'")
     group.add_argument("--json-keys", nargs="+", default=["text"], help="keys whose values are tokenized")
     group.add_argument("--split-sentences", action="store_true", help="make each sentence a sequence")
     group.add_argument("--keep-newlines", action="store_true", help="keep newlines when splitting sentences")

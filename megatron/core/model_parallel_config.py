@@ -236,9 +236,7 @@ def require_deferral_fits(config: ModelParallelConfig) -> None:
             "defer_embedding_wgrad_compute needs pipeline_model_parallel_size of at least 2",
         )
         require_together(config, "defer_embedding_wgrad_compute", "gradient_accumulation_fusion")
-        require(
-            config.wgrad_deferral_limit >= 0, f"{shown(config, 'wgrad_deferral_limit')} must not be negative"
-        )
+        require(config.wgrad_deferral_limit >= 0, f"{shown(config, 'wgrad_deferral_limit')} must not be negative")
 
 
 def require_sequence_parallel_for_experts(config: ModelParallelConfig) -> None:

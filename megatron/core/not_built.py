@@ -64,6 +64,4 @@ def refuse_fields_not_built(config: Any) -> None:
         value = getattr(config, field.name)
         used = value if isinstance(value, bool) else value != field.default
         if used:
-            raise NotImplementedError(
-                f"{field.name} ({value}): {capability} is not built yet; leave it unset"
-            )
+            raise NotImplementedError(f"{field.name} ({value}): {capability} is not built yet; leave it unset")

@@ -186,9 +186,7 @@ def init_num_microbatches_calculator(
         RuntimeError: there is one already.
     """
     if _calculator is not None:
-        raise RuntimeError(
-            "the microbatch calculator exists already; use reconfigure_num_microbatches_calculator"
-        )
+        raise RuntimeError("the microbatch calculator exists already; use reconfigure_num_microbatches_calculator")
     reconfigure_num_microbatches_calculator(
         rank,
         rampup_batch_size,
@@ -254,8 +252,6 @@ def get_micro_batch_size() -> int:
     return _current().get_micro_batch_size()
 
 
-def update_num_microbatches(
-    consumed_samples: int, consistency_check: bool = True, verbose: bool = False
-) -> None:
+def update_num_microbatches(consumed_samples: int, consistency_check: bool = True, verbose: bool = False) -> None:
     """Move the process-wide calculator to the batch size that holds after `consumed_samples`."""
     _current().update(consumed_samples, consistency_check, verbose)

@@ -95,8 +95,7 @@ class OptimizerParamScheduler:
         self.override_opt_param_scheduler = bool(override_opt_param_scheduler)
         self._require_valid()
         self._given_lr_bounds: list[dict[str, Any]] = [
-            {name: group[name] for name in ("max_lr", "min_lr") if name in group}
-            for group in optimizer.param_groups
+            {name: group[name] for name in ("max_lr", "min_lr") if name in group} for group in optimizer.param_groups
         ]
         self.num_steps = 0
         self.step(0)
@@ -112,13 +111,10 @@ class OptimizerParamScheduler:
             raise ValueError(f"lr_decay_steps ({self.lr_decay_steps}) must be positive")
         if not 0 <= self.lr_warmup_steps < self.lr_decay_steps:
             raise ValueError(
-                f"lr_warmup_steps ({self.lr_warmup_steps}) must be less than "
-                f"lr_decay_steps ({self.lr_decay_steps})"
+                f"lr_warmup_steps ({self.lr_warmup_steps}) must be less than lr_decay_steps ({self.lr_decay_steps})"
             )
         if self.lr_decay_style not in LR_DECAY_STYLES:
-            raise ValueError(
-                f"lr_decay_style ({self.lr_decay_style}) must be one of {', '.join(LR_DECAY_STYLES)}"
-            )
+            raise ValueError(f"lr_decay_style ({self.lr_decay_style}) must be one of {', '.join(LR_DECAY_STYLES)}")
         if self.lr_decay_style == "WSD":
             if self.wsd_decay_steps is None:
                 raise ValueError(
@@ -126,13 +122,10 @@ class OptimizerParamScheduler:
                 )
             if self.lr_wsd_decay_style not in WSD_DECAY_STYLES:
                 raise ValueError(
-                    f"lr_wsd_decay_style ({self.lr_wsd_decay_style}) must be one of "
-                    f"{', '.join(WSD_DECAY_STYLES)}"
+                    f"lr_wsd_decay_style ({self.lr_wsd_decay_style}) must be one of {', '.join(WSD_DECAY_STYLES)}"
                 )
         if not 0.0 <= self.start_wd <= self.end_wd:
-            raise ValueError(
-                f"start_weight_decay ({self.start_wd}) must lie between 0 and end ({self.end_wd})"
-            )
+            raise ValueError(f"start_weight_decay ({self.start_wd}) must lie between 0 and end ({self.end_wd})")
         if self.wd_incr_style not in WD_INCR_STYLES:
             raise ValueError(
                 f"weight_decay_incr_style ({self.wd_incr_style}) must be one of {', '.join(WD_INCR_STYLES)}"
@@ -140,9 +133,7 @@ class OptimizerParamScheduler:
         if self.wd_incr_style == "constant" and self.start_wd != self.end_wd:
             raise ValueError(f"a constant weight decay cannot go from {self.start_wd} to {self.end_wd}")
         if self.override_opt_param_scheduler and self.use_checkpoint_opt_param_scheduler:
-            raise ValueError(
-                "override_opt_param_scheduler and use_checkpoint_opt_param_scheduler exclude each other"
-            )
+            raise ValueError("override_opt_param_scheduler and use_checkpoint_opt_param_scheduler exclude each other")
 
     def get_lr(self, param_group: dict[str, Any]) -> float:
         """Learning rate of a group after `num_steps` samples, without its `lr_mult`."""
@@ -164,11 +155,7 @@ class OptimizerParamScheduler:
             return decay_coefficient(self.lr_decay_style, (n - self.lr_warmup_steps) / self._decay_length())
         assert self.wsd_decay_steps is not None and self.lr_wsd_decay_style is not None
         start = self.lr_decay_steps - self.wsd_decay_steps
-        return (
-            1.0
-            if n <= start
-            else decay_coefficient(self.lr_wsd_decay_style, (n - start) / self.wsd_decay_steps)
-        )
+        return 1.0 if n <= start else decay_coefficient(self.lr_wsd_decay_style, (n - start) / self.wsd_decay_steps)
 
     def _decay_length(self) -> int:
         return self.lr_decay_steps - self.lr_warmup_steps

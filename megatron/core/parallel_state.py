@@ -35,6 +35,7 @@ from megatron.core.rank_grid import (
 
 __all__ = ["RankGenerator", "generate_masked_orthogonal_rank_groups"]
 
+
 @dataclass
 class _State:
     """What `initialize_model_parallel` leaves behind besides the groups."""
@@ -92,9 +93,7 @@ def initialize_model_parallel(
         high_priority_stream_groups=high_priority_stream_groups,
     )
     if not dist.is_initialized():
-        raise RuntimeError(
-            "call torch.distributed.init_process_group(...) before initialize_model_parallel(...)"
-        )
+        raise RuntimeError("call torch.distributed.init_process_group(...) before initialize_model_parallel(...)")
     if has_default_process_groups():
         raise RuntimeError("model parallel groups exist already; call destroy_model_parallel() first")
     tp, pp, cp = tensor_model_parallel_size, pipeline_model_parallel_size, context_parallel_size
@@ -125,9 +124,7 @@ def initialize_model_parallel(
 def _refuse_unbuilt(**values: object) -> None:
     for name, value in values.items():
         if value:
-            raise NotImplementedError(
-                f"initialize_model_parallel({name}={value!r}) is not built yet; leave it out"
-            )
+            raise NotImplementedError(f"initialize_model_parallel({name}={value!r}) is not built yet; leave it out")
 
 
 def _create_groups(plan: dict[str, RankGroups], timeout: datetime.timedelta) -> None:
@@ -232,9 +229,7 @@ def get_pipeline_model_parallel_group(check_initialized: bool = True) -> Process
     return _group("pp", check_initialized)
 
 
-def get_data_parallel_group(
-    with_context_parallel: bool = False, partial_data_parallel: bool = False
-) -> ProcessGroup:
+def get_data_parallel_group(with_context_parallel: bool = False, partial_data_parallel: bool = False) -> ProcessGroup:
     """Data parallel, with context parallel folded in on request."""
     return _group(_data_name(with_context_parallel, partial_data_parallel))
 
@@ -275,9 +270,7 @@ def get_tensor_and_data_parallel_group(
     return _group("tp_dp_cp" if with_context_parallel else "tp_dp", check_initialized)
 
 
-def get_amax_reduction_group(
-    with_context_parallel: bool = False, tp_only_amax_red: bool = False
-) -> ProcessGroup:
+def get_amax_reduction_group(with_context_parallel: bool = False, tp_only_amax_red: bool = False) -> ProcessGroup:
     """Ranks over which fp8 amax values are reduced."""
     if tp_only_amax_red:
         return _group("tp_cp" if with_context_parallel else "tp")
@@ -388,9 +381,7 @@ def get_pipeline_model_parallel_prev_rank() -> int:
     return ranks[(_rank("pp") - 1) % len(ranks)]
 
 
-def get_data_parallel_world_size(
-    with_context_parallel: bool = False, partial_data_parallel: bool = False
-) -> int:
+def get_data_parallel_world_size(with_context_parallel: bool = False, partial_data_parallel: bool = False) -> int:
     """Number of data parallel ranks."""
     return _size(_data_name(with_context_parallel, partial_data_parallel))
 

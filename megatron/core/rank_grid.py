@@ -42,9 +42,7 @@ def hierarchical_ranks(ranks: list[int], level_sizes: list[int]) -> list[list[li
     [[[0, 1], [2, 3]], [[0, 2], [1, 3]]]
     """
     if prod(level_sizes) != len(ranks):
-        raise ValueError(
-            f"hierarchical sizes {level_sizes} multiply to {prod(level_sizes)}, not to {len(ranks)}"
-        )
+        raise ValueError(f"hierarchical sizes {level_sizes} multiply to {prod(level_sizes)}, not to {len(ranks)}")
     sizes = {str(level): size for level, size in enumerate(level_sizes)}
     return [[[ranks[i] for i in group] for group in ranks_along(level, sizes)] for level in sizes]
 
@@ -138,9 +136,7 @@ def group_plan(
     data, expert_data = dense.get_ranks("dp-cp"), expert.get_ranks("dp")
     for name, size in (("data", len(data[0])), ("expert data", len(expert_data[0]))):
         if size % num_instances:
-            raise RuntimeError(
-                f"num_distributed_optimizer_instances ({num_instances}) must divide {name} size {size}"
-            )
+            raise RuntimeError(f"num_distributed_optimizer_instances ({num_instances}) must divide {name} size {size}")
     intra, inter = _instances(expert_data, num_instances)
     model_groups = expert.get_ranks("tp-ep-pp")
     per_instance = len(model_groups) // num_instances

@@ -198,11 +198,7 @@ class Timers:
                 lines.append(f"  {name}:")
                 lines += [f"     rank {r:2d}: {v:.2f}" for r, v in enumerate(column.tolist()) if v > 0]
             return "\n".join(lines)
-        lines = [
-            "max time across ranks (ms):"
-            if self._log_option == "max"
-            else "(min, max) time across ranks (ms):"
-        ]
+        lines = ["max time across ranks (ms):" if self._log_option == "max" else "(min, max) time across ranks (ms):"]
         for name, column in columns:
             measured = column[column > 0]
             low, high = float(measured.min()), float(measured.max())

@@ -80,9 +80,7 @@ def init_method_normal(sigma: float) -> Callable[[Tensor], Tensor]:
     return NormalInit(sigma)
 
 
-def scaled_init_method_normal(
-    sigma: float, num_layers: int, multiplier: float = 2.0
-) -> Callable[[Tensor], Tensor]:
+def scaled_init_method_normal(sigma: float, num_layers: int, multiplier: float = 2.0) -> Callable[[Tensor], Tensor]:
     """Initialiser N(0, sigma / sqrt(multiplier * num_layers)) of projections back into the residual stream."""
     return NormalInit(sigma / math.sqrt(multiplier * num_layers))
 

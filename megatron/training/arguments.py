@@ -100,9 +100,7 @@ def validate_args(
     Raises:
         ConfigurationError: a rule refuses; the message names the flags, their values and what would work.
     """
-    environment = {
-        name: int(os.getenv(variable, default)) for name, (variable, default) in ENVIRONMENT.items()
-    }
+    environment = {name: int(os.getenv(variable, default)) for name, (variable, default) in ENVIRONMENT.items()}
     for name, value in (environment | WITHOUT_FLAG).items():
         if not hasattr(args, name):
             setattr(args, name, value)

@@ -135,9 +135,7 @@ def take(args: argparse.Namespace, name: str, value: Any, source: Source) -> Non
         setattr(args, name, value)
 
 
-def require_same_model(
-    args: argparse.Namespace, checkpoint_args: argparse.Namespace | Mapping[str, Any]
-) -> None:
+def require_same_model(args: argparse.Namespace, checkpoint_args: argparse.Namespace | Mapping[str, Any]) -> None:
     """Refuse to continue a run with another model than its checkpoint's; all differences are named at once.
 
     Raises:

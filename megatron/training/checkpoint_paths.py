@@ -39,9 +39,7 @@ def iteration_name(iteration: int, release: bool = False) -> str:
     return "release" if release else f"iter_{iteration:07d}"
 
 
-def rank_directory_name(
-    tensor_rank: int, pipeline_rank: int | None = None, expert_rank: int | None = None
-) -> str:
+def rank_directory_name(tensor_rank: int, pipeline_rank: int | None = None, expert_rank: int | None = None) -> str:
     """Directory of one model-parallel rank in the `torch` format; None for an axis of one rank."""
     places = [f"mp_rank_{tensor_rank:02d}"]
     places += [f"{rank:03d}" for rank in (pipeline_rank, expert_rank) if rank is not None]

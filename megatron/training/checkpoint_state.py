@@ -45,11 +45,7 @@ def plain_value(value: Any) -> Any:
     if value is None or isinstance(value, (bool, int, float, str, bytes, torch.dtype, *FLAG_ENUMS)):
         return value
     if isinstance(value, (list, tuple)):
-        return (
-            [plain_value(item) for item in value]
-            if isinstance(value, list)
-            else tuple(map(plain_value, value))
-        )
+        return [plain_value(item) for item in value] if isinstance(value, list) else tuple(map(plain_value, value))
     if isinstance(value, (set, frozenset)):
         return {plain_value(item) for item in value}
     if isinstance(value, dict):

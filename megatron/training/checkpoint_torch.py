@@ -31,9 +31,7 @@ from megatron.training.train_state import TrainState
 def own_directory(directory: Path) -> Path:
     """Where this model-parallel rank's files lie in a checkpoint."""
     ps = parallel_state
-    pipeline = (
-        ps.get_pipeline_model_parallel_rank() if ps.get_pipeline_model_parallel_world_size() > 1 else None
-    )
+    pipeline = ps.get_pipeline_model_parallel_rank() if ps.get_pipeline_model_parallel_world_size() > 1 else None
     expert = ps.get_expert_model_parallel_rank() if ps.get_expert_model_parallel_world_size() > 1 else None
     return directory / rank_directory_name(ps.get_tensor_model_parallel_rank(), pipeline, expert)
 
@@ -95,9 +93,7 @@ def read_file(path: Path) -> dict[str, Any]:
     return content
 
 
-def load_torch_optimizer(
-    directory: Path, args: argparse.Namespace, state_dict: dict[str, Any], optimizer: Any
-) -> None:
+def load_torch_optimizer(directory: Path, args: argparse.Namespace, state_dict: dict[str, Any], optimizer: Any) -> None:
     """Restore the optimizer from this rank's files."""
     optimizer.load_state_dict(state_dict["optimizer"])
     if args.use_distributed_optimizer:

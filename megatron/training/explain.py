@@ -46,10 +46,7 @@ def explain(args: argparse.Namespace) -> str:
     ]
     header = ("setting", "value", "source", "default")
     widths = [min(max(len(row[i]) for row in (header, *rows)), WIDTH) for i in range(3)]
-    lines = [
-        "  ".join((*(cell.ljust(w) for cell, w in zip(row, widths)), row[3])).rstrip()
-        for row in (header, *rows)
-    ]
+    lines = ["  ".join((*(cell.ljust(w) for cell, w in zip(row, widths)), row[3])).rstrip() for row in (header, *rows)]
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
 
 

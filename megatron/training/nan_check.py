@@ -46,12 +46,8 @@ def first_nonfinite_module(model: nn.Module, run: Callable[[], object]) -> str |
 
     def hook_for(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, inputs: Any, output: Any) -> None:
-            tensors = [
-                t for t in (output if isinstance(output, tuple) else (output,)) if isinstance(t, Tensor)
-            ]
-            if not found and any(
-                t.is_floating_point() and not bool(torch.isfinite(t).all()) for t in tensors
-            ):
+            tensors = [t for t in (output if isinstance(output, tuple) else (output,)) if isinstance(t, Tensor)]
+            if not found and any(t.is_floating_point() and not bool(torch.isfinite(t).all()) for t in tensors):
                 found.append(name or type(module).__name__)
 
         return hook

@@ -70,9 +70,7 @@ class FlagParser(argparse.ArgumentParser):
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """Add every derived flag to `parser`, under its heading."""
-    headings = {
-        group.title: parser.add_argument_group(group.title) for group in FLAG_GROUPS if not group.hidden
-    }
+    headings = {group.title: parser.add_argument_group(group.title) for group in FLAG_GROUPS if not group.hidden}
     for flag in all_flags().values():
         headings.get(flag.group, parser).add_argument(*flag.names, **_parser_words(flag))
 

@@ -65,9 +65,7 @@ def _print_size(model: nn.Module) -> None:
             parallel_state.get_pipeline_model_parallel_rank(),
         )
         count = sum(param.numel() for param in model.parameters())
-        print(
-            f" > number of parameters on (tensor, pipeline) model parallel rank {place}: {count}", flush=True
-        )
+        print(f" > number of parameters on (tensor, pipeline) model parallel rank {place}: {count}", flush=True)
 
 
 def setup_model_and_optimizer(

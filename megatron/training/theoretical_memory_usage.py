@@ -30,9 +30,7 @@ class TheoreticalMemory:
 def theoretical_memory(args: Any, num_microbatches: int | None = None) -> TheoreticalMemory:
     """What the most loaded rank (the first stage) holds."""
     applies = args.sequence_parallel and args.recompute_granularity == "selective"
-    return TheoreticalMemory(
-        _weights_and_optimizer(args), _activations(args, num_microbatches) if applies else None
-    )
+    return TheoreticalMemory(_weights_and_optimizer(args), _activations(args, num_microbatches) if applies else None)
 
 
 def report_theoretical_memory(args: Any, num_microbatches: int | None = None, verbose: bool = False) -> str:

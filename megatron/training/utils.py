@@ -76,9 +76,7 @@ def get_batch_on_this_tp_rank(data_iterator: Iterator[dict[str, Tensor]] | None)
         args.reset_attention_mask,
     )
     shape = (args.micro_batch_size, args.seq_length)
-    batch: dict[str, Tensor | None] = dict.fromkeys(
-        ["tokens", "labels", "loss_mask", "position_ids", "attention_mask"]
-    )
+    batch: dict[str, Tensor | None] = dict.fromkeys(["tokens", "labels", "loss_mask", "position_ids", "attention_mask"])
     with_mask = dense_attention_mask(args)
     if with_mask:
         keys = [*keys, "attention_mask"]
@@ -109,9 +107,7 @@ def dense_attention_mask(args: Any) -> bool:
     """Whether batches carry an s×s mask: only for isolated documents on the unfused attention path, which needs it."""
     backend = getattr(args.attention_backend, "name", str(args.attention_backend))
     return bool(
-        args.reset_attention_mask
-        and args.create_attention_mask_in_dataloader
-        and backend in ("unfused", "local")
+        args.reset_attention_mask and args.create_attention_mask_in_dataloader and backend in ("unfused", "local")
     )
 
 

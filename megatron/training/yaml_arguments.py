@@ -70,9 +70,7 @@ def read_yaml(path: str) -> dict[str, Any]:
             content = yaml.safe_load(file)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigurationError(f"--yaml-cfg {path} cannot be read: {error}") from error
-    refuse_unless(
-        content is None or isinstance(content, dict), f"--yaml-cfg {path} must hold `name: value` lines"
-    )
+    refuse_unless(content is None or isinstance(content, dict), f"--yaml-cfg {path} must hold `name: value` lines")
     return fill_placeholders(content or {}, path)
 
 
@@ -115,9 +113,7 @@ def activation_switch(value: Any, path: str) -> str | None:
 def unknown_key(key: str, path: str, names: list[str]) -> str:
     """What to say about a key that does not exist."""
     close = difflib.get_close_matches(key.replace("-", "_"), names, n=2, cutoff=0.7)
-    return f"--yaml-cfg {path}: unknown key {key}" + (
-        f"; did you mean {' or '.join(close)}?" if close else ""
-    )
+    return f"--yaml-cfg {path}: unknown key {key}" + (f"; did you mean {' or '.join(close)}?" if close else "")
 
 
 def convert(action: argparse.Action, value: Any, where: str) -> Any:
@@ -155,8 +151,6 @@ def _checked(action: argparse.Action, value: Any, where: str) -> Any:
     return converted
 
 
-def core_transformer_config_from_yaml(
-    args: argparse.Namespace, transfomer_key: str = "language_model"
-) -> Any:
+def core_transformer_config_from_yaml(args: argparse.Namespace, transfomer_key: str = "language_model") -> Any:
     """The transformer's configuration; settings from a YAML file are in `args` like all others."""
     return core_transformer_config_from_args(args)

@@ -27,9 +27,7 @@ TINY = """
 def pretrain_gpt(world_size: int, flags: str | list[str], *, tiny: bool = True, timeout: float = 120) -> list[str]:
     """Run pretrain_gpt.py on `world_size` ranks; what each of them printed."""
     words = flags.split() if isinstance(flags, str) else flags
-    return run_ranks(
-        world_size, run_program, "pretrain_gpt.py", [*(TINY if tiny else []), *words], timeout=timeout
-    )
+    return run_ranks(world_size, run_program, "pretrain_gpt.py", [*(TINY if tiny else []), *words], timeout=timeout)
 
 
 def run_program(program: str, argv: list[str]) -> str:

@@ -15,8 +15,7 @@ VARIANTS = {
     "rope-llama3": f"{ROPE} --use-rope-scaling --rope-scaling-factor 4",
     "rope-interpolated": f"{ROPE} --rotary-seq-len-interpolation-factor 2",
     "rope-skipped-in-some-layers": f"{ROPE} --no-rope-freq 2",
-    "yarn": "--position-embedding-type yarn --yarn-rotary-scaling-factor 4 "
-    "--yarn-original-max-position-embeddings 16",
+    "yarn": "--position-embedding-type yarn --yarn-rotary-scaling-factor 4 --yarn-original-max-position-embeddings 16",
     "no-positions": "--position-embedding-type none",
     "rmsnorm-1p": "--normalization RMSNorm --apply-layernorm-1p --norm-epsilon 1e-6",
     "squared-relu": "--squared-relu --disable-bias-linear --add-qkv-bias",

@@ -44,7 +44,7 @@ def test_a_freed_tensor_stays_with_the_process() -> None:
     mapped, kept = megabytes_mapped_and_kept("default")
     if mapped < 64:
         pytest.skip("malloc is not glibc's, its books say nothing")
-    assert kept < 64
+    assert kept < 32
     mapped, kept = megabytes_mapped_and_kept("keep")
     assert mapped == 0
-    assert kept >= 64
+    assert kept >= 32  # the heap may have had some room

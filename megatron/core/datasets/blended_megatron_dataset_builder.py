@@ -77,9 +77,7 @@ class BlendedMegatronDatasetBuilder:
             return list(self._build_source(None, config.split_matrix, self.sizes))
         if config.blend is not None:
             assert config.split_matrix is not None
-            return self._build_blend(
-                config.blend, config.split_matrix, self.sizes, single_needs_no_weight=True
-            )
+            return self._build_blend(config.blend, config.split_matrix, self.sizes, single_needs_no_weight=True)
         assert config.blend_per_split is not None
         datasets: list[TopLevelDataset | None] = []
         for i, blend in enumerate(config.blend_per_split):
@@ -123,9 +121,7 @@ class BlendedMegatronDatasetBuilder:
         assert len(mixed) == len(datasets)
         if shares is None:
             lengths = [len(dataset) for dataset in mixed]
-            return BlendedDataset(
-                mixed, lengths, None if size is None else min(size, sum(lengths)), self.config
-            )
+            return BlendedDataset(mixed, lengths, None if size is None else min(size, sum(lengths)), self.config)
         weights = shares if size is not None else [len(dataset) for dataset in mixed]
         total = None if size is None else sum(math.ceil(size * share) for share in shares)
         if total == 0:
@@ -142,9 +138,7 @@ class BlendedMegatronDatasetBuilder:
         is_rank_zero = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
         # rank 0 works while all others wait for it
         with ThreadPoolExecutor(num_threads * 2 if is_rank_zero else num_threads) as pool:
-            return list(
-                pool.map(lambda pair: self._build_source(pair[0], bounds, pair[1]), zip(prefixes, sizes))
-            )
+            return list(pool.map(lambda pair: self._build_source(pair[0], bounds, pair[1]), zip(prefixes, sizes)))
 
     def _build_source(
         self, prefix: str | None, bounds: _Bounds, sizes: list[int | None]

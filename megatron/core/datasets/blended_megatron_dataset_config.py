@@ -64,9 +64,7 @@ class BlendedMegatronDatasetConfig:
         if self.blend is not None:
             _check_blend(self.blend, "blend")
             if self.split is None:
-                raise ValueError(
-                    'blend needs split, the relative sizes of train, valid and test such as "969, 30, 1"'
-                )
+                raise ValueError('blend needs split, the relative sizes of train, valid and test such as "969, 30, 1"')
         else:
             self.mock = True
             self.split = "1,1,1"
@@ -78,9 +76,7 @@ class BlendedMegatronDatasetConfig:
             if getattr(self, name) is not None:
                 raise ValueError(f"{name} and blend_per_split exclude each other, give one of them")
         if len(self.blend_per_split) != len(Split):
-            raise ValueError(
-                f"blend_per_split needs {len(Split)} entries, it has {len(self.blend_per_split)}"
-            )
+            raise ValueError(f"blend_per_split needs {len(Split)} entries, it has {len(self.blend_per_split)}")
         for split, blend in zip(Split, self.blend_per_split):
             if blend is not None:
                 _check_blend(blend, f"blend_per_split for {split.name}")

@@ -90,9 +90,7 @@ class GPTDataset(MegatronDataset):
         self._sample_tokens = config.sequence_length + self._extra
         self._pad = _id_or_none(config.tokenizer, "pad", _NO_PAD_TOKEN)
         self._vocab_size = _id_or_none(config.tokenizer, "vocab_size", None)
-        self._needs_eod = bool(
-            config.reset_position_ids or config.reset_attention_mask or config.eod_mask_loss
-        )
+        self._needs_eod = bool(config.reset_position_ids or config.reset_attention_mask or config.eod_mask_loss)
         self._eod = config.tokenizer.eod if self._needs_eod else None
         self._positions = torch.arange(config.sequence_length, dtype=torch.int64)
         self._causal_mask: torch.Tensor | None = None
@@ -217,9 +215,7 @@ class GPTDataset(MegatronDataset):
         if repeats and enough_in_all and self.index_split is not Split.train:
             logger.warning("%s: its tokens repeat within a sample", counts)
             return
-        raise ValueError(
-            f"{counts}: use a shorter sequence_length, more data, or another split ({self.config.split})"
-        )
+        raise ValueError(f"{counts}: use a shorter sequence_length, more data, or another split ({self.config.split})")
 
     def _build_indices(self) -> dict[str, numpy.ndarray]:
         if self._plan.num_samples == 0:
@@ -254,9 +250,7 @@ class GPTDataset(MegatronDataset):
                 return f"sample {row} lies outside the data"
             num_tokens = int(lengths[read].sum(dtype=numpy.int64)) - begin + end
             is_last = row == plan.num_samples - 1
-            if num_tokens != self.config.sequence_length and not (
-                is_last and num_tokens < self.config.sequence_length
-            ):
+            if num_tokens != self.config.sequence_length and not (is_last and num_tokens < self.config.sequence_length):
                 return f"sample {row} has {num_tokens} tokens: the data has changed since"
         return None
 

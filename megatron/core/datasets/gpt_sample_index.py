@@ -98,9 +98,7 @@ def shuffle_dtype(num_samples: int) -> type[numpy.number]:
     return numpy.int64 if num_samples >= numpy.iinfo(numpy.uint32).max - 1 else numpy.uint32
 
 
-def _shuffle_documents(
-    plan: SamplePlan, documents: numpy.ndarray, rng: numpy.random.RandomState
-) -> numpy.ndarray:
+def _shuffle_documents(plan: SamplePlan, documents: numpy.ndarray, rng: numpy.random.RandomState) -> numpy.ndarray:
     parts = [plan.num_epochs - 1, 1] if plan.separate_last_epoch else [plan.num_epochs]
     shuffled = []
     for num_epochs in parts:

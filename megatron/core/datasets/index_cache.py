@@ -69,9 +69,7 @@ class IndexCache:
         if not all(path.is_file() for path in (self.path(DESCRIPTION), *paths.values())):
             return None
         try:
-            arrays = {
-                name: numpy.load(path, mmap_mode="r", allow_pickle=False) for name, path in paths.items()
-            }
+            arrays = {name: numpy.load(path, mmap_mode="r", allow_pickle=False) for name, path in paths.items()}
             described = self.path(DESCRIPTION).read_text(encoding="utf-8")
             problem = check(arrays) if described == self.description else "it describes another index"
         except (OSError, ValueError, EOFError) as error:
@@ -115,9 +113,7 @@ def _replaced(path: Path) -> Iterator[BinaryIO]:
         raise
 
 
-def check_array(
-    name: str, array: numpy.ndarray, dtype: type[numpy.number], shape: tuple[int, ...]
-) -> str | None:
+def check_array(name: str, array: numpy.ndarray, dtype: type[numpy.number], shape: tuple[int, ...]) -> str | None:
     """What is wrong with an array's type or shape, None if nothing is."""
     if array.dtype == dtype and array.shape == shape:
         return None

@@ -106,13 +106,9 @@ class Index:
 
     def _read_header(self, header: bytes, num_bytes: int) -> tuple[type[numpy.number], int, int]:
         if header[: len(MAGIC)] != MAGIC[: len(header)] or not header:
-            raise ValueError(
-                f"{self.path} is not an index file: it starts with {header[:9]!r}, expected {MAGIC!r}"
-            )
+            raise ValueError(f"{self.path} is not an index file: it starts with {header[:9]!r}, expected {MAGIC!r}")
         if len(header) < HEADER.size:
-            raise ValueError(
-                f"{self.path} is truncated: {num_bytes} bytes, the header alone has {HEADER.size}"
-            )
+            raise ValueError(f"{self.path} is truncated: {num_bytes} bytes, the header alone has {HEADER.size}")
         _, version, code, sequence_count, document_count = HEADER.unpack(header)
         if version != VERSION:
             raise ValueError(f"{self.path} has format version {version}, only version {VERSION} can be read")
@@ -145,9 +141,7 @@ class Index:
             pointers = self.sequence_pointers[begin : begin + _CHECK_ROWS]
             if lengths.min() < 0:
                 bad = int(numpy.argmax(lengths < 0))
-                raise ValueError(
-                    f"{self.path}: sequence {begin + bad} has the negative length {lengths[bad]}"
-                )
+                raise ValueError(f"{self.path}: sequence {begin + bad} has the negative length {lengths[bad]}")
             ends = position + numpy.cumsum(lengths * itemsize)
             starts = ends - lengths * itemsize
             if not numpy.array_equal(starts, pointers):

@@ -41,9 +41,7 @@ class IndexedDataset(torch.utils.data.Dataset):
     def initialize(self, path_prefix: str, multimodal: bool, mmap: bool, object_storage_config: Any) -> None:
         """Open the files; also what unpickling calls."""
         if object_storage_config is not None or path_prefix.startswith(("s3://", "msc://")):
-            raise NotImplementedError(
-                f"reading a dataset from object storage ({path_prefix}) is not built yet"
-            )
+            raise NotImplementedError(f"reading a dataset from object storage ({path_prefix}) is not built yet")
         self.path_prefix = path_prefix
         self.multimodal = multimodal
         self.mmap = mmap
@@ -61,8 +59,7 @@ class IndexedDataset(torch.utils.data.Dataset):
         if found != expected:
             state = "is truncated" if found < expected else "does not belong to its index"
             raise ValueError(
-                f"{self._bin_path} {state}: it has {found} bytes, the sequences of {self.index.path} need "
-                f"{expected}"
+                f"{self._bin_path} {state}: it has {found} bytes, the sequences of {self.index.path} need {expected}"
             )
 
     def __getstate__(self) -> tuple[str, bool, bool, None]:
@@ -149,9 +146,7 @@ class IndexedDataset(torch.utils.data.Dataset):
 
 
 def _require_files(path_prefix: str) -> None:
-    missing = [
-        path for path in (get_bin_path(path_prefix), get_idx_path(path_prefix)) if not os.path.isfile(path)
-    ]
+    missing = [path for path in (get_bin_path(path_prefix), get_idx_path(path_prefix)) if not os.path.isfile(path)]
     if missing:
         hint = ""
         if path_prefix.endswith((".bin", ".idx")) and IndexedDataset.exists(path_prefix[:-4]):

@@ -35,9 +35,7 @@ class IndexedDatasetBuilder:
         multimodal: also store a mode for each sequence.
     """
 
-    def __init__(
-        self, bin_path: str, dtype: type[numpy.number] = numpy.int32, multimodal: bool = False
-    ) -> None:
+    def __init__(self, bin_path: str, dtype: type[numpy.number] = numpy.int32, multimodal: bool = False) -> None:
         DType.code_from_dtype(dtype)  # refuses types that cannot be stored
         self.bin_path = bin_path
         self.dtype = dtype

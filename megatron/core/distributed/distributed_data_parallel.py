@@ -59,9 +59,7 @@ class DistributedDataParallel(_BaseDataParallel):
     ) -> None:
         super().__init__(config, module)
         if config.calculate_per_token_loss and ddp_config.average_in_collective:
-            raise ValueError(
-                "average_in_collective must be False with calculate_per_token_loss, which sums gradients"
-            )
+            raise ValueError("average_in_collective must be False with calculate_per_token_loss, which sums gradients")
         self.ddp_config = ddp_config
         default = default_process_groups() if has_default_process_groups() else ProcessGroupCollection()
         self.grad_comm_pgs = grad_comm_pgs or default
@@ -74,9 +72,7 @@ class DistributedDataParallel(_BaseDataParallel):
         experts = [param for param in params if is_expert_parallel(param)]
         groups = self.grad_comm_pgs
         self.param_and_grad_buffers = self._make_buffers(dense, groups.intra_dp_cp or groups.dp_cp)
-        self.expert_param_and_grad_buffers = self._make_buffers(
-            experts, groups.intra_expt_dp or groups.expt_dp
-        )
+        self.expert_param_and_grad_buffers = self._make_buffers(experts, groups.intra_expt_dp or groups.expt_dp)
         self.bucket_groups = partition_buckets(self._all_buffers())
         self.is_last_microbatch = True
         for param in params:
@@ -189,9 +185,7 @@ def _add_to_main_grad(param: Parameter) -> None:
     """Runs when autograd has accumulated `param.grad` in a backward pass."""
     grad, param.grad = param.grad, None
     # A kernel that adds to main_grad itself may still have to return some gradient, to keep autograd going.
-    is_placeholder = getattr(param, "grad_added_to_main_grad", False) and not getattr(
-        param, "zero_out_wgrad", False
-    )
+    is_placeholder = getattr(param, "grad_added_to_main_grad", False) and not getattr(param, "zero_out_wgrad", False)
     if grad is not None and not is_placeholder:
         accumulate(param.main_grad, grad)  # type: ignore[attr-defined]
 

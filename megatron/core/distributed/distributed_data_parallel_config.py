@@ -41,9 +41,7 @@ class DistributedDataParallelConfig:
     """Gather mxfp8 weights through the gradient buffer."""
     use_custom_fsdp: bool = False
     """Shard data parallel state with this library's fully sharded data parallelism."""
-    data_parallel_sharding_strategy: Literal["no_shard", "optim", "optim_grads", "optim_grads_params"] = (
-        "no_shard"
-    )
+    data_parallel_sharding_strategy: Literal["no_shard", "optim", "optim_grads", "optim_grads_params"] = "no_shard"
     """What fully sharded data parallelism splits: nothing, optimizer state, also gradients, also weights."""
     gradient_reduce_div_fusion: bool = True
     """Fold the division by the number of ranks into the reduction (fully sharded)."""
@@ -84,9 +82,7 @@ def require_overlap_fits(config: DistributedDataParallelConfig) -> None:
 def require_positive_bucket_size(config: DistributedDataParallelConfig) -> None:
     """A bucket holds something."""
     if config.bucket_size is not None:
-        require(
-            config.bucket_size > 0, f"{shown(config, 'bucket_size')} must be positive, or None for one bucket"
-        )
+        require(config.bucket_size > 0, f"{shown(config, 'bucket_size')} must be positive, or None for one bucket")
 
 
 def require_fp8_for_buffer_reuse(config: DistributedDataParallelConfig) -> None:

@@ -24,9 +24,7 @@ from megatron.core.utils import get_pg_rank, get_pg_size
 logger = logging.getLogger(__name__)
 
 # Newer torch deprecates the `_tensor` spellings, older torch only has them.
-_reduce_scatter: Callable[..., Any] = (
-    getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
-)
+_reduce_scatter: Callable[..., Any] = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 _all_gather: Callable[..., Any] = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 NORMS_REMEMBERED = 100

@@ -34,9 +34,7 @@ def flash_attention(
     """[b, s, a, d] of queries [b, s, a, d], keys and values [b, s, g, d]."""
     package = flash_attn_package()
     assert package is not None
-    return package.flash_attn_func(
-        q, k, v, dropout_p, softmax_scale=scale, causal=is_causal, window_size=window
-    )
+    return package.flash_attn_func(q, k, v, dropout_p, softmax_scale=scale, causal=is_causal, window_size=window)
 
 
 def flash_attention_packed(

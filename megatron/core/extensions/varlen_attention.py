@@ -42,9 +42,7 @@ def varlen_attention(
     found = varlen_function()
     assert found is not None
     attend, names = found
-    how: dict[str, Any] = (
-        {"window_size": window} if "window_size" in names else {"is_causal": window == (-1, 0)}
-    )
+    how: dict[str, Any] = {"window_size": window} if "window_size" in names else {"is_causal": window == (-1, 0)}
     if q.size(1) != k.size(1):
         how["enable_gqa"] = True
     return attend(q, k, v, starts, starts, max_length, max_length, scale=scale, **how)

@@ -99,9 +99,7 @@ def _build(
     if config.use_distributed_optimizer:
         _require_distributed_data_parallel(model_chunks)
         data_parallel_group = (
-            grad_pgs.intra_expt_dp or grad_pgs.expt_dp
-            if is_expert
-            else grad_pgs.intra_dp_cp or grad_pgs.dp_cp
+            grad_pgs.intra_expt_dp or grad_pgs.expt_dp if is_expert else grad_pgs.intra_dp_cp or grad_pgs.dp_cp
         )
         optimizer = DistributedOptimizer(
             inner,
@@ -119,9 +117,7 @@ def _build(
             distributed_optimizer_instance_id=get_pg_rank(grad_pgs.inter_dist_opt),
         )
         if get_pg_size(data_parallel_group) > 1 and grad_pgs.intra_dist_opt is None:
-            raise ValueError(
-                "grad_comm_pgs lacks intra_dist_opt, over which the distributed optimizer sums norms"
-            )
+            raise ValueError("grad_comm_pgs lacks intra_dist_opt, over which the distributed optimizer sums norms")
         optimizer.grad_stats_parallel_group = grad_pgs.intra_dist_opt
     else:
         if config.fp16 or config.bf16:
@@ -156,9 +152,7 @@ def _inner_optimizer(
     match config.optimizer:
         case "adam":
             betas = (config.adam_beta1, config.adam_beta2)
-            return torch.optim.AdamW(
-                param_groups, betas=betas, eps=config.adam_eps, **common
-            ), init_adam_state
+            return torch.optim.AdamW(param_groups, betas=betas, eps=config.adam_eps, **common), init_adam_state
         case "sgd":
             return torch.optim.SGD(param_groups, momentum=config.sgd_momentum, **common), init_sgd_state
         case _:

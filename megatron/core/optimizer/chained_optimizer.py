@@ -161,9 +161,7 @@ class ChainedOptimizer(MegatronOptimizer):
             self.chained_optimizers[0].save_parameter_state(filename)  # type: ignore[attr-defined]
             return
         states = [
-            optimizer.get_parameter_state_dp_zero()
-            if hasattr(optimizer, "get_parameter_state_dp_zero")
-            else None
+            optimizer.get_parameter_state_dp_zero() if hasattr(optimizer, "get_parameter_state_dp_zero") else None
             for optimizer in self.chained_optimizers
         ]
         if any(state is not None for state in states):
@@ -188,7 +186,5 @@ class ChainedOptimizer(MegatronOptimizer):
         if isinstance(states, dict):
             states = [states[i] for i in sorted(states)] if count > 1 else [states]
         if len(states) != count:
-            raise ValueError(
-                f"the checkpoint holds the state of {len(states)} optimizers, this run has {count}"
-            )
+            raise ValueError(f"the checkpoint holds the state of {len(states)} optimizers, this run has {count}")
         return list(states)

@@ -29,9 +29,7 @@ def sum_of_squares(tensors: Iterable[Tensor]) -> Tensor:
     if tensors[0].device.type == "cpu":
         runs = [run for tensor in tensors for run in tensor.reshape(-1).float().split(_RUN_LENGTH)]
         return torch.stack([torch.dot(run, run) for run in runs]).sum(dtype=torch.float64)
-    norms = torch._foreach_norm(
-        [tensor.float() for tensor in tensors]
-    )  # pairwise within blocks: exact enough
+    norms = torch._foreach_norm([tensor.float() for tensor in tensors])  # pairwise within blocks: exact enough
     return torch.stack(norms).double().square().sum()
 
 
@@ -65,9 +63,7 @@ def clip_coefficient(max_norm: float, total_norm: float) -> float:
     return min(1.0, max_norm / (total_norm + 1.0e-6))
 
 
-def clip_grad_by_total_norm_fp32(
-    parameters: Tensor | Sequence[Tensor], max_norm: float, total_norm: float
-) -> None:
+def clip_grad_by_total_norm_fp32(parameters: Tensor | Sequence[Tensor], max_norm: float, total_norm: float) -> None:
     """Scale `.grad` of the parameters in place so that a norm of `total_norm` becomes at most `max_norm`."""
     params = [parameters] if isinstance(parameters, Tensor) else parameters
     coefficient = clip_coefficient(max_norm, total_norm)

@@ -75,9 +75,7 @@ def own_shards(buffer: _ParamAndGradBuffer) -> list[ParamShard]:
     for bucket in buffer.buckets:
         owned = bucket.layout.shard(rank, num_shards)
         assert bucket.param_data is not None, "the distributed optimizer needs weights in a buffer"
-        main_range = bucket.shard(
-            bucket.param_data, group
-        ).float()  # the weights themselves where they are fp32
+        main_range = bucket.shard(bucket.param_data, group).float()  # the weights themselves where they are fp32
         for param in bucket.params:
             param_span = buffer.param_spans[param]
             span = owned_span(param_span, owned)
@@ -226,9 +224,7 @@ class DistributedOptimizer(MixedPrecisionOptimizer):
         `fully_sharded_model_space` (default) loads into any layout; the other two describe buffers and need
         the same tensor and pipeline sizes.
         """
-        sharding_type = (
-            sharding_type or (metadata or {}).get("distrib_optim_sharding_type") or SHARDING_TYPES[0]
-        )
+        sharding_type = sharding_type or (metadata or {}).get("distrib_optim_sharding_type") or SHARDING_TYPES[0]
         require_known_sharding_type(sharding_type)
         self.init_state_fn(self.optimizer)
         state_dict: dict[str, Any] = self.state_dict()
@@ -274,9 +270,7 @@ class DistributedOptimizer(MixedPrecisionOptimizer):
         """Restore a loaded `sharded_param_state_fs_model_space`."""
         checkpoint.load_from_model_space(self, state_dict)
 
-    def sharded_param_state_dp_zero(
-        self, model_sharded_state_dict: ShardedStateDict, is_loading: bool = False
-    ) -> Any:
+    def sharded_param_state_dp_zero(self, model_sharded_state_dict: ShardedStateDict, is_loading: bool = False) -> Any:
         """`get_parameter_state_dp_zero` as one object of the first data-parallel rank."""
         return checkpoint.shard_as_object(self, is_loading)
 
@@ -326,9 +320,7 @@ class DistributedOptimizer(MixedPrecisionOptimizer):
 def require_known_sharding_type(sharding_type: str) -> None:
     """Refuse names that this version neither writes nor reads."""
     if sharding_type not in SHARDING_TYPES:
-        raise ValueError(
-            f"distrib_optim_sharding_type ({sharding_type}) must be one of {', '.join(SHARDING_TYPES)}"
-        )
+        raise ValueError(f"distrib_optim_sharding_type ({sharding_type}) must be one of {', '.join(SHARDING_TYPES)}")
 
 
 __all__ = ["DistributedOptimizer", "ParamShard", "owned_span", "own_shards"]

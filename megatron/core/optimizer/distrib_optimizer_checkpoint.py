@@ -68,14 +68,10 @@ def _model_space_name(name: str) -> str:
     return "fp32_param" if name == "param" else name
 
 
-def _replica_of_piece(
-    optimizer: DistributedOptimizer, model_shard: ShardedTensor | ShardedTensorFactory
-) -> Any:
+def _replica_of_piece(optimizer: DistributedOptimizer, model_shard: ShardedTensor | ShardedTensorFactory) -> Any:
     """The parameter's, except that data-parallel ranks hold different pieces of it."""
     replica = model_shard.replica_id
-    assert isinstance(replica, tuple) and len(replica) == 3, (
-        f"replica_id of {model_shard.key} is not (pp, tp, dp)"
-    )
+    assert isinstance(replica, tuple) and len(replica) == 3, f"replica_id of {model_shard.key} is not (pp, tp, dp)"
     return (*replica[:2], optimizer.distributed_optimizer_instance_id)
 
 
@@ -122,9 +118,7 @@ def load_own_ranges(optimizer: DistributedOptimizer, ranges: dict[Any, Any]) -> 
     optimizer.round_main_params_to_model()
 
 
-def _shards_with(
-    optimizer: DistributedOptimizer, ranges: dict[Any, Any]
-) -> Iterator[tuple[Any, dict[str, Tensor]]]:
+def _shards_with(optimizer: DistributedOptimizer, ranges: dict[Any, Any]) -> Iterator[tuple[Any, dict[str, Tensor]]]:
     """Each piece together with the entry of the bucket that it lies in."""
     buffer_index = {id(buffer): b for b, buffer in enumerate(optimizer.buffers)}
     for shard in optimizer.shards:
@@ -202,9 +196,7 @@ def scatter_legacy_buffers(optimizer: DistributedOptimizer, state_dict: dict[Any
             saved = [tensor.numel() for tensor in state_dict[b][torch.float32]["param"]]
             wanted = [bucket.layout.numel_unpadded for bucket in buffer.buckets]
             if len(saved) != len(wanted) or any(have < want for have, want in zip(saved, wanted)):
-                raise ValueError(
-                    f"buckets of buffer {b} have {wanted} elements, those of the checkpoint {saved}"
-                )
+                raise ValueError(f"buckets of buffer {b} have {wanted} elements, those of the checkpoint {saved}")
 
     _agree_on_first(optimizer, check)
     _scatter_all(optimizer, bucket_of)
@@ -236,9 +228,7 @@ def read_on_first_rank(optimizer: DistributedOptimizer, filename: str | Path) ->
     return content
 
 
-def shard_as_object(
-    optimizer: DistributedOptimizer, is_loading: bool
-) -> ShardedObject | LocalNonpersistentObject:
+def shard_as_object(optimizer: DistributedOptimizer, is_loading: bool) -> ShardedObject | LocalNonpersistentObject:
     """`gather_buffers` as an object of the first data-parallel rank; the others neither write nor read."""
     state = None if is_loading else gather_buffers(optimizer)
     if get_pg_rank(optimizer.data_parallel_group) == 0:
@@ -321,8 +311,6 @@ def _agree_on_first(optimizer: DistributedOptimizer, action: Any) -> None:
 
 def _fill(destination: Tensor, source: Tensor, name: str) -> None:
     if destination.shape != source.shape:
-        raise ValueError(
-            f"{name} has shape {tuple(source.shape)} in the checkpoint, {tuple(destination.shape)} here"
-        )
+        raise ValueError(f"{name} has shape {tuple(source.shape)} in the checkpoint, {tuple(destination.shape)} here")
     with torch.no_grad():
         destination.copy_(source)

@@ -76,17 +76,13 @@ class DynamicGradScaler(MegatronGradScaler):
     ) -> None:
         super().__init__(initial_scale)
         if not 0.0 < min_scale <= initial_scale:
-            raise ValueError(
-                f"min_scale ({min_scale}) must be positive and at most initial_scale ({initial_scale})"
-            )
+            raise ValueError(f"min_scale ({min_scale}) must be positive and at most initial_scale ({initial_scale})")
         if growth_factor <= 1.0:
             raise ValueError(f"growth_factor ({growth_factor}) must be more than 1")
         if not 0.0 < backoff_factor < 1.0:
             raise ValueError(f"backoff_factor ({backoff_factor}) must lie between 0 and 1")
         if growth_interval <= 0 or hysteresis <= 0:
-            raise ValueError(
-                f"growth_interval ({growth_interval}) and hysteresis ({hysteresis}) must be positive"
-            )
+            raise ValueError(f"growth_interval ({growth_interval}) and hysteresis ({hysteresis}) must be positive")
         self.min_scale, self.growth_factor, self.backoff_factor = min_scale, growth_factor, backoff_factor
         self.growth_interval, self.hysteresis = growth_interval, hysteresis
         self._growth_tracker = 0

@@ -112,9 +112,7 @@ class Float16OptimizerWithFloat16Params(MixedPrecisionOptimizer):
     def _copy_model_grads_to_main_grads(self) -> None:
         for model_param, main in self._pairs():
             grad = model_param.main_grad if hasattr(model_param, "main_grad") else model_param.grad
-            main.grad = (
-                None if grad is None else grad.float()
-            )  # no copy when gradients are accumulated in fp32
+            main.grad = None if grad is None else grad.float()  # no copy when gradients are accumulated in fp32
             if main is not model_param:
                 model_param.grad = None
 
@@ -129,11 +127,7 @@ class Float16OptimizerWithFloat16Params(MixedPrecisionOptimizer):
         """(index of the parameter in the torch state dict, main param) of those that are copies."""
         index = iter(range(sum(map(len, self.model_params))))
         return [
-            [
-                (i, main)
-                for model_param, main, i in zip(model_params, group["params"], index)
-                if main is not model_param
-            ]
+            [(i, main) for model_param, main, i in zip(model_params, group["params"], index) if main is not model_param]
             for model_params, group in zip(self.model_params, self.param_groups)
         ]
 
@@ -143,9 +137,7 @@ class Float16OptimizerWithFloat16Params(MixedPrecisionOptimizer):
         state_dict: dict[str, Any] = {"optimizer": self.optimizer.state_dict()}
         if self.grad_scaler is not None:
             state_dict["grad_scaler"] = self.grad_scaler.state_dict()
-        state_dict["fp32_from_fp16_params"] = [
-            [main for _, main in group] for group in self._main_params_by_group()
-        ]
+        state_dict["fp32_from_fp16_params"] = [[main for _, main in group] for group in self._main_params_by_group()]
         return state_dict
 
     def sharded_state_dict(
@@ -160,10 +152,7 @@ class Float16OptimizerWithFloat16Params(MixedPrecisionOptimizer):
             model_sharded_state_dict, chain.from_iterable(self.model_params)
         )
         state_dict["fp32_from_fp16_params"] = [
-            [
-                make_sharded_optimizer_tensor(sharded_params[i], main, "optimizer.state.fp32_param")
-                for i, main in group
-            ]
+            [make_sharded_optimizer_tensor(sharded_params[i], main, "optimizer.state.fp32_param") for i, main in group]
             for group in self._main_params_by_group()
         ]
         state_dict["optimizer"] = shard_inner_state(state_dict["optimizer"], sharded_params)
@@ -190,9 +179,7 @@ def _main_version(param: Parameter) -> Tensor:
     if param.dtype == torch.float32:
         return param
     if param.dtype not in (torch.float16, torch.bfloat16):
-        raise ValueError(
-            f"a parameter has dtype {param.dtype}; the optimizer updates float32, float16 and bfloat16"
-        )
+        raise ValueError(f"a parameter has dtype {param.dtype}; the optimizer updates float32, float16 and bfloat16")
     main = param.detach().clone().float()
     param.main_param = main  # type: ignore[attr-defined]
     return main
@@ -211,7 +198,5 @@ def _unzip(pairs: list[tuple[Parameter, Tensor]]) -> tuple[list[Tensor], list[Te
 
 def _under_any_name(state_dict: dict[str, Any], name: str, old_name: str) -> Any:
     if name not in state_dict and old_name not in state_dict:
-        raise ValueError(
-            f"the optimizer state to load has no {name!r} (nor {old_name!r}), only {list(state_dict)}"
-        )
+        raise ValueError(f"the optimizer state to load has no {name!r} (nor {old_name!r}), only {list(state_dict)}")
     return state_dict[name] if name in state_dict else state_dict[old_name]

@@ -130,9 +130,7 @@ def require_fp32_states(config: OptimizerConfig) -> None:
 def require_min_lr_below_lr(config: OptimizerConfig) -> None:
     """The decay ends below where it starts."""
     if config.lr is not None and config.min_lr is not None:
-        require(
-            config.min_lr <= config.lr, f"{shown(config, 'min_lr')} must not exceed {shown(config, 'lr')}"
-        )
+        require(config.min_lr <= config.lr, f"{shown(config, 'min_lr')} must not exceed {shown(config, 'lr')}")
 
 
 def require_valid_loss_scale(config: OptimizerConfig) -> None:

@@ -64,9 +64,7 @@ def build_param_groups(
     return [_group(config, identity, params) for identity, params in groups.items()]
 
 
-def _group(
-    config: OptimizerConfig, identity: tuple[float, float, bool, bool], params: list[Parameter]
-) -> ParamGroup:
+def _group(config: OptimizerConfig, identity: tuple[float, float, bool, bool], params: list[Parameter]) -> ParamGroup:
     """With the rates that hold until a scheduler sets others."""
     wd_mult, lr_mult, _, is_decoupled = identity
     bounds = _lr_bounds(config, is_decoupled=is_decoupled)
@@ -84,9 +82,7 @@ def _lr_bounds(config: OptimizerConfig, *, is_decoupled: bool) -> dict[str, floa
 
 def group_identity(group: ParamGroup) -> tuple[Any, ...]:
     """What a group is matched by; older checkpoints prefix the names with `pre_`."""
-    return tuple(
-        group.get(name, group.get(f"pre_{name}", default)) for name, default in _IDENTITY_DEFAULTS.items()
-    )
+    return tuple(group.get(name, group.get(f"pre_{name}", default)) for name, default in _IDENTITY_DEFAULTS.items())
 
 
 def match_saved_groups(

@@ -63,9 +63,7 @@ def common_step(state: Mapping[Any, Mapping[str, Any]]) -> Tensor | None:
         return None
     different = {float(step) for step in steps}
     if len(different) > 1:
-        raise ValueError(
-            f"parameters are at different steps ({sorted(different)}); they must be stepped together"
-        )
+        raise ValueError(f"parameters are at different steps ({sorted(different)}); they must be stepped together")
     return torch.as_tensor(steps[0]).detach().cpu().clone()
 
 
@@ -122,8 +120,6 @@ def restore_scaler(grad_scaler: MegatronGradScaler | None, state_dict: Mapping[s
     if grad_scaler is not None and "grad_scaler" in state_dict:
         grad_scaler.load_state_dict(state_dict["grad_scaler"])
     elif grad_scaler is not None:
-        logger.warning(
-            "the checkpoint has no grad_scaler state; the loss scale starts at %g", float(grad_scaler.scale)
-        )
+        logger.warning("the checkpoint has no grad_scaler state; the loss scale starts at %g", float(grad_scaler.scale))
     elif "grad_scaler" in state_dict:
         logger.warning("this run scales no loss; the grad_scaler state of the checkpoint is not used")

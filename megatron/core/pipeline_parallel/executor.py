@@ -87,16 +87,12 @@ def forward_step(
             if collect_non_loss_data:
                 forward_data_store.append(loss_func(output_tensor, non_loss_data=True))
             else:
-                output_tensor, num_tokens, report = _scaled_loss(
-                    loss_func(output_tensor), num_microbatches, config
-                )
+                output_tensor, num_tokens, report = _scaled_loss(loss_func(output_tensor), num_microbatches, config)
                 forward_data_store.append(report)
     return output_tensor, num_tokens
 
 
-def _scaled_loss(
-    outputs: tuple[Any, ...], num_microbatches: int, config: Any
-) -> tuple[Tensor, Tensor | int, Any]:
+def _scaled_loss(outputs: tuple[Any, ...], num_microbatches: int, config: Any) -> tuple[Tensor, Tensor | int, Any]:
     if len(outputs) == 3:
         loss, num_tokens, report = outputs
         if not config.calculate_per_token_loss:
@@ -207,9 +203,7 @@ class StageExecutor:
         receives = [t for t in transfers if not t.is_send]
         assert self.group is not None
         with timed(self.config, _timer_name(transfers)):
-            received = exchange(
-                sends, [(self.tensor_shape, t.peer) for t in receives], self.config, self.group
-            )
+            received = exchange(sends, [(self.tensor_shape, t.peer) for t in receives], self.config, self.group)
         for transfer, tensor in zip(receives, received):
             target = self._inputs if transfer.direction is Direction.FORWARD else self._output_grads
             target[transfer.microbatch] = tensor

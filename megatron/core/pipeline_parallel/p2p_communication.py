@@ -34,9 +34,7 @@ def exchange(
         shapes = _exchange_shapes(sends, receives, group)
         receives = [(shape, peer) for shape, (_, peer) in zip(shapes, receives)]
     where = device.current_device()
-    buffers = [
-        torch.empty(tuple(shape), dtype=dtype, device=where, requires_grad=True) for shape, _ in receives
-    ]
+    buffers = [torch.empty(tuple(shape), dtype=dtype, device=where, requires_grad=True) for shape, _ in receives]
     _run(
         [(t.detach(), peer) for t, peer in sends],
         [(b.data, peer) for b, (_, peer) in zip(buffers, receives)],
@@ -124,22 +122,14 @@ def send_forward_recv_backward(
     output_tensor: Tensor, tensor_shape: Shape, config: ModelParallelConfig, is_last_stage: bool
 ) -> Tensor | None:
     """Activations to the next stage, gradients from it; None on the last."""
-    return (
-        None
-        if is_last_stage
-        else _with_neighbours(config, send_next=output_tensor, recv_next=tensor_shape)[1]
-    )
+    return None if is_last_stage else _with_neighbours(config, send_next=output_tensor, recv_next=tensor_shape)[1]
 
 
 def send_backward_recv_forward(
     input_tensor_grad: Tensor, tensor_shape: Shape, config: ModelParallelConfig, is_first_stage: bool
 ) -> Tensor | None:
     """Gradients to the previous stage, activations from it; None on the first."""
-    return (
-        None
-        if is_first_stage
-        else _with_neighbours(config, send_prev=input_tensor_grad, recv_prev=tensor_shape)[0]
-    )
+    return None if is_first_stage else _with_neighbours(config, send_prev=input_tensor_grad, recv_prev=tensor_shape)[0]
 
 
 def send_forward_recv_forward(
@@ -153,9 +143,7 @@ def send_backward_recv_backward(
     input_tensor_grad: Tensor, recv_next: bool, tensor_shape: Shape, config: ModelParallelConfig
 ) -> Tensor | None:
     """Gradients to the previous stage and, if `recv_next`, from the next one."""
-    return _with_neighbours(
-        config, send_prev=input_tensor_grad, recv_next=tensor_shape if recv_next else None
-    )[1]
+    return _with_neighbours(config, send_prev=input_tensor_grad, recv_next=tensor_shape if recv_next else None)[1]
 
 
 def send_forward_backward_recv_forward_backward(

@@ -74,9 +74,7 @@ def get_forward_backward_func() -> Callable[..., list[Any]]:
 def _only(value: Any, what: str) -> Any:
     if isinstance(value, list):
         if len(value) != 1:
-            raise NotImplementedError(
-                f"{len(value)} {what}: the interleaved schedule is not built yet; give one"
-            )
+            raise NotImplementedError(f"{len(value)} {what}: the interleaved schedule is not built yet; give one")
         return value[0]
     return value
 

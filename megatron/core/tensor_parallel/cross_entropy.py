@@ -50,9 +50,7 @@ class VocabParallelCrossEntropy(torch.autograd.Function):
             smoothing = label_smoothing * total / (total - 1)
             mean_log_prob = _sum_over_group(log_probs.sum(-1), group) / total
             loss = (1 - smoothing) * loss - smoothing * mean_log_prob
-        ctx.smoothing = (
-            (label_smoothing * total / (total - 1), total) if label_smoothing > 0 else (0.0, total)
-        )
+        ctx.smoothing = (label_smoothing * total / (total - 1), total) if label_smoothing > 0 else (0.0, total)
         ctx.dtype, ctx.padding = vocab_parallel_logits.dtype, width - valid
         ctx.save_for_backward(log_probs, local_target, owned)
         return loss
@@ -65,9 +63,7 @@ class VocabParallelCrossEntropy(torch.autograd.Function):
         if smoothing:
             grad.sub_(smoothing / total)
         if grad.size(-1):
-            grad.scatter_add_(
-                -1, local_target, owned.unsqueeze(-1) * torch.tensor(smoothing - 1.0, device=grad.device)
-            )
+            grad.scatter_add_(-1, local_target, owned.unsqueeze(-1) * torch.tensor(smoothing - 1.0, device=grad.device))
         grad.mul_(grad_output.unsqueeze(-1))
         if ctx.padding:
             grad = torch.nn.functional.pad(grad, (0, ctx.padding))

@@ -121,21 +121,15 @@ class _TensorParallelModule(nn.Module):
     sharded_axes: dict[str, int]
     """Axis along which each parameter is cut; parameters not named are whole on every rank."""
 
-    def __init__(
-        self, config: ModelParallelConfig, tp_group: ProcessGroup | None, is_expert: bool = False
-    ) -> None:
+    def __init__(self, config: ModelParallelConfig, tp_group: ProcessGroup | None, is_expert: bool = False) -> None:
         super().__init__()
         self.config = config
         self.is_expert = is_expert
         self.tp_group = get_tensor_model_parallel_group_if_none(tp_group, is_expert=is_expert)
         self.world_size = get_pg_size(self.tp_group)
         # Experts communicate in their token dispatcher.
-        self.explicit_expert_comm = is_expert and (
-            self.world_size > 1 or config.expert_model_parallel_size > 1
-        )
-        self.sequence_parallel = (
-            config.sequence_parallel and self.world_size > 1 and not self.explicit_expert_comm
-        )
+        self.explicit_expert_comm = is_expert and (self.world_size > 1 or config.expert_model_parallel_size > 1)
+        self.sequence_parallel = config.sequence_parallel and self.world_size > 1 and not self.explicit_expert_comm
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: Offsets = (), metadata: dict[str, Any] | None = None
@@ -235,9 +229,7 @@ class ColumnParallelLinear(_TensorParallelModule):
         """
         weight = self.weight if weight is None else weight
         if weight is None:
-            raise RuntimeError(
-                "this layer was built with skip_weight_param_allocation: forward needs a weight"
-            )
+            raise RuntimeError("this layer was built with skip_weight_param_allocation: forward needs a weight")
         reduce_grad = self.world_size > 1 and not self.explicit_expert_comm and not self.disable_grad_reduce
         output = linear_with_grad_accumulation_and_async_allreduce(
             input_,

@@ -127,9 +127,7 @@ def linear_with_grad_accumulation_and_async_allreduce(
     if async_grad_allreduce is not None:
         allreduce_dgrad = async_grad_allreduce
     if allreduce_dgrad and sequence_parallel:
-        raise ValueError(
-            "allreduce_dgrad and sequence_parallel exclude each other: dx is reduce-scattered instead"
-        )
+        raise ValueError("allreduce_dgrad and sequence_parallel exclude each other: dx is reduce-scattered instead")
     group = get_tensor_model_parallel_group_if_none(tp_group)
     many = get_pg_size(group) > 1
     return LinearWithGradAccumulationAndAsyncCommunication.apply(
@@ -194,9 +192,7 @@ class _EmbeddingLookup(torch.autograd.Function):
     """Rows of W; backward adds to the rows that were looked up, straight into `main_grad` where there is one."""
 
     @staticmethod
-    def forward(
-        ctx: Any, ids: Tensor, weight: Tensor, first: int, fused_accumulation: bool, sharded: bool
-    ) -> Tensor:
+    def forward(ctx: Any, ids: Tensor, weight: Tensor, first: int, fused_accumulation: bool, sharded: bool) -> Tensor:
         local = ids
         outside = None
         if sharded:

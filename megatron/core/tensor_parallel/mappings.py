@@ -65,9 +65,7 @@ def _gather_last_dim(x: Tensor, group: ProcessGroup | None) -> Tensor:
     return torch.cat(_gather_first_dim(x.unsqueeze(0), group).unbind(0), dim=-1)
 
 
-def _reduce_scatter_first_dim(
-    x: Tensor, group: ProcessGroup | None, split_sizes: list[int] | None = None
-) -> Tensor:
+def _reduce_scatter_first_dim(x: Tensor, group: ProcessGroup | None, split_sizes: list[int] | None = None) -> Tensor:
     size = get_pg_size(group)
     if size == 1:
         return x
@@ -314,16 +312,12 @@ def reduce_scatter_to_sequence_parallel_region(
     )
 
 
-def all_gather_last_dim_from_tensor_parallel_region(
-    input_: Tensor, group: ProcessGroup | None = None
-) -> Tensor:
+def all_gather_last_dim_from_tensor_parallel_region(input_: Tensor, group: ProcessGroup | None = None) -> Tensor:
     """[..., h/tp] -> [..., h] by all-gather; backward reduce-scatters."""
     return _AllGatherLastDim.apply(input_, get_tensor_model_parallel_group_if_none(group))
 
 
-def reduce_scatter_last_dim_to_tensor_parallel_region(
-    input_: Tensor, group: ProcessGroup | None = None
-) -> Tensor:
+def reduce_scatter_last_dim_to_tensor_parallel_region(input_: Tensor, group: ProcessGroup | None = None) -> Tensor:
     """[..., h] -> [..., h/tp] by reduce-scatter; backward all-gathers."""
     return _ReduceScatterLastDim.apply(input_, get_tensor_model_parallel_group_if_none(group))
 

@@ -186,9 +186,7 @@ class CheckpointFunction(torch.autograd.Function):
     """Runs a function without storing its activations; backward runs it again with the same random numbers."""
 
     @staticmethod
-    def forward(
-        ctx: Any, function: Callable[..., Any], distribute_saved_activations: bool, *args: Any
-    ) -> Any:
+    def forward(ctx: Any, function: Callable[..., Any], distribute_saved_activations: bool, *args: Any) -> Any:
         ctx.function = function
         ctx.distribute = distribute_saved_activations
         ctx.rng_states = get_all_rng_states()
@@ -213,9 +211,7 @@ class CheckpointFunction(torch.autograd.Function):
             tensors[0] = gather_split_1d_tensor(tensors[0]).view(ctx.first_shape)
         inputs = [t.detach().requires_grad_(needs) for t, needs in zip(tensors, ctx.needs_grad)]
         remaining = iter(inputs)
-        args = [
-            next(remaining) if is_tensor else other for is_tensor, other in zip(ctx.is_tensor, ctx.others)
-        ]
+        args = [next(remaining) if is_tensor else other for is_tensor, other in zip(ctx.is_tensor, ctx.others)]
         with (
             _replayed_rng(ctx.rng_states),
             torch.enable_grad(),

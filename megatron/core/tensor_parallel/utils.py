@@ -51,9 +51,7 @@ class VocabUtility:
         return rank * per_partition_vocab_size, (rank + 1) * per_partition_vocab_size
 
     @staticmethod
-    def vocab_range_from_global_vocab_size(
-        global_vocab_size: int, rank: int, world_size: int
-    ) -> Sequence[int]:
+    def vocab_range_from_global_vocab_size(global_vocab_size: int, rank: int, world_size: int) -> Sequence[int]:
         """Range of `rank` given the rows of all ranks."""
         rows = divide(global_vocab_size, world_size)
         return VocabUtility.vocab_range_from_per_partition_vocab_size(rows, rank, world_size)

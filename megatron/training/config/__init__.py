@@ -104,9 +104,7 @@ FLAG_GROUPS: tuple[FlagGroup, ...] = (
         },
     ),
     FlagGroup("initialization", InitializationConfig, {TransformerConfig: "init_method_std"}),
-    FlagGroup(
-        "learning rate", LearningRateConfig, {OptimizerConfig: "lr min_lr decoupled_lr decoupled_min_lr"}
-    ),
+    FlagGroup("learning rate", LearningRateConfig, {OptimizerConfig: "lr min_lr decoupled_lr decoupled_min_lr"}),
     FlagGroup("checkpointing", CheckpointConfig, {TransformerConfig: "perform_initialization"}),
     FlagGroup(
         "mixed precision",

@@ -95,8 +95,7 @@ class MegatronPretrainingRandomSampler:
         epoch, consumed = divmod(self.consumed_samples, active_samples)
         if consumed % self.stride:
             raise ValueError(
-                f"{self.consumed_samples} consumed samples are no whole number of steps of {self.stride} "
-                "samples"
+                f"{self.consumed_samples} consumed samples are no whole number of steps of {self.stride} samples"
             )
         # as many steps on every rank, also where the shared order does not divide evenly
         order = self._order(epoch, consumed)[: (active_samples - consumed) // self.data_parallel_size]
@@ -118,17 +117,13 @@ class MegatronPretrainingRandomSampler:
         return order[consumed:][self.data_parallel_rank :: self.data_parallel_size].tolist()
 
 
-def _check_sizes(
-    total_samples: int, micro_batch_size: int, data_parallel_rank: int, data_parallel_size: int
-) -> None:
+def _check_sizes(total_samples: int, micro_batch_size: int, data_parallel_rank: int, data_parallel_size: int) -> None:
     if total_samples <= 0:
         raise ValueError(f"there are no samples: the dataset has {total_samples}")
     if micro_batch_size <= 0:
         raise ValueError(f"micro_batch_size must be positive, got {micro_batch_size}")
     if not 0 <= data_parallel_rank < data_parallel_size:
-        raise ValueError(
-            f"data-parallel rank {data_parallel_rank} is not below the size {data_parallel_size}"
-        )
+        raise ValueError(f"data-parallel rank {data_parallel_rank} is not below the size {data_parallel_size}")
 
 
 def build_pretraining_data_loader(

@@ -99,9 +99,7 @@ class InputFiles:
             raise FileNotFoundError(f"no input file {pattern}")
         for path in self.paths:
             if os.path.isdir(path):
-                raise IsADirectoryError(
-                    f"the input {path} is a directory: give a file or a pattern ({path}/*)"
-                )
+                raise IsADirectoryError(f"the input {path} is a directory: give a file or a pattern ({path}/*)")
         self.num_bytes = sum(os.path.getsize(path) for path in self.paths)
         self.num_bytes_read = 0
         """Bytes of the files read so far, as they lie on the disk; 0 for a pipe."""

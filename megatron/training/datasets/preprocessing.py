@@ -85,9 +85,7 @@ class DocumentEncoder:
         return EncodedDocuments(tokens, lengths, counts)
 
 
-def encode_in_order(
-    encoder: DocumentEncoder, blocks: Iterator[LineBlock], workers: int
-) -> Iterator[EncodedBlock]:
+def encode_in_order(encoder: DocumentEncoder, blocks: Iterator[LineBlock], workers: int) -> Iterator[EncodedBlock]:
     """Encoded blocks in the order of `blocks`, made by `workers` processes (1: by this one)."""
     if workers == 1:
         yield from map(encoder.encode, blocks)
@@ -96,9 +94,7 @@ def encode_in_order(
     context = multiprocessing.get_context("fork")
     pool = ProcessPoolExecutor(workers, context, _start_worker, (encoder, os.getpid()))
     try:
-        pending = deque(
-            pool.submit(_encode_here, b) for b in itertools.islice(blocks, workers * _BLOCKS_IN_FLIGHT)
-        )
+        pending = deque(pool.submit(_encode_here, b) for b in itertools.islice(blocks, workers * _BLOCKS_IN_FLIGHT))
         while pending:
             yield pending.popleft().result()
             for block in itertools.islice(blocks, 1):
@@ -217,9 +213,7 @@ def merge(prefixes: list[str], output_prefix: str, encoder: DocumentEncoder) -> 
         _publish(builders, output_prefix)
 
 
-def _open_builders(
-    stack: ExitStack, output_prefix: str, encoder: DocumentEncoder
-) -> dict[str, IndexedDatasetBuilder]:
+def _open_builders(stack: ExitStack, output_prefix: str, encoder: DocumentEncoder) -> dict[str, IndexedDatasetBuilder]:
     """A builder for each key, removed again if the block of `stack` fails."""
     Path(output_prefix).parent.mkdir(parents=True, exist_ok=True)
     builders = {}

@@ -66,9 +66,7 @@ def _open_tensorboard(args: Any) -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
-        raise RuntimeError(
-            "--tensorboard-dir needs the package tensorboard: pip install tensorboard"
-        ) from error
+        raise RuntimeError("--tensorboard-dir needs the package tensorboard: pip install tensorboard") from error
     writer = SummaryWriter(log_dir=args.tensorboard_dir, max_queue=args.tensorboard_queue_size)
     for name in sorted(vars(args)):
         writer.add_text(name, str(getattr(args, name)), global_step=0)

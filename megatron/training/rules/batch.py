@@ -20,9 +20,7 @@ def derive_global_batch_size(args: argparse.Namespace) -> None:
     """A step has one microbatch per data parallel rank."""
     if args.global_batch_size is None:
         args.global_batch_size = args.micro_batch_size * args.data_parallel_size
-    refuse_unless(
-        args.global_batch_size > 0, f"--global-batch-size ({args.global_batch_size}) must be positive"
-    )
+    refuse_unless(args.global_batch_size > 0, f"--global-batch-size ({args.global_batch_size}) must be positive")
 
 
 def require_batch_divides_over_ranks(args: argparse.Namespace) -> None:
@@ -104,9 +102,7 @@ def require_lengths_in_steps(args: argparse.Namespace) -> None:
         args.lr_warmup_samples == 0,
         f"{reason}; instead of --lr-warmup-samples ({args.lr_warmup_samples}) use --lr-warmup-iters",
     )
-    refuse_unless(
-        args.rampup_batch_size is None, f"{reason}; --rampup-batch-size needs --train-samples instead"
-    )
+    refuse_unless(args.rampup_batch_size is None, f"{reason}; --rampup-batch-size needs --train-samples instead")
     _require_one_warmup(args, "lr_warmup_iters")
 
 
@@ -187,6 +183,4 @@ def require_training_length(args: argparse.Namespace) -> None:
         "the length of the run is missing: give --train-iters or --train-samples",
     )
     refuse_unless(args.lr is not None, "--lr, the peak learning rate, is required for training")
-    refuse_unless(
-        args.seq_length is not None, "--seq-length, the tokens per sample, is required for training"
-    )
+    refuse_unless(args.seq_length is not None, "--seq-length, the tokens per sample, is required for training")

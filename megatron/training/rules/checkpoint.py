@@ -64,9 +64,7 @@ def require_fsdp_for_torch_dcp(args: argparse.Namespace) -> None:
     """torch_dcp stores what torch's FSDP2 shards, so nothing else may shard."""
     if args.ckpt_format == "torch_dcp":
         refuse_unless(
-            args.use_torch_fsdp2
-            and args.tensor_model_parallel_size <= 1
-            and args.pipeline_model_parallel_size <= 1,
+            args.use_torch_fsdp2 and args.tensor_model_parallel_size <= 1 and args.pipeline_model_parallel_size <= 1,
             "--ckpt-format torch_dcp needs --use-torch-fsdp2, --tensor-model-parallel-size 1 and "
             "--pipeline-model-parallel-size 1; --ckpt-format torch_dist works with every layout",
         )
@@ -75,9 +73,7 @@ def require_fsdp_for_torch_dcp(args: argparse.Namespace) -> None:
 def require_save_interval(args: argparse.Namespace) -> None:
     """With a folder to save to, it must be known how often."""
     if args.save:
-        refuse_unless(
-            args.save_interval, f"--save {args.save} needs --save-interval, the steps between checkpoints"
-        )
+        refuse_unless(args.save_interval, f"--save {args.save} needs --save-interval, the steps between checkpoints")
 
 
 def require_dist_format_without_gloo(args: argparse.Namespace) -> None:
@@ -112,9 +108,7 @@ def require_replication_fits(args: argparse.Namespace) -> None:
     """Copies are made of checkpoints on the nodes' disks, a number of ranks apart."""
     if args.replication:
         refuse_unless(args.replication_jump is not None, "--replication needs --replication-jump")
-        refuse_unless(
-            args.non_persistent_ckpt_type == "local", "--replication needs --non-persistent-ckpt-type local"
-        )
+        refuse_unless(args.non_persistent_ckpt_type == "local", "--replication needs --non-persistent-ckpt-type local")
     elif args.replication_jump is not None:
         warn(args, f"--replication-jump ({args.replication_jump}) has no effect without --replication")
         args.replication_jump = None

@@ -27,13 +27,10 @@ def require_one_data_source(args: argparse.Namespace) -> None:
     shared = ["--data-path"] if args.data_path else []
     mock = ["--mock-data"] if args.mock_data else []
     kinds = [kind for kind in (shared, per_split, mock) if kind]
-    refuse_unless(
-        len(kinds) <= 1, f"{' and '.join(sum(kinds, []))} exclude each other; name one source of data"
-    )
+    refuse_unless(len(kinds) <= 1, f"{' and '.join(sum(kinds, []))} exclude each other; name one source of data")
     refuse_unless(
         not (args.data_path and args.data_args_path),
-        "--data-path and --data-args-path exclude each other; the latter is a file with the words of the "
-        "former",
+        "--data-path and --data-args-path exclude each other; the latter is a file with the words of the former",
     )
     refuse_unless(
         not (per_split and args.per_split_data_args_path),

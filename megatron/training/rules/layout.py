@@ -76,9 +76,7 @@ def set_cuda_connections(args: argparse.Namespace) -> None:
         return
     found = os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     if found != "1":
-        warn(
-            args, f"CUDA_DEVICE_MAX_CONNECTIONS is {found}; 1 overlaps communication better before Blackwell"
-        )
+        warn(args, f"CUDA_DEVICE_MAX_CONNECTIONS is {found}; 1 overlaps communication better before Blackwell")
 
 
 LAYOUT_RULES = (

@@ -155,9 +155,7 @@ def require_position_settings(args: argparse.Namespace) -> None:
     else:
         refuse_unless(not given, f"{' and '.join(given)} need --position-embedding-type yarn, found {kind}")
     if args.use_rope_scaling:
-        refuse_unless(
-            kind == "rope", f"--use-rope-scaling needs --position-embedding-type rope, found {kind}"
-        )
+        refuse_unless(kind == "rope", f"--use-rope-scaling needs --position-embedding-type rope, found {kind}")
     refuse_unless(
         0 < args.rotary_percent <= 1,
         f"--rotary-percent ({args.rotary_percent}) must be above 0 and at most 1",
@@ -212,16 +210,12 @@ def require_experts_fit_ranks(args: argparse.Namespace) -> None:
     """Expert parallel ranks hold equal numbers of experts."""
     size = args.expert_model_parallel_size
     if size > 1:
-        refuse_unless(
-            args.num_experts is not None, f"--expert-model-parallel-size {size} needs --num-experts"
-        )
+        refuse_unless(args.num_experts is not None, f"--expert-model-parallel-size {size} needs --num-experts")
         refuse_unless(
             args.num_experts % size == 0,
             f"--num-experts ({args.num_experts}) must be divisible by --expert-model-parallel-size ({size})",
         )
-        refuse_unless(
-            not args.fp16, "--expert-model-parallel-size above 1 does not work with --fp16; use --bf16"
-        )
+        refuse_unless(not args.fp16, "--expert-model-parallel-size above 1 does not work with --fp16; use --bf16")
 
 
 def require_further_prediction_fits(args: argparse.Namespace) -> None:

@@ -31,9 +31,7 @@ def tolerate_overflow_of_dynamic_scale(args: argparse.Namespace) -> None:
     """A dynamic loss scale finds its size by overflowing, so infinite gradients are no fault."""
     if args.fp16 and args.loss_scale is None and args.check_for_nan_in_loss_and_grad:
         args.check_for_nan_in_loss_and_grad = False
-        warn(
-            args, "--fp16 with a dynamic loss scale: the check for NaN in loss and gradients is switched off"
-        )
+        warn(args, "--fp16 with a dynamic loss scale: the check for NaN in loss and gradients is switched off")
 
 
 def derive_gradient_dtype(args: argparse.Namespace) -> None:
@@ -72,9 +70,7 @@ def require_deterministic_kernels(args: argparse.Namespace) -> None:
     if not args.deterministic_mode:
         return
     for name in ("use_flash_attn", "cross_entropy_loss_fusion"):
-        refuse_unless(
-            not getattr(args, name), f"--deterministic-mode does not work with --{name.replace('_', '-')}"
-        )
+        refuse_unless(not getattr(args, name), f"--deterministic-mode does not work with --{name.replace('_', '-')}")
     if device_type() == "cuda":
         found = os.getenv("NCCL_ALGO")
         refuse_unless(

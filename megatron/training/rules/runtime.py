@@ -36,9 +36,7 @@ def choose_distributed_backend(args: argparse.Namespace) -> None:
 
 def require_positive_seed(args: argparse.Namespace) -> None:
     """Random streams are numbered from the seed upwards."""
-    refuse_unless(
-        args.seed is not None and args.seed > 0, f"--seed ({args.seed}) must be a positive whole number"
-    )
+    refuse_unless(args.seed is not None and args.seed > 0, f"--seed ({args.seed}) must be a positive whole number")
 
 
 def require_sensible_intervals(args: argparse.Namespace) -> None:
@@ -68,9 +66,7 @@ def require_named_wandb_run(args: argparse.Namespace) -> None:
             args.wandb_exp_name,
             f"--wandb-project {args.wandb_project} needs --wandb-exp-name, the name of the run",
         )
-        refuse_unless(
-            importlib.util.find_spec("wandb"), "--wandb-project needs the package wandb (pip install wandb)"
-        )
+        refuse_unless(importlib.util.find_spec("wandb"), "--wandb-project needs the package wandb (pip install wandb)")
 
 
 def derive_metrics_file(args: argparse.Namespace) -> None:
@@ -95,9 +91,7 @@ def require_inference_settings_fit(args: argparse.Namespace) -> None:
         )
     if args.inference_dynamic_batching:
         size = args.inference_dynamic_batching_chunk_size
-        refuse_unless(
-            size % 256 == 0, f"--inference-dynamic-batching-chunk-size ({size}) must be a multiple of 256"
-        )
+        refuse_unless(size % 256 == 0, f"--inference-dynamic-batching-chunk-size ({size}) must be a multiple of 256")
 
 
 RUNTIME_RULES = (

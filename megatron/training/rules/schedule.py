@@ -22,14 +22,11 @@ def require_ordered_learning_rates(args: argparse.Namespace) -> None:
         return
     for name in ("min_lr", "lr_warmup_init"):
         value = getattr(args, name)
-        refuse_unless(
-            value <= args.lr, f"--{name.replace('_', '-')} ({value}) must not exceed --lr ({args.lr})"
-        )
+        refuse_unless(value <= args.lr, f"--{name.replace('_', '-')} ({value}) must not exceed --lr ({args.lr})")
     if args.decoupled_lr is not None and args.decoupled_min_lr is not None:
         refuse_unless(
             args.decoupled_min_lr <= args.decoupled_lr,
-            f"--decoupled-min-lr ({args.decoupled_min_lr}) must not exceed --decoupled-lr "
-            f"({args.decoupled_lr})",
+            f"--decoupled-min-lr ({args.decoupled_min_lr}) must not exceed --decoupled-lr ({args.decoupled_lr})",
         )
 
 
@@ -74,8 +71,7 @@ def derive_weight_decay(args: argparse.Namespace) -> None:
     else:
         refuse_unless(
             start is not None and end is not None,
-            f"--weight-decay-incr-style {style} needs --start-weight-decay ({start}) and --end-weight-decay "
-            f"({end})",
+            f"--weight-decay-incr-style {style} needs --start-weight-decay ({start}) and --end-weight-decay ({end})",
         )
     refuse_unless(
         0 <= args.start_weight_decay <= args.end_weight_decay,

@@ -47,9 +47,7 @@ def require_torch_fsdp_fits(args: argparse.Namespace) -> None:
         "fused gradients (pass --no-gradient-accumulation-fusion)": args.gradient_accumulation_fusion,
         f"--ckpt-format {args.ckpt_format} (use torch_dist or torch_dcp)": args.ckpt_format
         not in ("torch_dist", "torch_dcp"),
-        "tied embeddings (pass --untie-embeddings-and-output-weights)": (
-            not args.untie_embeddings_and_output_weights
-        ),
+        "tied embeddings (pass --untie-embeddings-and-output-weights)": (not args.untie_embeddings_and_output_weights),
         "--fp16": args.fp16,
     }
     found = [name for name, conflict in conflicts.items() if conflict]
@@ -121,8 +119,7 @@ def require_delayed_wgrad_fits(args: argparse.Namespace) -> None:
     if args.delay_wgrad_compute:
         refuse_unless(
             args.transformer_impl == "transformer_engine" and not args.overlap_grad_reduce,
-            "--delay-wgrad-compute needs --transformer-impl transformer_engine and excludes "
-            "--overlap-grad-reduce",
+            "--delay-wgrad-compute needs --transformer-impl transformer_engine and excludes --overlap-grad-reduce",
         )
 
 

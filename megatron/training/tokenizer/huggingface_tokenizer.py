@@ -37,9 +37,7 @@ class HuggingFaceTokenizer(MegatronTokenizer):
         return self._tokenizer(texts, verbose=False, return_attention_mask=False).input_ids
 
     def detokenize(self, ids: numpy.ndarray | Iterable[int], **options: Any) -> str:
-        return self._tokenizer.decode(
-            [int(token) for token in ids], clean_up_tokenization_spaces=False, **options
-        )
+        return self._tokenizer.decode([int(token) for token in ids], clean_up_tokenization_spaces=False, **options)
 
     def offsets(self, ids: list[int], text: str) -> list[int]:
         found = self._tokenizer(text, verbose=False, return_offsets_mapping=True)
@@ -97,9 +95,7 @@ def _load(path: str, options: dict[str, Any]) -> Any:
     try:
         import transformers
     except ImportError as error:
-        raise RuntimeError(
-            "HuggingFaceTokenizer needs the package transformers: pip install transformers"
-        ) from error
+        raise RuntimeError("HuggingFaceTokenizer needs the package transformers: pip install transformers") from error
     try:
         if file.is_file() and not settings.is_file():
             return transformers.PreTrainedTokenizerFast(

@@ -39,9 +39,7 @@ class _SentencePieceModel(MegatronTokenizer):
         controls = [self._model.is_control(token) for token in ids]
         pieces = _pieces(self._model.encode, text)
         ordinary = [token for token, is_control in zip(ids, controls) if not is_control]
-        if [
-            piece.id for piece in pieces
-        ] != ordinary:  # not the encoding of the text: take them as they are read
+        if [piece.id for piece in pieces] != ordinary:  # not the encoding of the text: take them as they are read
             pieces = _pieces(self._model.decode, ordinary)
         lengths = iter(len(piece.surface) for piece in pieces)
         starts, position = [], 0

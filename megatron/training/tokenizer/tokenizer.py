@@ -34,15 +34,11 @@ _MODEL = ("tokenizer_model",)
 _EXTRA_IDS = ("vocab_extra_ids",)
 
 KINDS: dict[str, _Kind] = {
-    "GPT2BPETokenizer": _Kind(
-        f"{_PACKAGE}.gpt2_bpe_tokenizer", "GPT2BPETokenizer", ("vocab_file", "merge_file")
-    ),
+    "GPT2BPETokenizer": _Kind(f"{_PACKAGE}.gpt2_bpe_tokenizer", "GPT2BPETokenizer", ("vocab_file", "merge_file")),
     "SentencePieceTokenizer": _Kind(
         f"{_PACKAGE}.sentencepiece_tokenizer", "SentencePieceTokenizer", _MODEL, _EXTRA_IDS
     ),
-    "GPTSentencePieceTokenizer": _Kind(
-        f"{_PACKAGE}.sentencepiece_tokenizer", "GPTSentencePieceTokenizer", _MODEL
-    ),
+    "GPTSentencePieceTokenizer": _Kind(f"{_PACKAGE}.sentencepiece_tokenizer", "GPTSentencePieceTokenizer", _MODEL),
     "Llama2Tokenizer": _Kind(f"{_PACKAGE}.sentencepiece_tokenizer", "Llama2Tokenizer", _MODEL),
     "HuggingFaceTokenizer": _Kind(f"{_PACKAGE}.huggingface_tokenizer", "HuggingFaceTokenizer", _MODEL),
     "NullTokenizer": _Kind(f"{_PACKAGE}.null_tokenizer", "NullTokenizer", ("vocab_size",)),

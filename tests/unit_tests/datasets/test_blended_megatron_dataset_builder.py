@@ -98,9 +98,7 @@ def test_weighted_blend(prefixes: list[str]) -> None:
     assert len(train) == 13 + 26 + 64
     assert [dataset.num_samples for dataset in train.datasets] == [math.ceil(n * 1.005) for n in (13, 26, 64)]
     counts = torch.bincount(torch.tensor([train[k]["dataset_id"] for k in range(len(train))]))
-    assert all(
-        abs(int(count) - len(train) * share) <= 1 for count, share in zip(counts, (0.125, 0.25, 0.625))
-    )
+    assert all(abs(int(count) - len(train) * share) <= 1 for count, share in zip(counts, (0.125, 0.25, 0.625)))
     for k in range(0, len(train), 10):
         item = train[k]
         source = train.datasets[item["dataset_id"]][int(train.dataset_sample_index[k])]
@@ -127,9 +125,7 @@ def test_blend_per_split(prefixes: list[str]) -> None:
 
 @pytest.mark.parametrize("num_threads", [1, 3])
 def test_threads_change_nothing(prefixes: list[str], num_threads: int) -> None:
-    config = gpt_config(
-        blend=(prefixes, [1.0, 1.0, 1.0]), split="1,1,1", num_dataset_builder_threads=num_threads
-    )
+    config = gpt_config(blend=(prefixes, [1.0, 1.0, 1.0]), split="1,1,1", num_dataset_builder_threads=num_threads)
     train, _, test = build(config, [30, 30, 30])
     assert train.dataset_index.tolist() == [0, 1, 2] * 10
     assert [dataset.dataset_path for dataset in test.datasets] == prefixes
@@ -145,9 +141,7 @@ def test_mock() -> None:
 
 
 def test_blend_index_is_cached(prefixes: list[str], tmp_path: Path) -> None:
-    config = gpt_config(
-        blend=(prefixes, [1.0, 2.0, 5.0]), split="1,0,0", path_to_cache=str(tmp_path / "cache")
-    )
+    config = gpt_config(blend=(prefixes, [1.0, 2.0, 5.0]), split="1,0,0", path_to_cache=str(tmp_path / "cache"))
     first, again = (build(config, [40, 0, 0])[0] for _ in range(2))
     assert first.built_anew_on_cache_miss and not again.built_anew_on_cache_miss
     assert again.dataset_index.tolist() == first.dataset_index.tolist()

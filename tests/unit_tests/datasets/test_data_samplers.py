@@ -16,9 +16,7 @@ from megatron.training.datasets.data_samplers import (
 from tests.unit_tests.datasets.data_files import gpt_config, random_documents, write_dataset
 
 
-def global_batches(
-    kind: type, total: int, consumed: int, micro: int, ranks: int, size: int, **options
-) -> list:
+def global_batches(kind: type, total: int, consumed: int, micro: int, ranks: int, size: int, **options) -> list:
     """Sets of samples of each global batch of `size`."""
     given = (range(total),) if kind is MegatronPretrainingRandomSampler else ()
     samplers = [kind(*given, total, consumed, micro, rank, ranks, **options) for rank in range(ranks)]
@@ -141,6 +139,4 @@ def test_loaders_give_the_same_tokens_for_every_layout_and_resume(dataset: GPTDa
 
 
 def test_worker_processes_change_nothing(dataset: GPTDataset) -> None:
-    assert hashes_of_global_batches(dataset, 8, 4, 1, num_workers=2) == hashes_of_global_batches(
-        dataset, 8, 4, 1
-    )
+    assert hashes_of_global_batches(dataset, 8, 4, 1, num_workers=2) == hashes_of_global_batches(dataset, 8, 4, 1)

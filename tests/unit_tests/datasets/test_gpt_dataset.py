@@ -151,9 +151,7 @@ def test_item_none_fills_a_batch(prefix: str) -> None:
 
 
 def test_attention_mask_only_on_request(prefix: str) -> None:
-    config = gpt_config(
-        blend=([prefix], None), split="1,0,0", create_attention_mask=False, reset_attention_mask=True
-    )
+    config = gpt_config(blend=([prefix], None), split="1,0,0", create_attention_mask=False, reset_attention_mask=True)
     assert "attention_mask" not in open_dataset(prefix, config)[0]
 
 

@@ -206,9 +206,7 @@ def test_damaged_index_is_refused(tmp_path: Path, name: str) -> None:
 def test_truncated_tokens_are_refused(tmp_path: Path, num_bytes: int) -> None:
     prefix = write_example(tmp_path / "d")
     os.truncate(prefix + ".bin", num_bytes)
-    with pytest.raises(
-        ValueError, match=rf"is truncated: it has {num_bytes} bytes, the sequences of .* need 18"
-    ):
+    with pytest.raises(ValueError, match=rf"is truncated: it has {num_bytes} bytes, the sequences of .* need 18"):
         IndexedDataset(prefix)
 
 

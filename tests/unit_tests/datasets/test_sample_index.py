@@ -13,9 +13,7 @@ from megatron.core.datasets.helpers import build_blending_indices
 LENGTHS = [5, 3, 9, 4, 7, 2, 6, 8]
 
 
-def indices(
-    num_samples: int | None, extra: int, drop_last: bool = True
-) -> tuple[list[int], list[tuple], list[int]]:
+def indices(num_samples: int | None, extra: int, drop_last: bool = True) -> tuple[list[int], list[tuple], list[int]]:
     plan = plan_samples(sum(LENGTHS), 8, num_samples, bool(extra), drop_last)
     arrays = build_indices(plan, numpy.array(LENGTHS, numpy.int32), numpy.arange(8), 8, bool(extra), 1234)
     samples = [tuple(row) for row in arrays["sample_index"].tolist()]

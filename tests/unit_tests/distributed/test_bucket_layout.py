@@ -50,14 +50,10 @@ def test_invariants_of_all_small_layouts(num_shards: int | None, bucket_size: in
                 check_invariants(numels, bucket_size, num_shards, isolated)
 
 
-def check_invariants(
-    numels: tuple[int, ...], bucket_size: int | None, num_shards: int | None, isolated: set
-) -> None:
+def check_invariants(numels: tuple[int, ...], bucket_size: int | None, num_shards: int | None, isolated: set) -> None:
     layout = lay_out_buffer(numels, bucket_size=bucket_size, num_shards=num_shards, isolated=isolated)
     # every parameter lies once in one bucket, later parameters first, and nothing overlaps
-    assert [i for bucket in layout.buckets for i in bucket.param_indices] == list(
-        reversed(range(len(numels)))
-    )
+    assert [i for bucket in layout.buckets for i in bucket.param_indices] == list(reversed(range(len(numels))))
     spans = [layout.spans[i] for i in reversed(range(len(numels)))]
     assert all(end - start == numels[i] for i, (start, end) in enumerate(layout.spans))
     assert all(left[1] <= right[0] for left, right in itertools.pairwise(spans))
@@ -76,9 +72,7 @@ def check_invariants(
             assert (bucket.end - bucket.start) % num_shards == 0 == (bucket.end - bucket.start) % 128
             assert all(layout.spans[i][0] % 64 == 0 for i in bucket.param_indices)
             shards = [bucket.shard(rank, num_shards) for rank in range(num_shards)]
-            assert [start for start, _ in shards] + [bucket.end] == [bucket.start] + [
-                end for _, end in shards
-            ]
+            assert [start for start, _ in shards] + [bucket.end] == [bucket.start] + [end for _, end in shards]
             assert not isolated & set(bucket.param_indices) or len(bucket.param_indices) == 1
         if bucket_size is not None and bucket is not layout.buckets[-1]:
             full = bucket.numel_unpadded >= bucket_size

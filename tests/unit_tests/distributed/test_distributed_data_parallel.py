@@ -31,9 +31,7 @@ def loss_of(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
 
 
 def wrap(model: nn.Module, config: TransformerConfig | None = None, **ddp: Any) -> DistributedDataParallel:
-    return DistributedDataParallel(
-        config or transformer_config(), DistributedDataParallelConfig(**ddp), model
-    )
+    return DistributedDataParallel(config or transformer_config(), DistributedDataParallelConfig(**ddp), model)
 
 
 def serial_grads(scale: float = 1.0) -> dict[str, torch.Tensor]:
@@ -223,9 +221,7 @@ def test_gradient_that_a_kernel_has_added_itself_is_not_added_twice() -> None:
 
 
 def test_nan_is_reported_with_the_first_bad_parameter_before_it_spreads() -> None:
-    with pytest.raises(
-        AssertionError, match=r"gradient of 2\.weight has 1 NaN or infinite values of 60 on rank 1"
-    ):
+    with pytest.raises(AssertionError, match=r"gradient of 2\.weight has 1 NaN or infinite values of 60 on rank 1"):
         run_ranks(2, put_nan_into_gradient)
 
 

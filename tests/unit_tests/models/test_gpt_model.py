@@ -109,9 +109,7 @@ def _stride(param: Tensor) -> int:
     return getattr(param, "partition_stride", 1)
 
 
-def run_layout(
-    variant: str, tp: int, sequence_parallel: bool
-) -> tuple[Tensor, dict[str, Any], dict[str, Any]]:
+def run_layout(variant: str, tp: int, sequence_parallel: bool) -> tuple[Tensor, dict[str, Any], dict[str, Any]]:
     parallel_state.initialize_model_parallel(tensor_model_parallel_size=tp)
     model_parallel_cuda_manual_seed(1234)
     model = build(variant, tp=tp, sequence_parallel=sequence_parallel)
@@ -154,9 +152,7 @@ def test_two_tensor_ranks_equal_one(variant: str, sequence_parallel: bool) -> No
     for name, (weight, _, _) in expected_weights.items():
         assert torch.equal(joined([weights for _, weights, _ in results], name), weight), name
     for name, (grad, _, _) in expected_grads.items():
-        torch.testing.assert_close(
-            joined([grads for _, _, grads in results], name), grad, rtol=1e-4, atol=1e-6
-        )
+        torch.testing.assert_close(joined([grads for _, _, grads in results], name), grad, rtol=1e-4, atol=1e-6)
 
 
 # --- pipeline stages ------------------------------------------------------------------------------------
@@ -335,8 +331,7 @@ def run_sharded_keys(tp: int, pp: int, metadata: Any) -> dict[str, Any]:
 
     apply_factories(sharded)
     return [
-        (t.key, t.global_shape, t.global_offset, t.replica_id, t.allow_shape_mismatch)
-        for t in nested_values(sharded)
+        (t.key, t.global_shape, t.global_offset, t.replica_id, t.allow_shape_mismatch) for t in nested_values(sharded)
     ]
 
 
@@ -375,17 +370,12 @@ def test_checkpoint_keys_of_unstacked_gated_layers() -> None:
     results = run_ranks(2, run_sharded_keys, 2, 1, {"non_homogeneous_layers": True})
     h, f = HIDDEN, 4 * HIDDEN
     boxes = [
-        (shape, offset)
-        for key, shape, offset, *_ in results[1]
-        if key == "decoder.layers.3.mlp.linear_fc1.weight"
+        (shape, offset) for key, shape, offset, *_ in results[1] if key == "decoder.layers.3.mlp.linear_fc1.weight"
     ]
     # [gate ; up], of which rank 1 has the second half of each
     assert sorted(boxes) == [((2 * f, h), (f // 2, 0)), ((2 * f, h), (f + f // 2, 0))]
     keys = {key for key, *_ in results[0]}
-    assert (
-        "output_layer.weight" in keys
-        and "decoder.layers.0.self_attention.linear_qkv.layer_norm_weight" in keys
-    )
+    assert "output_layer.weight" in keys and "decoder.layers.0.self_attention.linear_qkv.layer_norm_weight" in keys
 
 
 def test_flattened_range_of_a_gated_shard() -> None:
@@ -401,9 +391,9 @@ def test_flattened_range_of_a_gated_shard() -> None:
     assert [part.global_offset for part in parts] == [(2, 3, 0), (2, 9, 0)]
     assert all(part.global_shape == (5, 12, 4) and part.local_shape == (3, 4) for part in parts)
     assert torch.equal(factory.merge_fn([part.data for part in parts]), local.flatten()[5:17])
-    assert [
-        part.flattened_range for part in factory.build_fn("w", local.flatten()[13:], 0, slice(13, 24))
-    ] == [slice(1, 12)]
+    assert [part.flattened_range for part in factory.build_fn("w", local.flatten()[13:], 0, slice(13, 24))] == [
+        slice(1, 12)
+    ]
 
 
 # --- the rest -------------------------------------------------------------------------------------------

@@ -31,10 +31,7 @@ def by_complex_numbers(t: Tensor, angles: Tensor, interleaved: bool) -> Tensor:
     width = 2 * angles.size(-1)
     head, tail = t[..., :width].double(), t[..., width:]
     pairs = head.unflatten(-1, (-1, 2)) if interleaved else head.unflatten(-1, (2, -1)).transpose(-1, -2)
-    turned = (
-        torch.view_as_complex(pairs.contiguous())
-        * torch.polar(torch.ones_like(angles), angles)[:, None, None]
-    )
+    turned = torch.view_as_complex(pairs.contiguous()) * torch.polar(torch.ones_like(angles), angles)[:, None, None]
     back = torch.view_as_real(turned)
     back = back.flatten(-2) if interleaved else back.transpose(-1, -2).flatten(-2)
     return torch.cat((back, tail.double()), -1)
@@ -46,9 +43,7 @@ def by_complex_numbers(t: Tensor, angles: Tensor, interleaved: bool) -> Tensor:
 def test_rotation(interleaved: bool, percent: float, dtype: torch.dtype) -> None:
     rope = RotaryEmbedding(8, percent, rotary_interleaved=interleaved, seq_len_interpolation_factor=2.0)
     positions = torch.arange(3, 3 + 5, dtype=torch.float64) / 2
-    angles = torch.outer(
-        positions, 10000.0 ** (-torch.arange(0, 8 * percent, 2, dtype=torch.float64) / (8 * percent))
-    )
+    angles = torch.outer(positions, 10000.0 ** (-torch.arange(0, 8 * percent, 2, dtype=torch.float64) / (8 * percent)))
     t = torch.randn(5, 2, 3, 8).to(dtype).requires_grad_()
     y = apply_rotary_pos_emb(t, rope(5, offset=3), config(rotary_interleaved=interleaved))
     assert y.dtype == dtype

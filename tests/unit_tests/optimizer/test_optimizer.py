@@ -56,9 +56,7 @@ def test_fp32_equals_torch(algorithm: str, clip_grad: float) -> None:
         limit = clip_grad or float("inf")
         norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), limit).item())
         reference.step()
-    ((results, found),) = run_ranks(
-        1, trained, torch.float32, {"optimizer": algorithm, "clip_grad": clip_grad}
-    )
+    ((results, found),) = run_ranks(1, trained, torch.float32, {"optimizer": algorithm, "clip_grad": clip_grad})
     assert [ok for ok, _, _ in results] == [True] * len(STEPS)
     assert [norm for _, norm, _ in results] == pytest.approx(norms, rel=1e-5)
     assert all(zeros is None for _, _, zeros in results)
@@ -114,9 +112,7 @@ LAYOUTS = [*((name, ranks) for name in PRECISIONS for ranks in (1, 2)), ("fp32",
 def test_distributed_optimizer_equals_the_plain_one(precision: str, world_size: int) -> None:
     found = run_ranks(world_size, plain_and_sharded, *PRECISIONS[precision])
     for (plain_results, plain), (results, sharded) in found:
-        assert all(torch.equal(weight, found[0][1][1][name]) for name, weight in sharded.items()), (
-            "replicas differ"
-        )
+        assert all(torch.equal(weight, found[0][1][1][name]) for name, weight in sharded.items()), "replicas differ"
         # the fused kernel rounds the tails of tensors differently, and shards have other tails
         torch.testing.assert_close(sharded, plain, rtol=1e-6, atol=1e-7)
         for (ok, norm, zeros), (plain_ok, plain_norm, plain_zeros) in zip(results, plain_results):
@@ -139,9 +135,7 @@ def test_two_ranks_equal_one(sharded: bool) -> None:
     ((results, expected),) = run_ranks(1, trained, torch.float32, {})
     for own_results, found in run_ranks(2, trained, torch.float32, {"sharded": sharded}):
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
-        assert [norm for _, norm, _ in own_results] == pytest.approx(
-            [norm for _, norm, _ in results], rel=1e-5
-        )
+        assert [norm for _, norm, _ in own_results] == pytest.approx([norm for _, norm, _ in results], rel=1e-5)
 
 
 def test_owned_spans_tile_every_parameter() -> None:
@@ -252,9 +246,7 @@ def norm_under_tp(sharded: bool) -> tuple[float, float]:
         DistributedDataParallelConfig(use_distributed_optimizer=sharded),
         model,
     )
-    config = OptimizerConfig(
-        lr=0.1, use_distributed_optimizer=sharded, clip_grad=1.0, log_num_zeros_in_grad=True
-    )
+    config = OptimizerConfig(lr=0.1, use_distributed_optimizer=sharded, clip_grad=1.0, log_num_zeros_in_grad=True)
     optimizer = get_megatron_optimizer(config, [ddp])
     tp_rank = parallel_state.get_tensor_model_parallel_rank()
     model["cut"].main_grad.fill_(3.0 + tp_rank)
@@ -290,9 +282,7 @@ def test_param_groups() -> None:
     model = TinyModel()
     model[0].weight.is_embedding_or_output_parameter = True
     config = OptimizerConfig(lr=1e-2, min_lr=1e-4, decoupled_lr=5e-2)
-    optimizer = get_megatron_optimizer(
-        config, [model], scale_lr_cond=lambda name, p: name == "3.bias", lr_mult=10.0
-    )
+    optimizer = get_megatron_optimizer(config, [model], scale_lr_cond=lambda name, p: name == "3.bias", lr_mult=10.0)
     assert group_sizes(optimizer) == {
         (1.0, 1.0, False, True): 1,
         (0.0, 1.0, False, False): 3,
@@ -301,9 +291,7 @@ def test_param_groups() -> None:
     }
     bounds = [(group["max_lr"], group["min_lr"]) for group in optimizer.param_groups]
     assert bounds == [(5e-2, 1e-4), (1e-2, 1e-4), (1e-2, 1e-4), (1e-2, 1e-4)]
-    everything_decays = get_megatron_optimizer(
-        config, [TinyModel()], no_weight_decay_cond=lambda name, p: False
-    )
+    everything_decays = get_megatron_optimizer(config, [TinyModel()], no_weight_decay_cond=lambda name, p: False)
     assert group_sizes(everything_decays) == {(1.0, 1.0, False, False): 6}
 
 
@@ -311,9 +299,7 @@ def test_param_groups() -> None:
 def test_experts_are_chained_and_clipped_by_the_common_norm(sharded: bool) -> None:
     for norm, kinds in run_ranks(2, expert_step, sharded):
         assert kinds == 2
-        assert norm == pytest.approx(
-            (4 * 1.0 + 4 * 4.0 + 4 * 9.0) ** 0.5, rel=1e-6
-        )  # one dense weight, two experts
+        assert norm == pytest.approx((4 * 1.0 + 4 * 4.0 + 4 * 9.0) ** 0.5, rel=1e-6)  # one dense weight, two experts
 
 
 def expert_step(sharded: bool) -> tuple[float, int]:
@@ -328,9 +314,7 @@ def expert_step(sharded: bool) -> tuple[float, int]:
     optimizer = get_megatron_optimizer(OptimizerConfig(lr=0.1, use_distributed_optimizer=sharded), [ddp])
     assert isinstance(optimizer, ChainedOptimizer)
     model["dense"].main_grad.fill_(1.0)
-    model["expert"].main_grad.fill_(
-        2.0 * (2.0 + torch.distributed.get_rank())
-    )  # halved by the average over ranks
+    model["expert"].main_grad.fill_(2.0 * (2.0 + torch.distributed.get_rank()))  # halved by the average over ranks
     ddp.finish_grad_sync()
     ok, norm, _ = optimizer.step()
     assert ok and all((weight != 0.0).all() for weight in model.values())

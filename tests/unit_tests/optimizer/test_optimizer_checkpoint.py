@@ -106,13 +106,9 @@ def test_names_and_shapes_of_sharded_state(case: Case) -> None:
     wanted = ["exp_avg", "exp_avg_sq"]
     if case[0] != torch.float32 or case[1].get("sharded"):
         wanted.append("fp32_param")
-    assert {name for name in names if name.endswith(".3.weight")} == {
-        f"optimizer.state.{n}.3.weight" for n in wanted
-    }
+    assert {name for name in names if name.endswith(".3.weight")} == {f"optimizer.state.{n}.3.weight" for n in wanted}
     assert all(
-        dtype == torch.float32 and shape == (5, 37)
-        for name, (dtype, shape) in names.items()
-        if "3.weight" in name
+        dtype == torch.float32 and shape == (5, 37) for name, (dtype, shape) in names.items() if "3.weight" in name
     )
 
 
@@ -180,9 +176,7 @@ def check_distrib_optim(dtype: torch.dtype, legacy: bool, file: str) -> None:
     other.load_state_dict(model_state)
     other_optimizer.load_state_dict(optimizer_state)
     other_optimizer.load_parameter_state(file, update_legacy_format=legacy)
-    require_continued(
-        (train(other, other_optimizer, range(3, 6)), weights(other), 1.0), expected, rtol=0, atol=0
-    )
+    require_continued((train(other, other_optimizer, range(3, 6)), weights(other), 1.0), expected, rtol=0, atol=0)
 
 
 def check_content(content: dict[Any, Any], ddp: Any, dtype: torch.dtype) -> None:

@@ -172,9 +172,7 @@ BAD_LINES = [
     ("line", "message", "workers"),
     [(*case, 1) for case in BAD_LINES] + [(*BAD_LINES[0], 2), (*BAD_LINES[7], 2)],
 )
-def test_bad_lines_are_named_and_nothing_changes(
-    tmp_path: Path, line: bytes, message: str, workers: int
-) -> None:
+def test_bad_lines_are_named_and_nothing_changes(tmp_path: Path, line: bytes, message: str, workers: int) -> None:
     path = tmp_path / "in.jsonl"
     path.write_bytes(GOOD)
     run_tool(str(path), tmp_path / "out")

@@ -63,9 +63,7 @@ def causal_hidden() -> Tensor:
     return (j > i).expand(B, S, S)
 
 
-def check(
-    core: CoreAttention, groups: int, hidden: Tensor, mask: Tensor | None = None, **kwargs: object
-) -> None:
+def check(core: CoreAttention, groups: int, hidden: Tensor, mask: Tensor | None = None, **kwargs: object) -> None:
     inputs = tensors(groups)
     reference = [x.detach().double().requires_grad_() for x in inputs]
     expected = _differentiable(reference, hidden, kwargs.get("attention_bias"), core.softmax_scale)
@@ -204,6 +202,4 @@ def test_backends() -> None:
     config = build(AttnBackend.auto).config
     config.context_parallel_size = 2
     with pytest.raises(NotImplementedError, match="context_parallel_size"):
-        build_core_attention(
-            config, layer_number=1, attn_mask_type=AttnMaskType.causal, attention_type="self"
-        )
+        build_core_attention(config, layer_number=1, attn_mask_type=AttnMaskType.causal, attention_type="self")

@@ -32,8 +32,7 @@ def config(num_layers: int, pp: int, vpp: int | None = None, **kwargs: object) -
 def table(c: SimpleNamespace) -> list[list[tuple[int, int]]]:
     stages = range(c.virtual_pipeline_model_parallel_size or 1)
     return [
-        [tuple(layers_of_chunk(c, rank, stage)) for stage in stages]
-        for rank in range(c.pipeline_model_parallel_size)
+        [tuple(layers_of_chunk(c, rank, stage)) for stage in stages] for rank in range(c.pipeline_model_parallel_size)
     ]
 
 
@@ -76,9 +75,7 @@ def test_tabled_examples(settings: tuple, expected: list) -> None:
 @pytest.mark.parametrize("first", [None, 1, 2, 4])
 @pytest.mark.parametrize("last", [None, 1, 2, 4])
 @pytest.mark.parametrize(("pp", "vpp"), [(2, None), (4, None), (4, 2), (3, 2)])
-def test_every_layer_is_held_once_in_order(
-    first: int | None, last: int | None, pp: int, vpp: int | None
-) -> None:
+def test_every_layer_is_held_once_in_order(first: int | None, last: int | None, pp: int, vpp: int | None) -> None:
     v = vpp or 1
     middle = pp - sum(x is not None for x in (first, last))
     first, last = (None if x is None else x * v for x in (first, last))
