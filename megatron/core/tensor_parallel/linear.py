@@ -12,36 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from megatron.core.collectives import all_gather_into_tensor, reduce_scatter_tensor
-from megatron.core.device import to_computing_type
-from megatron.core.tensor_parallel.mappings import _gather_first_dim
-from megatron.core.utils import divide, get_pg_size, get_tensor_model_parallel_group_if_none
-
-
-def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x Wᵀ + b in the type of x, computed in whatever type is fast."""
-    wide = to_computing_type(x)
-    if wide is x:
-        return F.linear(x, weight, bias)
-    return F.linear(wide, weight.float(), None if bias is None else bias.float()).to(x.dtype)
-
-
-def _matmul(a: Tensor, b: Tensor) -> Tensor:
-    """a b in the type of a, computed in whatever type is fast."""
-    wide = to_computing_type(a)
-    return a.matmul(b) if wide is a else wide.matmul(b.float()).to(a.dtype)
-
-
-def _accumulate_wgrad(weight: Tensor, grad_output: Tensor, x: Tensor, fused: bool) -> Tensor | None:
-    """grad_outputᵀ x, added to `weight.main_grad` (then None is returned) where there is one and `fused` is set."""
-    main_grad = getattr(weight, "main_grad", None)
-    if not fused or main_grad is None:
-        return _matmul(grad_output.t(), x)
-    if main_grad.dtype == grad_output.dtype:
-        main_grad.addmm_(grad_output.t(), x)
-    else:
-        main_grad.add_(_matmul(grad_output.t(), x))
-    return None
+from megatron.core.collectives import InFlight, start_all_gather, start_all_reduce, start_reduce_scatter
+from megatron.core.tensor_parallel.gemm import linear, matmul, weight_gradient
+from megatron.core.tensor_parallel.mappings import _gather_first_dim, gather_from_sequence_parallel_region
+from megatron.core.utils import get_pg_size, get_tensor_model_parallel_group_if_none
 
 
 class LinearWithGradAccumulationAndAsyncCommunication(torch.autograd.Function):
@@ -63,39 +37,29 @@ class LinearWithGradAccumulationAndAsyncCommunication(torch.autograd.Function):
         ctx.has_bias, ctx.fused_accumulation = bias is not None, fused_accumulation
         ctx.allreduce_dgrad, ctx.sequence_parallel, ctx.group = allreduce_dgrad, sequence_parallel, group
         full = _gather_first_dim(x, group) if sequence_parallel else x
-        return _linear(full, weight, bias)
+        return linear(full, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        gathering = None
-        if ctx.sequence_parallel:  # x was not stored whole; fetch it while dx is being computed
-            full_x = x.new_empty(x.size(0) * get_pg_size(ctx.group), *x.shape[1:])
-            gathering = all_gather_into_tensor(full_x, x.contiguous(), group=ctx.group, async_op=True)
-        else:
-            full_x = x
-        dgrad = _matmul(grad_output, weight) if ctx.needs_input_grad[0] else None
-        reducing = None
-        if dgrad is not None and ctx.allreduce_dgrad:
-            dgrad = dgrad.contiguous()
-            reducing = dist.all_reduce(dgrad, group=ctx.group, async_op=True)
-        elif dgrad is not None and ctx.sequence_parallel:
-            partial = dgrad.contiguous()
-            dgrad = partial.new_empty(divide(partial.size(0), get_pg_size(ctx.group)), *partial.shape[1:])
-            reducing = reduce_scatter_tensor(dgrad, partial, group=ctx.group, async_op=True)
-        if gathering is not None:
-            gathering.wait()
-        wgrad = bgrad = None
-        flat_grad = grad_output.reshape(-1, grad_output.size(-1))
-        if ctx.needs_input_grad[1]:
-            wgrad = _accumulate_wgrad(
-                ctx.weight, flat_grad, full_x.reshape(-1, full_x.size(-1)), ctx.fused_accumulation
-            )
-        if ctx.has_bias and ctx.needs_input_grad[2]:
-            bgrad = flat_grad.sum(0)
-        if reducing is not None:
-            reducing.wait()
-        return dgrad, wgrad, bgrad, None, None, None, None
+        needs_dx, needs_dw, needs_db = ctx.needs_input_grad[:3]
+        # x was not stored whole: it is fetched while dx is being computed, which is exchanged while dW is.
+        whole_x = start_all_gather(x, ctx.group) if ctx.sequence_parallel and needs_dw else InFlight(x, None)
+        dx = InFlight(grad_output, None)
+        if needs_dx:
+            dx = _start_exchange(matmul(grad_output, weight), ctx)
+        dw = db = None
+        if needs_dw:
+            dw = weight_gradient(ctx.weight, grad_output, whole_x.wait(), ctx.fused_accumulation)
+        if ctx.has_bias and needs_db:
+            db = grad_output.reshape(-1, grad_output.size(-1)).sum(0)
+        return dx.wait() if needs_dx else None, dw, db, None, None, None, None
+
+
+def _start_exchange(dx: Tensor, ctx: Any) -> InFlight:
+    if ctx.allreduce_dgrad:
+        return start_all_reduce(dx, ctx.group)
+    return start_reduce_scatter(dx, ctx.group) if ctx.sequence_parallel else InFlight(dx, None)
 
 
 def linear_with_grad_accumulation_and_async_allreduce(
@@ -155,12 +119,12 @@ class LinearWithFrozenWeight(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(weight)
         ctx.allreduce_dgrad, ctx.group = allreduce_dgrad, group
-        return _linear(x, weight, bias)
+        return linear(x, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         (weight,) = ctx.saved_tensors
-        dgrad = _matmul(grad_output, weight)
+        dgrad = matmul(grad_output, weight)
         if ctx.allreduce_dgrad:
             dist.all_reduce(dgrad, group=ctx.group)
         return dgrad, None, None, None, None
@@ -179,8 +143,6 @@ def linear_with_frozen_weight(
     async_grad_allreduce: bool | None = None,
 ) -> Tensor:
     """As `linear_with_grad_accumulation_and_async_allreduce` for a weight that is not trained."""
-    from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
-
     group = get_tensor_model_parallel_group_if_none(tp_group)
     if sequence_parallel:
         input = gather_from_sequence_parallel_region(input, tensor_parallel_output_grad=True, group=group)

@@ -1,0 +1,79 @@
+"""The matrix products of a linear layer: y = x Wᵀ + b, dx = dy W, and dW = dyᵀ x straight into where it accumulates."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from megatron.core.device import to_computing_type
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x Wᵀ + b in the type of x, computed in whatever type is fast."""
+    wide = to_computing_type(x)
+    if wide is x:
+        return F.linear(x, weight, bias)
+    return F.linear(wide, weight.float(), None if bias is None else bias.float()).to(x.dtype)
+
+
+def matmul(a: Tensor, b: Tensor) -> Tensor:
+    """a b in the type of a, computed in whatever type is fast."""
+    wide = to_computing_type(a)
+    return a.matmul(b) if wide is a else wide.matmul(b.float()).to(a.dtype)
+
+
+def weight_gradient(weight: Tensor, grad_output: Tensor, x: Tensor, accumulate: bool) -> Tensor | None:
+    """dyᵀ x, summed over all dimensions but the last.
+
+    With `accumulate` it is added to `weight.main_grad`, where there is one, and None is returned: autograd then has
+    nothing to add, and a gradient that reaches the same parameter on another way (tied weights) still counts. The
+    parameter's post-accumulate hook runs all the same, once all its users have had their turn.
+
+    Args:
+        grad_output: dy [..., out].
+        x: what the weight was multiplied with, [..., in].
+    """
+    dy, x = grad_output.reshape(-1, grad_output.size(-1)), x.reshape(-1, x.size(-1))
+    total = getattr(weight, "main_grad", None)
+    if not accumulate or total is None:
+        return matmul(dy.t(), x)
+    add_product(total, dy.t(), x)
+    return None
+
+
+def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """`total += a b`; a product of half precision is rounded once before it is added to an fp32 total.
+
+    In one type it is one kernel. In mixed types it is one kernel on CUDA where torch has it; elsewhere the
+    product is made and added in pieces of rows, so that a small part of it exists at a time.
+    """
+    a, b = to_computing_type(a), to_computing_type(b)
+    if total.dtype == a.dtype:
+        total.addmm_(a, b)
+    elif _mixed_kernel_works(a.device.type, a.dtype, total.dtype):
+        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+    else:
+        rows = max(1, _PIECE // total.size(1))
+        for part, factor in zip(total.split(rows), a.split(rows)):
+            part.add_(factor.matmul(b).to(total.dtype))
+
+
+_PIECE = 2**20
+"""Elements of a product that exist at a time: 2 MiB of bf16, which stay in a CPU's cache."""
+
+
+@cache
+def _mixed_kernel_works(device_type: str, dtype: torch.dtype, total_dtype: torch.dtype) -> bool:
+    """Whether torch multiplies `dtype` into a total of `total_dtype` in one kernel; tried once (CUDA, torch 2.8)."""
+    if device_type != "cuda" or not hasattr(torch.ops.aten.addmm, "dtype_out"):
+        return False
+    try:
+        total = torch.ones(16, 16, dtype=total_dtype, device=device_type)
+        a = torch.ones(16, 16, dtype=dtype, device=device_type)
+        torch.addmm(total, a, a, out_dtype=total_dtype, out=total)
+    except (RuntimeError, NotImplementedError, TypeError):
+        return False
+    return bool((total == 17).all())

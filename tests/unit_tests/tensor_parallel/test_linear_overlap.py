@@ -1,0 +1,202 @@
+"""What overlaps in the backward pass of the parallel linear layers, and where weight gradients go."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from megatron.core import collectives, parallel_state
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.model_parallel_config import ModelParallelConfig
+from megatron.core.tensor_parallel import ColumnParallelLinear, VocabParallelEmbedding, gemm, linear
+from megatron.core.tensor_parallel.gemm import add_product, weight_gradient
+from megatron.core.utils import init_method_normal
+from tests.worker_pool import run_ranks
+
+LATE = 0.3  # seconds by which rank 1 comes late to a collective
+
+
+class Watched:
+    """A collective's handle that tells when it is waited for."""
+
+    def __init__(self, name: str, work: Any, log: list[str]) -> None:
+        self.name, self.work, self.log = name, work, log
+
+    def wait(self) -> None:
+        self.work.wait()
+        self.log.append(f"{self.name} has arrived")
+
+
+def check_order_of_backward(sequence_parallel: bool, monkeypatch_last: str) -> list[str]:
+    """What rank 0 did when, in a backward pass to which the other rank comes late."""
+    parallel_state.initialize_model_parallel(tensor_model_parallel_size=2)
+    config = ModelParallelConfig(tensor_model_parallel_size=2, sequence_parallel=sequence_parallel)
+    layer = ColumnParallelLinear(8, 12, config=config, init_method=init_method_normal(0.3), bias=False)
+    x = torch.randn(4, 2, 8, requires_grad=True)
+    output, _ = layer(x)
+    log: list[str] = []
+    works: list[Any] = []
+
+    def watch(owner: Any, name: str, label: str) -> None:
+        original = getattr(owner, name)
+
+        def launch(*args: Any, **kwargs: Any) -> Any:
+            if label == monkeypatch_last and dist.get_rank() == 1:
+                time.sleep(LATE)
+            work = original(*args, **kwargs)
+            if not kwargs.get("async_op"):
+                return work
+            log.append(f"{label} launched")
+            works.append(work)
+            return Watched(label, work, log)
+
+        setattr(owner, name, launch)
+        undo.append((owner, name, original))
+
+    undo: list[tuple[Any, str, Any]] = []
+    watch(dist, "all_reduce", "dx")
+    watch(collectives, "reduce_scatter_tensor", "dx")
+    watch(collectives, "all_gather_into_tensor", "x")
+    original = linear.weight_gradient
+
+    def weight_gradient_noted(*args: Any) -> Tensor | None:
+        log.append(f"dW computed, dx in flight: {not works[-1].is_completed()}")
+        return original(*args)
+
+    linear.weight_gradient = weight_gradient_noted
+    undo.append((linear, "weight_gradient", original))
+    try:
+        output.sum().backward()
+    finally:
+        for owner, name, function in undo:
+            setattr(owner, name, function)
+    return log
+
+
+def test_input_gradient_travels_while_the_weight_gradient_is_computed() -> None:
+    log, _ = run_ranks(2, check_order_of_backward, False, "dx")
+    assert log == ["dx launched", "dW computed, dx in flight: True", "dx has arrived"]
+
+
+def test_sequence_parallel_exchanges_overlap_with_both_products() -> None:
+    log, _ = run_ranks(2, check_order_of_backward, True, "dx")
+    assert log == [
+        "x launched",
+        "dx launched",
+        "x has arrived",
+        "dW computed, dx in flight: True",
+        "dx has arrived",
+    ]
+
+
+class LargestResult(TorchDispatchMode):
+    """Elements of the largest tensor that an operation inside allocates."""
+
+    largest = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        inputs = {a.untyped_storage().data_ptr() for a in args if isinstance(a, Tensor)}
+        if isinstance(out, Tensor) and out.untyped_storage().data_ptr() not in inputs:
+            self.largest = max(self.largest, out.numel())
+        return out
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("total_dtype", [torch.float32, torch.bfloat16])
+def test_weight_gradients_are_added_without_a_tensor_of_their_own(
+    dtype: torch.dtype, total_dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gemm, "_PIECE", 64)
+    weight = nn.Parameter(torch.zeros(96, 16, dtype=dtype))
+    weight.main_grad = torch.full((96, 16), 2.0, dtype=total_dtype)
+    dy, x = torch.randn(6, 4, 96).to(dtype), torch.randn(6, 4, 16).to(dtype)
+    with LargestResult() as sizes:
+        assert weight_gradient(weight, dy, x, accumulate=True) is None
+    widened = dtype is torch.float16  # computed in fp32 on a CPU
+    assert sizes.largest <= (dy.numel() if widened else 64)
+    expected = 2 + dy.double().flatten(0, 1).t() @ x.double().flatten(0, 1)
+    torch.testing.assert_close(weight.main_grad.double(), expected, rtol=1e-2, atol=0.1)
+    alone = weight_gradient(weight, dy, x, accumulate=False)
+    torch.testing.assert_close(alone.double(), expected - 2, rtol=1e-2, atol=0.1)
+
+
+def test_a_product_in_pieces_is_the_whole_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gemm, "_PIECE", 40)
+    a, b = torch.randn(7, 5).bfloat16(), torch.randn(5, 16).bfloat16()
+    total = torch.randn(7, 16)
+    expected = total + (a @ b).float()
+    add_product(total, a, b)
+    torch.testing.assert_close(total, expected)
+
+
+class Tied(nn.Module):
+    """A table that is looked up, multiplied with, and used by a plain torch function too."""
+
+    def __init__(self, config: ModelParallelConfig) -> None:
+        super().__init__()
+        self.embed = VocabParallelEmbedding(16, 8, config=config, init_method=init_method_normal(0.5))
+        self.out = ColumnParallelLinear(
+            8,
+            16,
+            config=config,
+            init_method=init_method_normal(0.5),
+            bias=False,
+            skip_weight_param_allocation=True,
+        )
+
+    def forward(self, ids: Tensor) -> Tensor:
+        logits, _ = self.out(self.embed(ids), weight=self.embed.weight)
+        return logits + F.linear(self.embed(ids), self.embed.weight)
+
+
+def check_tied_weights(fused: bool) -> list[float]:
+    config = ModelParallelConfig(gradient_accumulation_fusion=fused)
+    config.calculate_per_token_loss = False
+    torch.manual_seed(0)
+    module = Tied(config)
+    model = DistributedDataParallel(config, DistributedDataParallelConfig(grad_reduce_in_fp32=True), module)
+    calls: list[bool] = []
+    module.embed.weight.register_post_accumulate_grad_hook(lambda param: calls.append(param.grad is None))
+    table = module.embed.weight.detach().clone().requires_grad_()
+    ids = torch.randint(0, 16, (3, 4), generator=torch.Generator().manual_seed(1))
+    for _ in range(2):  # microbatches
+        model(ids).square().sum().backward()
+        looked_up = F.embedding(ids, table)
+        (2 * F.linear(looked_up, table)).square().sum().backward()
+    torch.testing.assert_close(module.embed.weight.main_grad, table.grad)
+    assert len(calls) == 2  # once for each backward pass, whichever way the gradients came
+    assert module.embed.weight.grad is None
+    return module.embed.weight.main_grad.flatten().tolist()
+
+
+def test_a_fused_and_an_ordinary_gradient_of_one_weight_add_up() -> None:
+    assert check_tied_weights(True) == pytest.approx(check_tied_weights(False), rel=1e-5)
+
+
+def test_a_weight_without_gradient_fetches_nothing() -> None:
+    run_ranks(2, check_frozen_weight)
+
+
+def check_frozen_weight() -> None:
+    parallel_state.initialize_model_parallel(tensor_model_parallel_size=2)
+    config = ModelParallelConfig(tensor_model_parallel_size=2, sequence_parallel=True)
+    layer = ColumnParallelLinear(8, 12, config=config, init_method=init_method_normal(0.3), bias=False)
+    layer.weight.requires_grad_(False)
+    x = torch.randn(4, 2, 8, requires_grad=True)
+    output, _ = layer(x)
+    original, collectives.all_gather_into_tensor = collectives.all_gather_into_tensor, None
+    try:
+        output.sum().backward()
+    finally:
+        collectives.all_gather_into_tensor = original
+    whole = layer.weight.sum(0)
+    dist.all_reduce(whole)
+    torch.testing.assert_close(x.grad, whole.expand(4, 2, 8))
