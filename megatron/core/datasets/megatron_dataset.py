@@ -73,8 +73,11 @@ class MegatronDataset(ABC, torch.utils.data.Dataset):
         directory = self.config.path_to_cache
         if directory is None and isinstance(self.dataset, IndexedDataset) and not self.config.mock:
             directory = os.path.join(self.dataset.path_prefix, "cache", f"{type(self).__name__}_indices")
-        name = f"{self.unique_description_hash}-{type(self).__name__}-{self.index_split.name}"
-        return IndexCache(directory, name, self.unique_description)
+        return IndexCache(directory, self._index_name(), self.unique_description)
+
+    def _index_name(self) -> str:
+        """First part of the names of the index files."""
+        return f"{self.unique_description_hash}-{type(self).__name__}-{self.index_split.name}"
 
     @staticmethod
     @abstractmethod
