@@ -92,17 +92,17 @@ class ModelParallelConfig:
     use_te_rng_tracker: bool = False
     """Keep random states the way Transformer Engine's CUDA graphs want them."""
     tp_comm_overlap: bool = False
-    """Overlap tensor parallel collectives with matrix products (needs sequence parallelism)."""
+    """Cut the collectives of sequence parallelism into pieces that travel while others are multiplied."""
     tp_comm_bulk_wgrad: bool = True
-    """Within that overlap: bulk reduce-scatter behind the weight gradient."""
+    """Within that overlap: reduce-scatter the input gradient behind the weight gradient."""
     tp_comm_bulk_dgrad: bool = True
-    """Within that overlap: bulk all-gather behind the input gradient."""
+    """Within that overlap: gather the input again, for the weight gradient, behind the input gradient."""
     tp_comm_overlap_ag: bool = True
-    """Within that overlap: pipelined all-gather in forward."""
+    """Within that overlap: gather inputs (and, row-parallel, output gradients) piece by piece."""
     tp_comm_overlap_rs: bool = True
-    """Within that overlap: pipelined reduce-scatter in forward."""
+    """Within that overlap: reduce-scatter outputs piece by piece."""
     tp_comm_overlap_rs_dgrad: bool = False
-    """Within that overlap: reduce-scatter behind the input gradient."""
+    """Within that overlap: reduce-scatter input gradients piece by piece, instead of behind the weight gradient."""
     tp_comm_split_ag: bool = True
     """Older spelling of the pipelined all-gather."""
     tp_comm_atomic_ag: bool = False
@@ -120,7 +120,7 @@ class ModelParallelConfig:
     tp_comm_overlap_disable_fc1: bool = False
     """Leave the first feed-forward projection out of the overlap."""
     tp_comm_bootstrap_backend: Literal["nccl", "mpi", "gloo"] = "nccl"
-    """Backend that sets up the buffers of the overlap."""
+    """Backend that sets up a vendor's buffers for the overlap; no effect, there are none."""
 
     # --- pipeline ---
     pipeline_dtype: torch.dtype | None = None
@@ -170,6 +170,7 @@ class ModelParallelConfig:
             refuse_fields_not_built,
             require_positive_parallel_sizes,
             require_tensor_parallel_for_sequence_parallel,
+            require_sequence_parallel_for_overlap,
             derive_expert_tensor_parallel_size,
             derive_autocast_dtype,
             derive_microbatch_group_size,
@@ -199,6 +200,12 @@ def require_tensor_parallel_for_sequence_parallel(config: ModelParallelConfig) -
             config.tensor_model_parallel_size > 1,
             f"sequence_parallel needs {shown(config, 'tensor_model_parallel_size')} to be at least 2",
         )
+
+
+def require_sequence_parallel_for_overlap(config: ModelParallelConfig) -> None:
+    """What is cut into pieces are the gathers and scatters along the sequence."""
+    if config.tp_comm_overlap:
+        require(config.sequence_parallel, "tp_comm_overlap needs sequence_parallel")
 
 
 def derive_expert_tensor_parallel_size(config: ModelParallelConfig) -> None:

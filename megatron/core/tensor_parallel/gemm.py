@@ -25,6 +25,14 @@ def matmul(a: Tensor, b: Tensor) -> Tensor:
     return a.matmul(b) if wide is a else wide.matmul(b.float()).to(a.dtype)
 
 
+def matmul_into(out: Tensor, a: Tensor, b: Tensor) -> None:
+    """`out = a b`, where `out` is a contiguous [..., n] and `b` a matrix [m, n]."""
+    if to_computing_type(a) is a:
+        torch.mm(a.reshape(-1, a.size(-1)), b, out=out.view(-1, out.size(-1)))
+    else:
+        out.copy_(matmul(a, b))
+
+
 def weight_gradient(weight: Tensor, grad_output: Tensor, x: Tensor, accumulate: bool) -> Tensor | None:
     """dyᵀ x, summed over all dimensions but the last.
 

@@ -30,6 +30,7 @@ from megatron.core.tensor_parallel.mappings import (
     reduce_scatter_to_sequence_parallel_region,
     scatter_to_tensor_model_parallel_region,
 )
+from megatron.core.tensor_parallel.overlap import ColumnParallelOverlap, OverlapPlan, RowParallelOverlap, overlap_plan
 from megatron.core.tensor_parallel.utils import VocabUtility
 from megatron.core.utils import (
     divide,
@@ -130,6 +131,8 @@ class _TensorParallelModule(nn.Module):
         # Experts communicate in their token dispatcher.
         self.explicit_expert_comm = is_expert and (self.world_size > 1 or config.expert_model_parallel_size > 1)
         self.sequence_parallel = config.sequence_parallel and self.world_size > 1 and not self.explicit_expert_comm
+        self.overlap: OverlapPlan | None = None
+        """What hides behind what, where communication is cut into pieces (`tp_comm_overlap`)."""
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: Offsets = (), metadata: dict[str, Any] | None = None
@@ -202,6 +205,8 @@ class ColumnParallelLinear(_TensorParallelModule):
         tp_group: ProcessGroup | None = None,
     ) -> None:
         super().__init__(config, tp_group, is_expert)
+        if self.sequence_parallel:
+            self.overlap = overlap_plan(config, tp_comm_buffer_name)
         self.input_size, self.output_size = input_size, output_size
         self.output_size_per_partition = divide(output_size, self.world_size)
         self.gather_output, self.skip_bias_add = gather_output, skip_bias_add
@@ -230,20 +235,29 @@ class ColumnParallelLinear(_TensorParallelModule):
         weight = self.weight if weight is None else weight
         if weight is None:
             raise RuntimeError("this layer was built with skip_weight_param_allocation: forward needs a weight")
-        reduce_grad = self.world_size > 1 and not self.explicit_expert_comm and not self.disable_grad_reduce
-        output = linear_with_grad_accumulation_and_async_allreduce(
-            input_,
-            weight,
-            None if self.skip_bias_add else self.bias,
-            gradient_accumulation_fusion=self.config.gradient_accumulation_fusion,
-            allreduce_dgrad=reduce_grad and not self.sequence_parallel,
-            sequence_parallel=self.sequence_parallel,
-            tp_group=self.tp_group,
-        )
+        bias = None if self.skip_bias_add else self.bias
+        if self.overlap is not None:
+            output = self._overlapped(input_, weight, bias)
+        else:
+            reduce_grad = self.world_size > 1 and not self.explicit_expert_comm and not self.disable_grad_reduce
+            output = linear_with_grad_accumulation_and_async_allreduce(
+                input_,
+                weight,
+                bias,
+                gradient_accumulation_fusion=self.config.gradient_accumulation_fusion,
+                allreduce_dgrad=reduce_grad and not self.sequence_parallel,
+                sequence_parallel=self.sequence_parallel,
+                tp_group=self.tp_group,
+            )
         gather = self.gather_output if runtime_gather_output is None else runtime_gather_output
         if gather:
             output = gather_from_tensor_model_parallel_region(output, self.tp_group)
         return output, self.bias if self.skip_bias_add else None
+
+    def _overlapped(self, input_: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        fused = self.config.gradient_accumulation_fusion
+        output = ColumnParallelOverlap.apply(input_, weight, fused, self.overlap, self.tp_group)
+        return output if bias is None else output + bias
 
 
 class RowParallelLinear(_TensorParallelModule):
@@ -278,6 +292,8 @@ class RowParallelLinear(_TensorParallelModule):
         super().__init__(config, tp_group, is_expert)
         if config.sequence_parallel and not input_is_parallel:
             raise ValueError("sequence parallelism needs RowParallelLinear(input_is_parallel=True)")
+        if self.sequence_parallel:
+            self.overlap = overlap_plan(config, tp_comm_buffer_name)
         self.input_size, self.output_size = input_size, output_size
         self.input_size_per_partition = divide(input_size, self.world_size)
         self.input_is_parallel, self.skip_bias_add = input_is_parallel, skip_bias_add
@@ -293,24 +309,30 @@ class RowParallelLinear(_TensorParallelModule):
         """(output, bias to be added or None)."""
         if not self.input_is_parallel:
             input_ = scatter_to_tensor_model_parallel_region(input_, self.tp_group)
+        output = self._reduced(input_)
+        if self.skip_bias_add:
+            return output, self.bias
+        return output if self.bias is None else output + self.bias, None
+
+    def _reduced(self, input_: Tensor) -> Tensor:
+        """x Wᵀ, summed over the ranks."""
+        fused = self.config.gradient_accumulation_fusion
+        if self.overlap is not None:
+            return RowParallelOverlap.apply(input_, self.weight, fused, self.overlap, self.tp_group)
         partial = linear_with_grad_accumulation_and_async_allreduce(
             input_,
             self.weight,
             None,
-            gradient_accumulation_fusion=self.config.gradient_accumulation_fusion,
+            gradient_accumulation_fusion=fused,
             allreduce_dgrad=False,
             sequence_parallel=False,
             tp_group=self.tp_group,
         )
         if self.explicit_expert_comm:
-            output = partial
-        elif self.sequence_parallel:
-            output = reduce_scatter_to_sequence_parallel_region(partial, self.tp_group)
-        else:
-            output = reduce_from_tensor_model_parallel_region(partial, self.tp_group)
-        if self.skip_bias_add:
-            return output, self.bias
-        return output if self.bias is None else output + self.bias, None
+            return partial
+        if self.sequence_parallel:
+            return reduce_scatter_to_sequence_parallel_region(partial, self.tp_group)
+        return reduce_from_tensor_model_parallel_region(partial, self.tp_group)
 
 
 class VocabParallelEmbedding(_TensorParallelModule):

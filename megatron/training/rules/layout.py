@@ -7,6 +7,7 @@ import math
 import os
 
 from megatron.core.device import device_type
+from megatron.training.config.flags import all_flags
 from megatron.training.settings import refuse_unless, warn
 
 PARALLEL_SIZES = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size")
@@ -62,6 +63,12 @@ def require_sequence_parallel_for_overlap(args: argparse.Namespace) -> None:
     """The overlap hides the collectives that sequence parallelism makes."""
     if args.tp_comm_overlap:
         refuse_unless(args.sequence_parallel, "--tp-comm-overlap needs --sequence-parallel")
+        return
+    parts = ("overlap_ag", "overlap_rs", "overlap_rs_dgrad", "bulk_dgrad", "bulk_wgrad", "split_ag", "split_rs")
+    flags = [all_flags()[f"tp_comm_{part}"] for part in parts]
+    given = [flag.names[0] for flag in flags if getattr(args, flag.dest) != flag.default]
+    if given:
+        warn(args, f"{' '.join(given)} has no effect without --tp-comm-overlap")
 
 
 def set_cuda_connections(args: argparse.Namespace) -> None:

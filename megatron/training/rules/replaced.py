@@ -21,6 +21,7 @@ ACCEPTED_WITHOUT_EFFECT = (
     "deprecated_use_mcore_models",
     "enable_gloo_process_groups",
     "scatter_gather_tensors_in_pipeline",
+    "tp_comm_bootstrap_backend",
 )
 """Documented flags that ask for what is done anyway, or for less work than is done; results are the same."""
 

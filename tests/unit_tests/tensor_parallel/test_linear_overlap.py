@@ -15,7 +15,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from megatron.core import collectives, parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.model_parallel_config import ModelParallelConfig
-from megatron.core.tensor_parallel import ColumnParallelLinear, VocabParallelEmbedding, gemm, linear
+from megatron.core.tensor_parallel import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    VocabParallelEmbedding,
+    gemm,
+    linear,
+    model_parallel_cuda_manual_seed,
+    overlap,
+)
 from megatron.core.tensor_parallel.gemm import add_product, weight_gradient
 from megatron.core.utils import init_method_normal
 from tests.worker_pool import run_ranks
@@ -200,3 +208,93 @@ def check_frozen_weight() -> None:
     whole = layer.weight.sum(0)
     dist.all_reduce(whole)
     torch.testing.assert_close(x.grad, whole.expand(4, 2, 8))
+
+
+# --- communication in pieces (tp_comm_overlap) ---
+
+PLANS: dict[str, dict[str, bool]] = {
+    "all pieces": {"tp_comm_overlap_rs_dgrad": True},
+    "default": {},
+    "no gather": {"tp_comm_overlap_ag": False},
+    "no scatter": {"tp_comm_overlap_rs": False},
+    "older spellings": {"tp_comm_split_ag": False, "tp_comm_split_rs": False},
+    "nothing behind gradients": {"tp_comm_bulk_dgrad": False, "tp_comm_bulk_wgrad": False},
+}
+
+
+def run_two_layers(tp: int, fused: bool, **overlap: bool) -> list[Tensor]:
+    """Output and gradients of a column-parallel and a row-parallel layer, one after the other."""
+    config = ModelParallelConfig(
+        tensor_model_parallel_size=tp, sequence_parallel=True, gradient_accumulation_fusion=fused, **overlap
+    )
+    model_parallel_cuda_manual_seed(123)
+    common = {"config": config, "init_method": init_method_normal(0.3), "bias": True, "skip_bias_add": False}
+    first = ColumnParallelLinear(8, 16, tp_comm_buffer_name="fc1", **common)
+    second = RowParallelLinear(16, 8, input_is_parallel=True, tp_comm_buffer_name="fc2", **common)
+    assert (first.overlap is not None) == (second.overlap is not None) == config.tp_comm_overlap
+    for layer in (first, second):
+        if fused:
+            layer.weight.main_grad = torch.ones_like(layer.weight)
+    torch.manual_seed(dist.get_rank())
+    x = torch.randn(3, 2, 8, requires_grad=True)
+    y, _ = second(first(x)[0].relu())
+    (y * torch.randn(3, 2, 8)).sum().backward()
+    weights = [layer.weight.main_grad if fused else layer.weight.grad for layer in (first, second)]
+    return [y, x.grad, *weights, first.bias.grad, second.bias.grad]
+
+
+def check_pieces(tp: int) -> None:
+    parallel_state.initialize_model_parallel(tensor_model_parallel_size=tp)
+    for fused in (False, True):
+        expected = run_two_layers(tp, fused)
+        for name, plan in PLANS.items():
+            found = run_two_layers(tp, fused, tp_comm_overlap=True, **plan)
+            torch.testing.assert_close(found, expected, msg=lambda text, name=name: f"{name}: {text}")
+
+
+@pytest.mark.parametrize("tp", [2, 4])
+def test_communication_in_pieces_changes_nothing(tp: int) -> None:
+    run_ranks(tp, check_pieces, tp)
+
+
+def check_rings_overlap() -> tuple[list[bool], list[bool]]:
+    """Whether a piece was on its way during each product but the last, for the gathering and the scattering ring."""
+    parallel_state.initialize_model_parallel(tensor_model_parallel_size=2)
+    group = parallel_state.get_tensor_model_parallel_group()
+    rank = dist.get_rank()
+    seen: list[bool] = []
+    original_pass, original_into, original = overlap._pass_on, overlap.matmul_into, overlap.matmul
+    works: list[Any] = []
+
+    def pass_on(x: Tensor, group: Any) -> Any:
+        if rank == 1:
+            time.sleep(LATE)  # the neighbour's piece cannot have come before this rank posts it
+        flight = original_pass(x, group)
+        works.append(flight.work.works[-1])
+        return flight
+
+    def note(product: Any) -> Any:
+        def noted(*args: Any) -> Any:
+            seen.append(bool(works) and not works[-1].is_completed())
+            return product(*args)
+
+        return noted
+
+    overlap._pass_on = pass_on
+    overlap.matmul_into, overlap.matmul = note(original_into), note(original)
+    try:
+        x, matrix = torch.randn(4, 2, 8), torch.randn(8, 6)
+        overlap.gather_and_multiply(x, matrix, group)
+        gathering = list(seen)
+        seen.clear()
+        works.clear()
+        overlap.multiply_and_reduce_scatter(x, matrix, group)
+        return gathering, list(seen)
+    finally:
+        overlap._pass_on, overlap.matmul_into, overlap.matmul = original_pass, original_into, original
+
+
+def test_pieces_travel_during_products() -> None:
+    gathering, scattering = run_ranks(2, check_rings_overlap)[0]
+    assert gathering[0]  # while its own piece is multiplied
+    assert scattering[1]  # while the second part is multiplied, the first is on its way

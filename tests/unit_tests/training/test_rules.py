@@ -220,3 +220,18 @@ def test_ddp_config_of_settings() -> None:
 def test_size_of_overlapped_buckets(values: dict[str, Any], size: int) -> None:
     args = parsed().variant(overlap_grad_reduce=True, **values)
     assert bucket_size(args, 100, 2) == size
+
+
+def test_overlap_of_tensor_parallel_communication() -> None:
+    flags = "--tensor-model-parallel-size 2 --sequence-parallel --tp-comm-overlap --tp-comm-overlap-rs-dgrad"
+    assert validated(flags, world_size=2).tp_comm_overlap
+    with pytest.raises(ConfigurationError, match="--tp-comm-overlap needs --sequence-parallel"):
+        validated(flags.replace("--sequence-parallel", ""), world_size=2)
+
+
+def test_parts_of_an_overlap_that_is_off_are_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        validated("--tensor-model-parallel-size 2 --sequence-parallel --disable-tp-comm-overlap-ag", world_size=2)
+    assert [record.message for record in caplog.records] == [
+        "--disable-tp-comm-overlap-ag has no effect without --tp-comm-overlap"
+    ]
