@@ -61,6 +61,12 @@ def derive_ffn_hidden_size(config: TransformerConfig) -> None:
         config.ffn_hidden_size = 4 * config.hidden_size
 
 
+def require_feed_forward_fits_tensor_parallel(config: TransformerConfig) -> None:
+    """Each tensor parallel rank holds the same share of a dense layer's feed-forward block."""
+    if config.ffn_hidden_size and config.num_moe_experts is None:
+        require_divisible(config, "ffn_hidden_size", by="tensor_model_parallel_size")
+
+
 def derive_kv_channels(config: TransformerConfig) -> None:
     """A head's width is its share of the hidden size."""
     if config.kv_channels is None and config.num_attention_heads:
@@ -328,6 +334,7 @@ TRANSFORMER_RULES: tuple[Any, ...] = (
     set_bf16_matmul_precision,
     require_heads_fit_tensor_parallel,
     derive_ffn_hidden_size,
+    require_feed_forward_fits_tensor_parallel,
     derive_kv_channels,
     derive_num_query_groups,
     require_query_groups_fit,

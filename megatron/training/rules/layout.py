@@ -71,6 +71,16 @@ def require_sequence_parallel_for_overlap(args: argparse.Namespace) -> None:
         warn(args, f"{' '.join(given)} has no effect without --tp-comm-overlap")
 
 
+def require_saved_vocabulary_fits_ranks(args: argparse.Namespace) -> None:
+    """A padded vocabulary taken from a checkpoint divides over the ranks, as one that is still to be padded will."""
+    saved, ranks = args.padded_vocab_size, args.tensor_model_parallel_size
+    if saved is not None:
+        refuse_unless(
+            saved % ranks == 0,
+            f"the checkpoint's padded vocabulary ({saved}) must be divisible by --tensor-model-parallel-size ({ranks})",
+        )
+
+
 def set_cuda_connections(args: argparse.Namespace) -> None:
     """On CUDA, one hardware queue keeps collectives behind the kernels they must follow, before Blackwell.
 
@@ -93,6 +103,7 @@ LAYOUT_RULES = (
     derive_expert_tensor_parallel_size,
     drop_sequence_parallel_of_one_rank,
     require_sequence_parallel_for_overlap,
+    require_saved_vocabulary_fits_ranks,
     set_cuda_connections,
 )
 

@@ -372,6 +372,12 @@ SEVERAL_RANKS = [
     ),
     (
         "library",
+        "--tensor-model-parallel-size 4 --ffn-hidden-size 130",
+        4,
+        r"--ffn-hidden-size \(130\) must be divisible by --tensor-model-parallel-size \(4\)",
+    ),
+    (
+        "library",
         "--pipeline-model-parallel-size 2 --decoder-first-pipeline-num-layers 4",
         2,
         "--decoder-first-pipeline-num-layers",
@@ -422,6 +428,11 @@ UNBUILT: list[tuple[Any, dict[str, Any], str]] = [
         "multiply to 4, but --context-parallel-size is 2",
     ),
     (layout.require_context_groups_fit, {"cp_comm_type": ["a2a+p2p"]}, "needs --hierarchical"),
+    (
+        layout.require_saved_vocabulary_fits_ranks,
+        {"padded_vocab_size": 101, "tensor_model_parallel_size": 2},
+        r"the checkpoint's padded vocabulary \(101\) must be divisible",
+    ),
     (layout.require_sequence_parallel_for_overlap, {"tp_comm_overlap": True}, "needs --sequence-parallel"),
     (
         layout.require_one_way_to_chunks,
