@@ -39,7 +39,7 @@ class Layout:
     chunks: int = 1
     """Model chunks of each stage; above 1 the pipeline is interleaved."""
     sequence_parallel: bool = False
-    own_placement: bool = True
+    own_placement: bool = False
     """Whether flags that place layers on stages are kept; without them stages are equal."""
 
     @property
