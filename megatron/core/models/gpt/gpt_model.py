@@ -173,17 +173,6 @@ class GPTModel(LanguageModule):
             )
         raise ValueError(f"position_embedding_type {kind!r}: a GPT has learned_absolute, rope, yarn, mrope or none")
 
-    def global_parameter_name(self, local_name: str) -> str:
-        """Name of a parameter in the whole model: its layer counted from the first stage, a tied copy by its
-        original."""
-        if local_name == "output_layer.weight" and self.share_embeddings_and_output_weights:
-            return "embedding.word_embeddings.weight"
-        head, found, rest = local_name.partition("decoder.layers.")
-        if head or not found:
-            return local_name
-        index, _, name = rest.partition(".")
-        return f"decoder.layers.{self.decoder.layers[int(index)].layer_number - 1}.{name}"  # type: ignore[operator]
-
     def set_input_tensor(self, input_tensor: Tensor | list[Tensor]) -> None:
         """The previous stage's activations, which take the embedding's place."""
         tensors = input_tensor if isinstance(input_tensor, list) else [input_tensor]

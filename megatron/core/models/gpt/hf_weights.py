@@ -11,9 +11,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.models.common.language_module.language_module import LanguageModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import get_pg_rank, get_pg_size
 
@@ -63,7 +63,8 @@ def separate_qkv(whole: Tensor, config: TransformerConfig) -> list[Tensor]:
     return [part.flatten(0, 1) for part in grouped.split(widths, dim=1)]
 
 
-def _fused_qkv(config: TransformerConfig, ours: str, *theirs: str) -> Weight:
+def fused_qkv(config: TransformerConfig, ours: str, *theirs: str) -> Weight:
+    """Their query, key and value, one parameter of ours."""
     return Weight(
         ours,
         theirs,
@@ -124,7 +125,7 @@ def llama_weights(config: TransformerConfig, tied: bool = False) -> Iterator[Wei
         yield Weight(f"{ours}pre_mlp_layernorm.weight", (f"{theirs}post_attention_layernorm.weight",))
         for kind in ("weight", "bias") if config.add_qkv_bias or config.add_bias_linear else ("weight",):
             names = [f"{theirs}self_attn.{part}_proj.{kind}" for part in "qkv"]
-            yield _fused_qkv(config, f"{ours}self_attention.linear_qkv.{kind}", *names)
+            yield fused_qkv(config, f"{ours}self_attention.linear_qkv.{kind}", *names)
         yield Weight(f"{ours}self_attention.linear_proj.weight", (f"{theirs}self_attn.o_proj.weight",))
         gate_and_up = (f"{theirs}mlp.gate_proj.weight", f"{theirs}mlp.up_proj.weight")
         yield _stacked(f"{ours}mlp.linear_fc1.weight", *gate_and_up)
@@ -164,9 +165,11 @@ def _require(names: set[str], state: StateDict) -> None:
 
 # --- into a model ---------------------------------------------------------------------------------------
 
+_OF_VOCABULARY = ("embedding.word_embeddings.weight", "output_layer.weight", "output_layer.bias")
+
 
 @torch.no_grad()
-def load_whole_state(model: GPTModel, state: StateDict) -> None:
+def load_whole_state(model: LanguageModule, state: StateDict) -> None:
     """Fill this rank's part of `model` from whole tensors; rows of padded vocabulary become zero.
 
     Raises:
@@ -177,8 +180,9 @@ def load_whole_state(model: GPTModel, state: StateDict) -> None:
     group = model.model_comm_pgs.tp
     for name, param in model.named_parameters():
         whole = state[names[name]]
-        if names[name] in ("embedding.word_embeddings.weight", "output_layer.weight"):
-            whole = nn.functional.pad(whole, (0, 0, 0, model.vocab_size - whole.size(0)))
+        if names[name] in _OF_VOCABULARY:
+            rows = whole.new_zeros(model.vocab_size - whole.size(0), *whole.shape[1:])
+            whole = torch.cat([whole, rows])
         local = shard_of(whole, param, get_pg_rank(group), get_pg_size(group))
         if local.shape != param.shape:
             raise ValueError(f"{names[name]}: given {list(whole.shape)}, whose part does not fit {list(param.shape)}")

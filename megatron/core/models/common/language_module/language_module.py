@@ -27,6 +27,7 @@ class LanguageModule(MegatronModule):
     apply, `embedding` and `output_layer`.
     """
 
+    vocab_size: int
     pre_process: bool
     post_process: bool
     share_embeddings_and_output_weights: bool
@@ -50,6 +51,17 @@ class LanguageModule(MegatronModule):
         else:
             loss = vocab_parallel_cross_entropy(logits, labels, tp_group=tp_group, vocab_size=self.true_vocab_size)
         return loss.transpose(0, 1).contiguous()
+
+    def global_parameter_name(self, local_name: str) -> str:
+        """Name of a parameter in the whole model: its layer counted from the first stage, a tied copy's original."""
+        if local_name == "output_layer.weight" and self.share_embeddings_and_output_weights:
+            return "embedding.word_embeddings.weight"
+        block, found, rest = local_name.partition(".layers.")
+        if not found or "." in block:
+            return local_name
+        index, _, name = rest.partition(".")
+        layer = getattr(self, block).layers[int(index)]
+        return f"{block}.layers.{layer.layer_number - 1}.{name}"
 
     def setup_embeddings_and_output_layer(self) -> None:
         """Mark embedding and output weights, and, of a tied pair on two stages, that it is one tensor.
