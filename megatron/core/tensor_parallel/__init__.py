@@ -35,6 +35,7 @@ from megatron.core.tensor_parallel.mappings import (
     scatter_to_tensor_model_parallel_region,
 )
 from megatron.core.tensor_parallel.random import (
+    CheckpointWithoutOutput,
     checkpoint,
     get_cuda_rng_tracker,
     get_data_parallel_rng_tracker_name,
@@ -49,6 +50,7 @@ from megatron.core.tensor_parallel.utils import (
 )
 
 __all__ = [
+    "CheckpointWithoutOutput",
     "ColumnParallelLinear",
     "RowParallelLinear",
     "VocabParallelEmbedding",

@@ -193,7 +193,8 @@ class TransformerBlock(MegatronModule):
             def run(hidden: Tensor, context: Tensor | None, start: int = start, stop: int = stop) -> Any:
                 return self._run(start, stop, hidden, context, others)
 
-            distribute = bool(self.config.distribute_saved_activations)
+            tp_group = self.model_comm_pgs.tp
+            distribute = (tp_group or True) if self.config.distribute_saved_activations else False
             hidden_states, context = checkpoint(run, distribute, hidden_states, context)
         return hidden_states, context, total
 

@@ -10,7 +10,9 @@ if TYPE_CHECKING:
     from megatron.core.transformer.transformer_config import TransformerConfig
 
 RECOMPUTE_MODULES = ("core_attn", "moe_act", "layernorm", "mla_up_proj", "mlp", "moe")
-RECOMPUTE_MODULES_BUILT = ("core_attn",)
+RECOMPUTE_MODULES_BUILT = ("core_attn", "layernorm", "mlp")
+"""The others wait for the modules that they would recompute: `moe` belongs to `TransformerLayer.forward` beside
+`mlp`, `moe_act` to the experts, `mla_up_proj` to latent attention."""
 
 SPLIT_FIELDS = (
     "num_layers_in_first_pipeline_stage",
@@ -21,6 +23,11 @@ SPLIT_FIELDS = (
 
 
 # --- recompute ------------------------------------------------------------------------------------
+
+
+def recomputes(config: TransformerConfig, module: str) -> bool:
+    """Whether selective recompute covers `module`, one of `RECOMPUTE_MODULES`."""
+    return config.recompute_granularity == "selective" and module in (config.recompute_modules or ())
 
 
 def imply_recompute_of_experts(config: TransformerConfig) -> None:

@@ -18,12 +18,14 @@ from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 from megatron.core.dist_checkpointing.utils import apply_prefix_mapping
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection, has_default_process_groups
+from megatron.core.tensor_parallel.random import CheckpointWithoutOutput, checkpoint
 from megatron.core.transformer.identity_op import IdentityFuncOp, IdentityOp
 from megatron.core.transformer.layer_placement import layers_of_chunk
 from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec, build_module, get_module
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_depth_rules import recomputes
 from megatron.core.transformer.utils import groups_or_default
 
 Part = ModuleSpec | type | Callable[..., Any]
@@ -97,6 +99,8 @@ class TransformerLayer(MegatronModule, BaseTransformerLayer):
         takes_group = get_module(submodules.mlp) is MLP
         self.mlp = build_module(submodules.mlp, config=config, **({"tp_group": groups.tp} if takes_group else {}))
         self.mlp_bda = build_module(submodules.mlp_bda)
+        self.recompute_norms = recomputes(config, "layernorm")
+        self.recompute_mlp = recomputes(config, "mlp")
 
     def _norm(self, spec: Part) -> nn.Module:
         config = self.config
@@ -142,7 +146,7 @@ class TransformerLayer(MegatronModule, BaseTransformerLayer):
             packed_seq_params: sequences on the token axis that do not see each other.
         """
         inference_context = inference_context if inference_context is not None else inference_params
-        residual, normed = self._enter(hidden_states, self.input_layernorm)
+        residual, normed, norm = self._enter(hidden_states, self.input_layernorm)
         attended = self.self_attention(
             normed,
             attention_mask=attention_mask,
@@ -154,28 +158,40 @@ class TransformerLayer(MegatronModule, BaseTransformerLayer):
             packed_seq_params=packed_seq_params,
             sequence_len_offset=sequence_len_offset,
         )
-        hidden_states = self._leave(self.self_attn_bda, attended, residual)
+        hidden_states = self._leave(self.self_attn_bda, attended, residual, norm)
 
-        residual, normed = self._enter(hidden_states, self.pre_cross_attn_layernorm)
+        residual, normed, norm = self._enter(hidden_states, self.pre_cross_attn_layernorm)
         attended = self.cross_attention(
             normed, attention_mask=context_mask, key_value_states=context, inference_context=inference_context
         )
         if isinstance(attended, dict) and "context" in attended:
             context = attended["context"]
-        hidden_states = self._leave(self.cross_attn_bda, attended, residual)
+        hidden_states = self._leave(self.cross_attn_bda, attended, residual, norm)
 
-        residual, normed = self._enter(hidden_states, self.pre_mlp_layernorm)
-        return self._leave(self.mlp_bda, self.mlp(normed), residual), context
+        residual, normed, norm = self._enter(hidden_states, self.pre_mlp_layernorm)
+        output = checkpoint(self.mlp, False, normed) if self.recompute_mlp and self.training else self.mlp(normed)
+        return self._leave(self.mlp_bda, output, residual, norm), context
 
-    def _enter(self, hidden_states: Tensor, norm: nn.Module) -> tuple[Tensor, Tensor]:
-        """(residual, normed input) of one half."""
-        normed = norm(hidden_states)
-        return normed if self.config.apply_residual_connection_post_layernorm else hidden_states, normed
+    def _enter(self, hidden_states: Tensor, norm: nn.Module) -> tuple[Tensor, Tensor, CheckpointWithoutOutput | None]:
+        """(residual, normed input, what can drop it again) of one half."""
+        again: CheckpointWithoutOutput | None = None
+        if self.recompute_norms and self.training and not isinstance(norm, IdentityOp):
+            again = CheckpointWithoutOutput()
+            normed = again.checkpoint(norm, hidden_states)
+        else:
+            normed = norm(hidden_states)
+        residual = normed if self.config.apply_residual_connection_post_layernorm else hidden_states
+        return residual, normed, again
 
-    def _leave(self, bias_dropout_add: Any, output_with_bias: Any, residual: Tensor) -> Tensor:
-        """Residual + dropout(output + bias)."""
+    def _leave(
+        self, bias_dropout_add: Any, output_with_bias: Any, residual: Tensor, norm: CheckpointWithoutOutput | None
+    ) -> Tensor:
+        """Residual + dropout(output + bias); the normed input has been used then."""
         add = bias_dropout_add(self.training, self.config.bias_dropout_fusion)
-        return add(output_with_bias, residual, self.hidden_dropout)
+        hidden_states = add(output_with_bias, residual, self.hidden_dropout)
+        if norm is not None:
+            norm.discard_output_and_register_recompute(output_with_bias[0])
+        return hidden_states
 
     def sharded_state_dict(
         self,

@@ -214,6 +214,11 @@ def test_stages_equal_one_process(variant: str, pp: int, uneven: dict[str, Any])
 
 RECOMPUTE = {
     "selective": {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]},
+    "norms and mlp": {
+        "recompute_granularity": "selective",
+        "recompute_modules": ["core_attn", "layernorm", "mlp"],
+    },
+    "norms": {"recompute_granularity": "selective", "recompute_modules": ["layernorm"]},
     "uniform": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 3},
     "block": {"recompute_granularity": "full", "recompute_method": "block", "recompute_num_layers": 2},
 }

@@ -96,7 +96,7 @@ BUILT = [
     "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1",
     "--recompute-granularity full --recompute-method block --recompute-num-layers 1",
     "--recompute-activations",
-    "--recompute-granularity selective --recompute-modules core_attn",
+    "--recompute-granularity selective --recompute-modules core_attn layernorm mlp",
     "--fp16 --initial-loss-scale 1024 --hysteresis 1",
     "--bf16 --grad-reduce-in-bf16",
     "--optimizer sgd --sgd-momentum 0.5",

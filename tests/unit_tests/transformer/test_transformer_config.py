@@ -308,8 +308,8 @@ def test_latent_attention_is_not_built() -> None:
 
 
 def test_unbuilt_recompute_is_refused() -> None:
-    with pytest.raises(NotImplementedError, match=r"\['mlp'\]: not built yet; choose from core_attn"):
-        config(recompute_granularity="selective", recompute_modules=["core_attn", "mlp"])
+    with pytest.raises(NotImplementedError, match=r"\['moe'\]: not built yet; choose from core_attn, layern"):
+        config(recompute_granularity="selective", recompute_modules=["core_attn", "moe"])
 
 
 @pytest.mark.parametrize(
