@@ -22,6 +22,7 @@ from megatron.training.arguments import core_transformer_config_from_args
 from megatron.training.utils import (
     batch_keys,
     dense_attention_mask,
+    get_batch_on_this_cp_rank,
     get_batch_on_this_tp_rank,
     get_blend_and_blend_per_split,
 )
@@ -57,13 +58,13 @@ def model_provider(pre_process: bool = True, post_process: bool = True) -> GPTMo
 
 
 def get_batch(data_iterator: Iterator[Any] | None) -> dict[str, Any]:
-    """One microbatch, [b, s] each, with the borders of its documents if they are to be isolated."""
+    """One microbatch, [b, s/cp] each, with the borders of its documents if they are to be isolated."""
     args = get_args()
     batch: dict[str, Any] = dict(get_batch_on_this_tp_rank(data_iterator))
-    batch["packed_seq_params"] = None
+    packed = None
     if args.reset_attention_mask and batch["attention_mask"] is None:
-        batch["packed_seq_params"] = PackedSeqParams.from_documents(batch["tokens"], get_tokenizer().eod)
-    return batch
+        packed = PackedSeqParams.from_documents(batch["tokens"], get_tokenizer().eod)  # borders in whole samples
+    return get_batch_on_this_cp_rank(batch) | {"packed_seq_params": packed}
 
 
 def loss_func(loss_mask: Tensor, output_tensor: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:

@@ -12,8 +12,6 @@ FIELDS_NOT_BUILT: dict[str, str] = {
     "overlap_p2p_comm_warmup_flush": "overlapped pipeline traffic",
     "defer_embedding_wgrad_compute": "postponed embedding gradients",
     "delay_wgrad_compute": "separate weight gradients",
-    "context_parallel_size": "context parallelism",
-    "hierarchical_context_parallel_sizes": "context parallelism",
     "expert_model_parallel_size": "mixture of experts",
     "num_moe_experts": "mixture of experts",
     "multi_latent_attention": "multi-latent attention",

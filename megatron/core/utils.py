@@ -225,7 +225,8 @@ def get_batch_on_this_cp_rank(batch: dict[str, Any], cp_group: ProcessGroup | No
     """The part of each tensor's sequence dimension that this context parallel rank works on.
 
     The sequence is seen as 2·cp chunks; rank c keeps chunks c and 2·cp - 1 - c, which balances causal attention.
-    Tensors are [b, s, ...]; `attention_mask` is [b, 1, s, s] and cut along its rows. Entries that are None stay None.
+    Tensors are [b, s, ...]; `attention_mask` is [b, 1, s, s] and cut along its rows (left as it is with
+    one row for all queries). Entries that are None stay None.
     """
     if cp_group is None and has_default_process_groups():
         cp_group = default_process_groups().cp
@@ -238,6 +239,8 @@ def get_batch_on_this_cp_rank(batch: dict[str, Any], cp_group: ProcessGroup | No
         if not isinstance(value, Tensor):
             return value
         dim = 2 if name == "attention_mask" else 1
+        if name == "attention_mask" and value.size(dim) == 1:  # the same for all queries
+            return value
         parts = value.split(divide(value.size(dim), 2 * size), dim)
         return torch.cat([parts[i] for i in chunks], dim)
 

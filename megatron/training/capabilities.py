@@ -73,7 +73,6 @@ ARGUMENTS_NOT_BUILT: dict[str, str] = {
     "gradient_reduce_div_fusion": "fully sharded data parallelism",
     "suggested_communication_unit_size": "fully sharded data parallelism",
     "keep_fp8_transpose_cache_when_using_custom_fsdp": "fully sharded data parallelism",
-    "cp_comm_type": "context parallelism",
     "replication": "checkpoints on the nodes' own disks",
     "replication_jump": "checkpoints on the nodes' own disks",
     "replication_factor": "checkpoints on the nodes' own disks",

@@ -8,12 +8,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from megatron.core import device
 from megatron.core.pipeline_parallel.p2p_communication import Shape, exchange
 from megatron.core.pipeline_parallel.schedule import Compute, Direction, Exchange, Step, Transfer
+from megatron.core.process_groups_config import default_process_groups
 from megatron.core.timers import timed
 from megatron.core.utils import get_attr_wrapped_model
 
@@ -70,8 +72,8 @@ def forward_step(
     """Forward of one microbatch: (output or scaled loss, number of tokens).
 
     On the last stage the loss function is called and what it reports is appended to `forward_data_store`. It
-    returns (loss sum, tokens, report) or (loss, report). The first kind is divided by its tokens and by the
-    number of microbatches, unless `config.calculate_per_token_loss`: then gradients are divided by all tokens
+    returns (loss sum, tokens, report) or (loss, report). The first kind is divided by its tokens
+    (over context parallel ranks the sums are, by all their tokens) and by the number of microbatches, unless `config.calculate_per_token_loss`: then gradients are divided by all tokens
     at the end.
     """
     set_input_tensor(model, input_tensor)
@@ -96,12 +98,26 @@ def _scaled_loss(outputs: tuple[Any, ...], num_microbatches: int, config: Any) -
     if len(outputs) == 3:
         loss, num_tokens, report = outputs
         if not config.calculate_per_token_loss:
-            loss = loss / torch.as_tensor(num_tokens).clamp(min=1) / num_microbatches
+            loss = loss * config.context_parallel_size / _tokens_of_samples(num_tokens, config) / num_microbatches
         return loss, num_tokens, report
     if len(outputs) != 2:
         raise ValueError(f"a loss function returns 2 or 3 values, not {len(outputs)}")
     loss, report = outputs
     return loss * config.context_parallel_size / num_microbatches, 0, report
+
+
+def _tokens_of_samples(num_tokens: Tensor | int, config: Any) -> Tensor:
+    """Tokens of the microbatch on all context parallel ranks, at least 1. Communicates: all-reduce over them.
+
+    Each of these ranks has the loss of other tokens of the same samples. Their gradients are averaged like those of
+    other samples, so that a loss times their number, divided by all tokens, gives the mean over all tokens, however
+    unevenly the tokens that count lie on the ranks.
+    """
+    total = torch.as_tensor(num_tokens)
+    if config.context_parallel_size > 1:
+        total = total.to(device.current_device(), torch.int64, copy=True)
+        dist.all_reduce(total, group=default_process_groups().cp)
+    return total.clamp(min=1)
 
 
 def backward_step(

@@ -151,6 +151,19 @@ def model_parallel_cuda_manual_seed(
     tracker.add(_EXPERT_PARALLEL_RNG_TRACKER_NAME, seed + 1024 + 100 * ep_rank + etp_rank)
 
 
+@contextmanager
+def forked_stream(number: int) -> Iterator[None]:
+    """Draw from a stream of its own for each `number` inside the block; outside, one number has been drawn, whatever
+    happens inside. So ranks whose generators agree draw differently here and agree again afterwards."""
+    seed = int(torch.randint(2**62, (), device=device.current_device()))
+    outside = device.default_rng_state()
+    device.manual_seed((seed + number * 2**40) % 2**63)
+    try:
+        yield
+    finally:
+        device.set_default_rng_state(outside)
+
+
 RNGStates = tuple[Tensor, Tensor, dict[str, Tensor]]
 
 

@@ -17,10 +17,11 @@ from torch import Tensor
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.random import checkpoint
+from megatron.core.transformer.context_parallel import attend_across_ranks
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.module import MegatronModule
-from megatron.core.transformer.rotary import apply_rotary_pos_emb, yarn_concentration
+from megatron.core.transformer.rotary import apply_rotary_pos_emb, packed_angles, yarn_concentration
 from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_depth_rules import recomputes
@@ -89,7 +90,7 @@ class Attention(MegatronModule, ABC):
 
         self.recompute_core = recomputes(config, "core_attn")
         self.skip_rope = bool(config.no_rope_freq and config.no_rope_freq[layer_number - 1])  # type: ignore[index]
-        self.core_attention = build_module(
+        core = build_module(
             submodules.core_attention,  # type: ignore[arg-type]
             config=config,
             layer_number=layer_number,
@@ -99,6 +100,7 @@ class Attention(MegatronModule, ABC):
             cp_comm_type=cp_comm_type,
             model_comm_pgs=self.model_comm_pgs,
         )
+        self.core_attention = attend_across_ranks(core, cp_comm_type, self.model_comm_pgs)
         self.linear_proj = build_module(
             submodules.linear_proj,  # type: ignore[arg-type]
             self.query_projection_size,
@@ -175,11 +177,13 @@ class Attention(MegatronModule, ABC):
         packed_seq_params: PackedSeqParams | None,
     ) -> tuple[Tensor, Tensor]:
         q_angles, k_angles = rotary_pos_emb if isinstance(rotary_pos_emb, tuple) else (rotary_pos_emb, rotary_pos_emb)
-        q_starts = packed_seq_params.cu_seqlens_q if packed_seq_params else None
-        k_starts = packed_seq_params.cu_seqlens_kv if packed_seq_params else None
-        mscale, cp = yarn_concentration(self.config), self.model_comm_pgs.cp
-        query = apply_rotary_pos_emb(query, q_angles, self.config, q_starts, mscale, cp)
-        key = apply_rotary_pos_emb(key, k_angles, self.config, k_starts, mscale, cp)
+        if packed_seq_params is not None:
+            cp = self.model_comm_pgs.cp
+            q_angles = packed_angles(q_angles, packed_seq_params, *query.shape[:2], cp)
+            k_angles = packed_angles(k_angles, packed_seq_params, *key.shape[:2], cp)
+        mscale = yarn_concentration(self.config)
+        query = apply_rotary_pos_emb(query, q_angles, self.config, mscale=mscale)
+        key = apply_rotary_pos_emb(key, k_angles, self.config, mscale=mscale)
         return query, key
 
     def _checkpointed_core(

@@ -65,8 +65,7 @@ def hidden_keys(
 
 def other_sequences(packed_seq_params: PackedSeqParams, s: int, b: int) -> Tensor:
     """[b, 1, s, s], True between tokens of different packed sequences."""
-    starts = packed_seq_params.cu_seqlens_q
-    assert starts is not None
+    starts = packed_seq_params.document_starts()
     tokens = torch.arange(b * s, device=starts.device, dtype=starts.dtype)
     sequence = torch.searchsorted(starts, tokens, right=True).view(b, 1, s)
     return sequence.unsqueeze(-1) != sequence.unsqueeze(-2)
@@ -78,9 +77,7 @@ def segment_lengths(packed_seq_params: PackedSeqParams, num_tokens: int) -> list
     Raises:
         ValueError: they do not add up to the number of tokens.
     """
-    starts = packed_seq_params.cu_seqlens_q
-    assert starts is not None
-    borders = starts.tolist()
+    borders = packed_seq_params.document_borders()
     if borders[0] != 0 or borders[-1] != num_tokens:
         raise ValueError(
             f"packed_seq_params.cu_seqlens_q must run from 0 to the {num_tokens} tokens of the micro-batch, "

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 
 from torch import Tensor
 
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
+from megatron.core.tensor_parallel.rng_tracker import forked_stream, get_cuda_rng_tracker
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.utils import groups_or_default
+from megatron.core.utils import get_pg_rank, get_pg_size
 
 
 class CoreAttention(MegatronModule):
@@ -39,10 +41,9 @@ class CoreAttention(MegatronModule):
         model_comm_pgs: ProcessGroupCollection | None = None,
     ) -> None:
         super().__init__(config)
-        if config.context_parallel_size > 1:
-            raise NotImplementedError(f"context_parallel_size ({config.context_parallel_size}) is not built yet: use 1")
         assert config.kv_channels is not None
         self.layer_number = layer_number
+        self.cp_group = groups_or_default(model_comm_pgs).cp
         self.attn_mask_type = attn_mask_type
         self.attention_type = attention_type
         self.window_size = config.window_size
@@ -54,12 +55,18 @@ class CoreAttention(MegatronModule):
         """Dropout on the probabilities now: none outside of training."""
         return self.attention_dropout if self.training else 0.0
 
-    def dropout_rng(self) -> AbstractContextManager[None]:
-        """The random stream of sharded heads. Under sequence parallelism the whole block draws from it
-        already."""
-        if self.dropout_p == 0.0 or self.config.sequence_parallel:
-            return contextlib.nullcontext()
-        return get_cuda_rng_tracker().fork()
+    @contextmanager
+    def dropout_rng(self) -> Iterator[None]:
+        """The random stream of sharded heads, and of the tokens or heads of this context parallel rank.
+
+        Under sequence parallelism the whole block draws from the stream of sharded heads already.
+        """
+        if self.dropout_p == 0.0:
+            yield
+            return
+        with nullcontext() if self.config.sequence_parallel else get_cuda_rng_tracker().fork():
+            with forked_stream(get_pg_rank(self.cp_group)) if get_pg_size(self.cp_group) > 1 else nullcontext():
+                yield
 
     def forward(
         self,

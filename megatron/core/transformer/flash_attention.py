@@ -69,8 +69,7 @@ class FlashAttention(SDPAttention):
         if not use_torch and not can_flash_attend(query.dtype, query.device, query.size(-1)):
             return super().attend_packed(query, key, value, mask_type, packed_seq_params)
         q, k, v = (x.transpose(0, 1).flatten(0, 1) for x in (query, key, value))  # [n, a, d]
-        starts = packed_seq_params.cu_seqlens_q
-        assert starts is not None
+        starts = packed_seq_params.document_starts()
         # The longest sequence only sizes the launch: the whole sample is a safe bound, and costs no look at
         # the device.
         max_length = int(packed_seq_params.max_seqlen_q) if isinstance(packed_seq_params.max_seqlen_q, int) else s

@@ -10,6 +10,8 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from megatron.core.fusions.fused_rotary import RotatePairs
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer.context_parallel.packed import places_in_documents
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import get_pg_rank, get_pg_size
 
@@ -31,17 +33,15 @@ def apply_rotary_pos_emb(
         cu_seqlens: starts of packed sequences on the flattened [b, s] (or [n]) token axis; positions count
             from each.
         mscale: factor on cos and sin (YaRN's temperature).
-        cp_group: context parallel group over which t is cut.
-
-    Raises:
-        NotImplementedError: packed sequences under context parallelism.
+        cp_group: context parallel group over which each packed sequence is cut in zigzag; without `cu_seqlens`
+            the angles are those of t already.
     """
     if cu_seqlens is not None:
-        if get_pg_size(cp_group) > 1:
-            raise NotImplementedError("rotary positions of packed sequences with context parallelism are not built yet")
+        packed = PackedSeqParams("thd", cu_seqlens, cu_seqlens)
         if t.dim() == 3:
-            return _rotate(t.unsqueeze(1), _packed_angles(freqs, cu_seqlens, t.size(0), 1), config, mscale).squeeze(1)
-        freqs = _packed_angles(freqs, cu_seqlens, t.size(0), t.size(1))
+            angles = packed_angles(freqs, packed, t.size(0), 1, cp_group)
+            return _rotate(t.unsqueeze(1), angles, config, mscale).squeeze(1)
+        freqs = packed_angles(freqs, packed, t.size(0), t.size(1), cp_group)
     return _rotate(t, freqs, config, mscale)
 
 
@@ -71,10 +71,16 @@ def _apply_rotary_pos_emb_bshd(
     return RotatePairs.apply(t, angles.cos() * mscale, angles.sin() * mscale, rotary_interleaved)
 
 
-def _packed_angles(freqs: Tensor, cu_seqlens: Tensor, s: int, b: int) -> Tensor:
-    """[s, b, 1, r]: the angle of every token, its position counted from the start of its packed sequence."""
+def packed_angles(
+    freqs: Tensor, packed: PackedSeqParams, s: int, b: int, cp_group: ProcessGroup | None = None
+) -> Tensor:
+    """[s, b, 1, r]: the angles of the s tokens of each sample that this rank of `cp_group` holds, their positions
+    counted from the start of their packed sequence."""
+    if get_pg_size(cp_group) > 1:
+        places = places_in_documents(packed, s, b, get_pg_size(cp_group), get_pg_rank(cp_group))
+        return freqs[places.to(freqs.device), 0]
     tokens = torch.arange(b * s, device=freqs.device)
-    starts = cu_seqlens.to(freqs.device, torch.int64)
+    starts = packed.document_starts().to(freqs.device, torch.int64)
     sequence = torch.searchsorted(starts, tokens, right=True) - 1
     position = (tokens - starts[sequence]).view(b, s).transpose(0, 1)
     return freqs[position, 0]  # [s, b, 1, r]
