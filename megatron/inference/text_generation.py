@@ -33,6 +33,11 @@ def last_logits(model: list[nn.Module], windows: Sequence[Sequence[int]], vocab_
     All ranks of the model take part. Gathers the logits of one position a row over the tensor-parallel group.
     """
     config = get_model_config(model[0])
+    if config.context_parallel_size > 1:
+        raise NotImplementedError(
+            f"text generation with context_parallel_size {config.context_parallel_size} is not built yet: use 1 (a "
+            "checkpoint loads in any layout)"
+        )
     # Sequence parallelism cuts the sequence into equal parts.
     multiple = config.tensor_model_parallel_size if config.sequence_parallel else 1
     tokens = pad_right(windows, multiple).to(current_device())

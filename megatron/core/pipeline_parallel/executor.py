@@ -72,9 +72,9 @@ def forward_step(
     """Forward of one microbatch: (output or scaled loss, number of tokens).
 
     On the last stage the loss function is called and what it reports is appended to `forward_data_store`. It
-    returns (loss sum, tokens, report) or (loss, report). The first kind is divided by its tokens
-    (over context parallel ranks the sums are, by all their tokens) and by the number of microbatches, unless `config.calculate_per_token_loss`: then gradients are divided by all tokens
-    at the end.
+    returns (loss sum, tokens, report) or (loss, report). The first kind is divided by its tokens (a sum over all
+    context parallel ranks by the tokens of all of them) and by the number of microbatches, unless
+    `config.calculate_per_token_loss`: then gradients are divided by all tokens at the end.
     """
     set_input_tensor(model, input_tensor)
     autocast = (

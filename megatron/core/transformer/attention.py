@@ -179,8 +179,8 @@ class Attention(MegatronModule, ABC):
         q_angles, k_angles = rotary_pos_emb if isinstance(rotary_pos_emb, tuple) else (rotary_pos_emb, rotary_pos_emb)
         if packed_seq_params is not None:
             cp = self.model_comm_pgs.cp
-            q_angles = packed_angles(q_angles, packed_seq_params, *query.shape[:2], cp)
-            k_angles = packed_angles(k_angles, packed_seq_params, *key.shape[:2], cp)
+            q_angles = packed_angles(q_angles, packed_seq_params, query.size(0), query.size(1), cp)
+            k_angles = packed_angles(k_angles, packed_seq_params, key.size(0), key.size(1), cp)
         mscale = yarn_concentration(self.config)
         query = apply_rotary_pos_emb(query, q_angles, self.config, mscale=mscale)
         key = apply_rotary_pos_emb(key, k_angles, self.config, mscale=mscale)

@@ -64,9 +64,11 @@ class CoreAttention(MegatronModule):
         if self.dropout_p == 0.0:
             yield
             return
-        with nullcontext() if self.config.sequence_parallel else get_cuda_rng_tracker().fork():
-            with forked_stream(get_pg_rank(self.cp_group)) if get_pg_size(self.cp_group) > 1 else nullcontext():
-                yield
+        with (
+            nullcontext() if self.config.sequence_parallel else get_cuda_rng_tracker().fork(),
+            forked_stream(get_pg_rank(self.cp_group)) if get_pg_size(self.cp_group) > 1 else nullcontext(),
+        ):
+            yield
 
     def forward(
         self,

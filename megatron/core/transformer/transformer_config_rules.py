@@ -12,6 +12,7 @@ import torch
 from torch.nn.functional import gelu, silu
 
 from megatron.core.config_rules import require, require_divisible, require_one_of, shown
+from megatron.core.transformer.context_parallel_rules import CONTEXT_PARALLEL_RULES
 from megatron.core.transformer.transformer_depth_rules import DEPTH_RULES
 from megatron.core.utils import init_method_normal, scaled_init_method_normal
 
@@ -153,19 +154,6 @@ def derive_init_methods(config: TransformerConfig) -> None:
         multiplier = 1.0 if config.is_hybrid_model else 2.0
         config.output_layer_init_method = scaled_init_method_normal(
             config.init_method_std, max(config.num_layers, 1), multiplier=multiplier
-        )
-
-
-def require_valid_cp_comm_type(config: TransformerConfig) -> None:
-    """Layers may differ in how they exchange keys and values, but each needs its own entry then."""
-    if (
-        config.context_parallel_size > 1
-        and config.cp_comm_type is not None
-        and not isinstance(config.cp_comm_type, str)
-    ):
-        require(
-            len(config.cp_comm_type) == config.num_layers,
-            f"cp_comm_type lists {len(config.cp_comm_type)} layers, {shown(config, 'num_layers')}",
         )
 
 
@@ -358,6 +346,6 @@ TRANSFORMER_RULES: tuple[Any, ...] = (
     derive_router_groups,
     require_fp8_for_router_padding,
     require_capturable_layers,
-    require_valid_cp_comm_type,
+    *CONTEXT_PARALLEL_RULES,
     expand_no_rope_freq,
 )

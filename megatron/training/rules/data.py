@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 
 from megatron.training.settings import refuse_unless, warn, was_given
 
@@ -95,14 +96,21 @@ def require_sequence_divides_over_ranks(args: argparse.Namespace) -> None:
     if cp > 1:
         refuse_unless(
             args.seq_length % (2 * cp) == 0,
-            f"--seq-length ({args.seq_length}) must be divisible by {2 * cp}, twice --context-parallel-size",
+            f"--seq-length ({args.seq_length}) must be divisible by {2 * cp}, twice --context-parallel-size; "
+            f"{_nearest_multiples(args.seq_length, 2 * cp)}",
         )
     if args.sequence_parallel:
         refuse_unless(
             args.seq_length % (cp * tp) == 0,
             f"--seq-length ({args.seq_length}) must be divisible by {cp * tp} for --sequence-parallel with "
-            f"--tensor-model-parallel-size {tp}",
+            f"--tensor-model-parallel-size {tp}{f' and --context-parallel-size {cp}' if cp > 1 else ''}; "
+            f"{_nearest_multiples(args.seq_length, math.lcm(cp * tp, 2 * cp if cp > 1 else 1))}",
         )
+
+
+def _nearest_multiples(value: int, divisor: int) -> str:
+    below = value // divisor * divisor
+    return f"the nearest that is: {' or '.join(str(n) for n in (below, below + divisor) if n > 0)}"
 
 
 def require_tokenizer_files(args: argparse.Namespace) -> None:

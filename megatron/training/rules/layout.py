@@ -44,6 +44,8 @@ def require_context_groups_fit(args: argparse.Namespace) -> None:
         )
     if "a2a+p2p" in (args.cp_comm_type or ()):
         refuse_unless(sizes, "--cp-comm-type a2a+p2p needs --hierarchical-context-parallel-sizes")
+    elif sizes is not None:
+        warn(args, "--hierarchical-context-parallel-sizes has no effect without --cp-comm-type a2a+p2p")
 
 
 def derive_expert_tensor_parallel_size(args: argparse.Namespace) -> None:

@@ -199,7 +199,3 @@ def test_half_precision(backend: AttnBackend) -> None:
 
 def test_backends() -> None:
     assert set(CORE_OF_BACKEND) == set(AttnBackend)
-    config = build(AttnBackend.auto).config
-    config.context_parallel_size = 2
-    with pytest.raises(NotImplementedError, match="context_parallel_size"):
-        build_core_attention(config, layer_number=1, attn_mask_type=AttnMaskType.causal, attention_type="self")

@@ -14,6 +14,7 @@ from megatron.core.distributed.distributed_data_parallel_config import Distribut
 from megatron.core.model_parallel_config import ModelParallelConfig
 from megatron.core.not_built import FIELDS_NOT_BUILT
 from megatron.core.optimizer.optimizer_config import OptimizerConfig
+from megatron.core.transformer import context_parallel_rules as cp_rules
 from megatron.core.transformer import transformer_config_rules as rules
 from megatron.core.transformer.enums import AttnBackend
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
@@ -251,7 +252,7 @@ BEHIND_UNBUILT: list[tuple[Any, dict[str, Any], str]] = [
         "does not work with recompute_granularity",
     ),
     (
-        rules.require_valid_cp_comm_type,
+        cp_rules.require_valid_cp_comm_type,
         {"context_parallel_size": 2, "cp_comm_type": ["p2p"]},
         r"lists 1 layers, num_layers \(4\)",
     ),

@@ -17,6 +17,7 @@ from megatron.core.transformer.attention_masks import effective_window
 from megatron.core.transformer.context_parallel.packed import sequence_layout
 from megatron.core.transformer.context_parallel.ring import ring_attention
 from megatron.core.transformer.context_parallel.task import AttentionTask
+from megatron.core.transformer.context_parallel_rules import comm_type_of
 from megatron.core.transformer.core_attention import CoreAttention
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.enums import AttnMaskType
@@ -31,7 +32,7 @@ def attend_across_ranks(core: Any, cp_comm_type: str | None, groups: ProcessGrou
     """
     if get_pg_size(groups.cp) == 1 or not isinstance(core, CoreAttention):
         return core
-    return ContextParallelAttention(core, cp_comm_type or "p2p", groups)
+    return ContextParallelAttention(core, comm_type_of(cp_comm_type), groups)
 
 
 class ContextParallelAttention(MegatronModule):
@@ -55,6 +56,8 @@ class ContextParallelAttention(MegatronModule):
                 f"{core.attention_type} attention with context_parallel_size {get_pg_size(groups.cp)}: "
                 "use context_parallel_size 1"
             )
+        if cp_comm_type != "p2p":
+            raise NotImplementedError(f"cp_comm_type {cp_comm_type!r} is not built yet: use 'p2p'")
         self.core = core
         self.cp_comm_type = cp_comm_type
         self.group = groups.cp

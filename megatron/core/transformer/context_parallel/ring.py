@@ -23,7 +23,8 @@ from megatron.core.utils import get_pg_rank, get_pg_size
 class _Hop:
     """Tensors on their way to the next rank, and those of the previous rank on their way here."""
 
-    def __init__(self, tensors: Sequence[Tensor], group: ProcessGroup) -> None:
+    def __init__(self, tensors: Sequence[Tensor], group: ProcessGroup | None) -> None:
+        assert group is not None
         rank, size = group.rank(), group.size()
         self.shapes = [t.shape for t in tensors]
         self.outgoing = torch.cat([t.reshape(-1) for t in tensors])  # one message; kept until it has left
@@ -51,17 +52,16 @@ class RingAttention(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, task: AttentionTask, group: ProcessGroup | None
-    ) -> Tensor:
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, task: AttentionTask, group: ProcessGroup | None) -> Tensor:
         out, lse = _empty_results(q)
         size, rank = get_pg_size(group), get_pg_rank(group)
-        ctx.saved, here = [], (k, v)
+        ctx.saved = []
+        here: list[Tensor] = [k, v]
         for step in range(size):
-            hop = _Hop(here, group) if step < size - 1 else None  # type: ignore[arg-type]
-            ctx.saved.append(task.forward(q, *here, (rank - step) % size, out, lse))
+            hop = _Hop(here, group) if step < size - 1 else None
+            ctx.saved.append(task.forward(q, here[0], here[1], (rank - step) % size, out, lse))
             if hop is not None:
-                here = tuple(hop.arrived())  # type: ignore[assignment]
+                here = hop.arrived()
         out = out.to(q.dtype)
         ctx.save_for_backward(q, k, v, out, lse)
         ctx.task, ctx.group = task, group
@@ -73,19 +73,18 @@ class RingAttention(torch.autograd.Function):
         task, group = ctx.task, ctx.group
         size, rank = get_pg_size(group), get_pg_rank(group)
         dq = torch.zeros(q.shape, dtype=accumulation_type(q.dtype), device=q.device)
-        here, sums = (k, v), None
+        here: list[Tensor] = [k, v]
+        sums: _Hop | None = None
         for step in range(size):
             hop = _Hop(here, group) if step < size - 1 else None
-            grads = task.backward(
-                grad, q, *here, (rank - step) % size, out, lse, ctx.saved[step], dq
-            )
+            grads = task.backward(grad, q, here[0], here[1], (rank - step) % size, out, lse, ctx.saved[step], dq)
             if sums is not None:  # what earlier ranks found for these keys has come behind them
                 for total, part in zip(grads, sums.arrived()):
                     total += part
             if size > 1:
                 sums = _Hop(grads, group)
             if hop is not None:
-                here = tuple(hop.arrived())
+                here = hop.arrived()
         dk, dv = sums.arrived() if sums is not None else grads
         return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None, None
 

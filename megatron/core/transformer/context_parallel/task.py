@@ -1,5 +1,7 @@
-"""What a rank's queries see, as blocks with the kernel for each. n queries, m keys of one rank, b microbatch, a heads, g
-query groups, d head width, s tokens of a whole sample."""
+"""What a rank's queries see, as blocks with the kernel for each.
+
+n queries, m keys of one rank, b microbatch, a heads, g query groups, d head width, s tokens of a whole sample.
+"""
 
 from __future__ import annotations
 
@@ -113,9 +115,7 @@ class AttentionTask:
                 number += 1
                 yield rows, block, self._kernel(q, rows, row, block, key_rank, number)
 
-    def _kernel(
-        self, q: Tensor, rows: slice, row: int, block: Block, key_rank: int | None, number: int
-    ) -> BlockKernel:
+    def _kernel(self, q: Tensor, rows: slice, row: int, block: Block, key_rank: int | None, number: int) -> BlockKernel:
         plain = self.hidden is None and self.dropout_p == 0.0 and block.order is not Order.BAND
         if plain and self.may_fuse:
             fused = fused_kernel(q, self.scale, block.order is Order.CAUSAL)
