@@ -1,4 +1,4 @@
-"""Collectives whose names differ between the torch versions that are supported, and collectives in flight."""
+"""Collectives: under names that are the same in all supported torch versions, known to `activity`, some in flight."""
 
 from __future__ import annotations
 
@@ -9,11 +9,51 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from megatron.core.activity import communicating
 from megatron.core.utils import divide, get_pg_size
 
 # torch 2.13 renames the two; the old names warn there and the new ones do not exist before.
-all_gather_into_tensor = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-reduce_scatter_tensor = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+
+def all_reduce(
+    x: Tensor, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM, group: ProcessGroup | None = None, what: str = ""
+) -> None:
+    """Sum (or `op`) of `x` over the group, in place. `what` says in messages what is reduced."""
+    with communicating("all-reduce", group, of=what):
+        dist.all_reduce(x, op, group=group)
+
+
+def all_gather_into_tensor(whole: Tensor, x: Tensor, group: ProcessGroup | None = None, what: str = "") -> None:
+    """Every rank's `x`, one after the other, into `whole`."""
+    with communicating("all-gather", group, of=what):
+        _all_gather(whole, x, group=group)
+
+
+def reduce_scatter_tensor(part: Tensor, x: Tensor, group: ProcessGroup | None = None, what: str = "") -> None:
+    """This rank's part of the sum of `x` over the group into `part`."""
+    with communicating("reduce-scatter", group, of=what):
+        _reduce_scatter(part, x, group=group)
+
+
+def all_to_all(
+    received: Tensor,
+    x: Tensor,
+    output_splits: list[int] | None = None,
+    input_splits: list[int] | None = None,
+    group: ProcessGroup | None = None,
+    what: str = "",
+) -> None:
+    """Rows of `x` to every rank of the group, the rows from every rank into `received`."""
+    with communicating("all-to-all", group, of=what):
+        dist.all_to_all_single(received, x, output_splits, input_splits, group=group)
+
+
+def broadcast(x: Tensor, group_src: int, group: ProcessGroup | None = None, what: str = "") -> None:
+    """`x` of the rank `group_src` of the group, on all its ranks."""
+    with communicating("broadcast", group, peer=group_src, of=what):
+        dist.broadcast(x, group_src=group_src, group=group)
 
 
 @dataclass(frozen=True)
@@ -23,18 +63,23 @@ class InFlight:
     result: Tensor
     work: Any
     """None where nothing travels."""
+    name: str = "collective"
+    group: ProcessGroup | None = None
 
     def wait(self) -> Tensor:
         """The result, once it has arrived."""
         if self.work is not None:
-            self.work.wait()
+            with communicating(self.name, self.group):
+                self.work.wait()
         return self.result
 
 
 def start_all_reduce(x: Tensor, group: ProcessGroup | None) -> InFlight:
     """Launch the sum of `x` over the group, in place where `x` is contiguous."""
     x = x.contiguous()
-    return InFlight(x, dist.all_reduce(x, group=group, async_op=True) if get_pg_size(group) > 1 else None)
+    if get_pg_size(group) == 1:
+        return InFlight(x, None)
+    return InFlight(x, dist.all_reduce(x, group=group, async_op=True), "all-reduce", group)
 
 
 def start_all_gather(x: Tensor, group: ProcessGroup | None) -> InFlight:
@@ -43,7 +88,7 @@ def start_all_gather(x: Tensor, group: ProcessGroup | None) -> InFlight:
     if size == 1:
         return InFlight(x, None)
     whole = x.new_empty(size * x.size(0), *x.shape[1:])
-    return InFlight(whole, all_gather_into_tensor(whole, x.contiguous(), group=group, async_op=True))
+    return InFlight(whole, _all_gather(whole, x.contiguous(), group=group, async_op=True), "all-gather", group)
 
 
 def start_reduce_scatter(x: Tensor, group: ProcessGroup | None) -> InFlight:
@@ -52,4 +97,5 @@ def start_reduce_scatter(x: Tensor, group: ProcessGroup | None) -> InFlight:
     if size == 1:
         return InFlight(x, None)
     part = x.new_empty(divide(x.size(0), size), *x.shape[1:])
-    return InFlight(part, reduce_scatter_tensor(part, x.contiguous(), group=group, async_op=True))
+    work = _reduce_scatter(part, x.contiguous(), group=group, async_op=True)
+    return InFlight(part, work, "reduce-scatter", group)

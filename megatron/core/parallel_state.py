@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
 from megatron.core import device
+from megatron.core.activity import communicating
 from megatron.core.process_groups_config import (
     ProcessGroupCollection,
     default_process_groups,
@@ -595,5 +596,6 @@ def create_group(
 def barrier(group: ProcessGroup | None = None) -> None:
     """Wait for all ranks of `group`, on whatever device they compute."""
     token = torch.zeros(1, device=device.current_device())
-    dist.all_reduce(token, group=group)
+    with communicating("barrier", group):
+        dist.all_reduce(token, group=group)
     device.synchronize()

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron.core import device
+from megatron.core.activity import communicating
 from megatron.core.collectives import all_gather_into_tensor
 
 
@@ -120,7 +121,8 @@ class Timer(TimerBase):
     @staticmethod
     def _now(barrier: bool) -> float:
         if barrier and dist.is_initialized():
-            dist.barrier()
+            with communicating("barrier", None):
+                dist.barrier()
         device.synchronize()
         return time.perf_counter()
 
@@ -166,7 +168,8 @@ class Timers:
         """[ranks, names] seconds; 0 where a rank has no such timer. Communicates: all-gather."""
         ranks = dist.get_world_size() if dist.is_initialized() else 1
         if barrier and ranks > 1:
-            dist.barrier()
+            with communicating("barrier", None):
+                dist.barrier()
         mine = torch.zeros(len(names), dtype=torch.float32, device=device.current_device())
         for i, name in enumerate(names):
             if name in self._timers:

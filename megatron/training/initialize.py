@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 from megatron.core import device, parallel_state, tensor_parallel
+from megatron.core.collectives import all_reduce
 from megatron.core.host_memory import keep_freed_memory
 from megatron.core.tensor_parallel.initialization import set_initialization_seed
 from megatron.training.arguments import parse_args, validate_args
@@ -172,7 +173,7 @@ _start = time.time()
 def program_start() -> float:
     """Unix time at which the earliest rank started. Communicates: all-reduce."""
     earliest = torch.tensor([_start], dtype=torch.float64, device=device.current_device())
-    dist.all_reduce(earliest, dist.ReduceOp.MIN)
+    all_reduce(earliest, dist.ReduceOp.MIN, what="start times")
     return float(earliest)
 
 

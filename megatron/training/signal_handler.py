@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 
 from megatron.core import device
+from megatron.core.collectives import all_reduce
 
 
 class SignalHandler:
@@ -25,7 +26,7 @@ class SignalHandler:
     def received_anywhere(self) -> bool:
         """Whether it arrived on any rank. Communicates: all-reduce."""
         flag = torch.tensor(int(self.received), device=device.current_device())
-        dist.all_reduce(flag, dist.ReduceOp.MAX)
+        all_reduce(flag, dist.ReduceOp.MAX, what="signals")
         return bool(flag.item())
 
     def release(self) -> None:

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from megatron.core import parallel_state
+from megatron.core.collectives import all_reduce
 from megatron.core.num_microbatches_calculator import get_num_microbatches
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.training.global_vars import get_args, get_timers
@@ -44,7 +44,8 @@ def reduce_reports(reports: Reports, add_up: bool = False) -> dict[str, Tensor]:
         entries = [torch.as_tensor(report[name]).detach().float().reshape(-1) for report in reports]
         if entries[0].numel() == 2:
             total = torch.stack(entries).sum(0)
-            dist.all_reduce(total, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
+            group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+            all_reduce(total, group=group, what="losses")
         else:
             mean = torch.cat(entries)
             total = torch.stack([mean.sum(), mean.new_tensor(float(mean.numel()))])

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from megatron.core import device, parallel_state
+from megatron.core.collectives import all_reduce, broadcast
 from megatron.core.datasets.utils import get_blend_from_list
 from megatron.core.utils import get_batch_on_this_cp_rank, get_pg_rank, get_pg_size, unwrap_model
 from megatron.training.global_vars import get_args
@@ -53,7 +54,7 @@ def average_losses_across_data_parallel_group(losses: list[Tensor]) -> Tensor:
     """Mean of each loss over the data parallel group; [len(losses)]. Communicates: all-reduce."""
     averaged = torch.stack([loss.detach().reshape(()) for loss in losses])
     group = parallel_state.get_data_parallel_group()
-    dist.all_reduce(averaged, group=group)
+    all_reduce(averaged, group=group, what="losses")
     return averaged / group.size()
 
 
@@ -99,7 +100,7 @@ def _broadcast(read: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype, 
     else:
         values = torch.empty(shape, dtype=dtype, device=device.current_device())
     if get_pg_size(group) > 1:
-        dist.broadcast(values, group_src=0, group=group)
+        broadcast(values, group_src=0, group=group, what="batches")
     return values
 
 
@@ -172,7 +173,7 @@ def calc_params_l2_norm(model: list[nn.Module] | nn.Module, force_create_fp32_co
         for param in chunk.parameters():
             if param_is_not_tensor_parallel_duplicate(param) and not _is_shared_copy(param):
                 total += param.float().square().sum(dtype=torch.float64)
-    dist.all_reduce(total, group=parallel_state.get_model_parallel_group())
+    all_reduce(total, group=parallel_state.get_model_parallel_group())
     return float(total.sqrt())
 
 

@@ -7,11 +7,11 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.nn import Parameter
 
+from megatron.core.collectives import broadcast
 from megatron.core.distributed.data_parallel_base import _BaseDataParallel
 from megatron.core.distributed.distributed_data_parallel_config import DistributedDataParallelConfig
 from megatron.core.distributed.param_and_grad_buffer import _ParamAndGradBuffer, partition_buckets
@@ -173,7 +173,7 @@ class DistributedDataParallel(_BaseDataParallel):
         for param in self.module.parameters():
             group = groups.expt_dp if is_expert_parallel(param) else groups.dp_cp
             if group is not None and get_pg_size(group) > 1:
-                dist.broadcast(param.data, src=dist.get_global_rank(group, 0), group=group)
+                broadcast(param.data, group_src=0, group=group, what="initial weights")
 
 
 def is_expert_parallel(param: Parameter) -> bool:

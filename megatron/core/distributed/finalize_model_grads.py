@@ -6,11 +6,11 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from megatron.core import device
+from megatron.core.collectives import all_reduce, broadcast
 from megatron.core.process_groups_config import ProcessGroupCollection, default_process_groups
 from megatron.core.timers import timed
 from megatron.core.utils import get_attr_wrapped_model, get_model_config, get_pg_rank, get_pg_size
@@ -73,7 +73,7 @@ def _coalesced_sum(tensors: list[Tensor], group: ProcessGroup | None) -> None:
     for dtype in dict.fromkeys(t.dtype for t in tensors):  # in the same order on every rank
         same = [t for t in tensors if t.dtype == dtype]
         flat = torch.cat([t.reshape(-1) for t in same])
-        dist.all_reduce(flat, group=group)
+        all_reduce(flat, group=group, what="gradients of parameters that tensor parallel ranks share")
         for tensor, summed in zip(same, flat.split([t.numel() for t in same])):
             tensor.copy_(summed.view_as(tensor))
 
@@ -102,16 +102,16 @@ def _reduce_shared_grads(
     except RuntimeError:  # a model without such an embedding
         return
     if shared is not None and (grad := _gradient(shared)) is not None:
-        dist.all_reduce(grad, group=group)
+        all_reduce(grad, group=group, what="gradients of tied embeddings")
 
 
 def _divide_by_tokens(model: list[nn.Module], num_tokens: Tensor, groups: ProcessGroupCollection) -> None:
     """Divide every gradient by the tokens of the whole batch, which the last stage knows."""
     total = num_tokens.to(device.current_device(), torch.int64).clone()  # whatever type the last stage counts in
     if get_pg_size(groups.pp) > 1:
-        dist.broadcast(total, group_src=get_pg_size(groups.pp) - 1, group=groups.pp)
+        broadcast(total, group_src=get_pg_size(groups.pp) - 1, group=groups.pp, what="number of tokens")
     if get_pg_size(groups.dp_cp) > 1:
-        dist.all_reduce(total, group=groups.dp_cp)
+        all_reduce(total, group=groups.dp_cp, what="number of tokens")
     scaling = 1.0 / max(float(total), 1.0)
     for chunk in model:
         chunk.scale_gradients(scaling)  # type: ignore[operator]

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from megatron.core.collectives import all_reduce
 from megatron.core.utils import get_pg_rank, get_pg_size, get_tensor_model_parallel_group_if_none
 
 CHUNK_ELEMENTS = 1 << 20
@@ -132,9 +133,9 @@ def _combine_over_group(log_sum: Tensor, predicted: Tensor, group: ProcessGroup 
     """Log of the sum of exponentials over the columns of all ranks, and the loss."""
     if get_pg_size(group) > 1:
         highest = log_sum.clone()
-        dist.all_reduce(highest, dist.ReduceOp.MAX, group=group)
+        all_reduce(highest, dist.ReduceOp.MAX, group=group)
         both = torch.stack(((log_sum - highest).exp_(), predicted))
-        dist.all_reduce(both, group=group)
+        all_reduce(both, group=group)
         log_sum, predicted = both[0].log().add_(highest), both[1]
     return log_sum, log_sum - predicted
 

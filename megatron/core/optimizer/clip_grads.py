@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from megatron.core import device
+from megatron.core.collectives import all_reduce
 from megatron.core.utils import get_pg_size
 
 _RUN_LENGTH = 2**16
@@ -83,4 +84,4 @@ def count_zeros_fp32(grads: Sequence[Tensor], grad_stats_parallel_group: Process
 def reduce_over(value: Tensor, group: ProcessGroup | None, op: dist.ReduceOp.RedOpType) -> None:
     """All-reduce `value` in place; nothing on a group of one."""
     if get_pg_size(group) > 1:
-        dist.all_reduce(value, op=op, group=group)
+        all_reduce(value, op=op, group=group)

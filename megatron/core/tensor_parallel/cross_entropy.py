@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from megatron.core.collectives import all_reduce
 from megatron.core.utils import get_pg_rank, get_pg_size, get_tensor_model_parallel_group_if_none
 
 
@@ -77,15 +78,15 @@ def _normalise_over_group(log_probs: Tensor, logits: Tensor, group: ProcessGroup
     else:  # nothing but padding here
         log_sum = torch.full(logits.shape[:-1], -torch.inf, device=logits.device)
     highest = log_sum.clone()
-    dist.all_reduce(highest, dist.ReduceOp.MAX, group=group)
+    all_reduce(highest, dist.ReduceOp.MAX, group=group)
     total = (log_sum - highest).exp_()
-    dist.all_reduce(total, group=group)
+    all_reduce(total, group=group)
     log_probs.sub_((highest + total.log_() - log_sum).unsqueeze(-1))
 
 
 def _sum_over_group(x: Tensor, group: ProcessGroup | None) -> Tensor:
     if get_pg_size(group) > 1:
-        dist.all_reduce(x, group=group)
+        all_reduce(x, group=group)
     return x
 
 

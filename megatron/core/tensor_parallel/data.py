@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from megatron.core import device
+from megatron.core.collectives import broadcast
 from megatron.core.utils import get_pg_rank, get_pg_size, get_tensor_model_parallel_group_if_none
 
 _MAX_DIM = 5
@@ -41,7 +41,7 @@ def broadcast_data(
         flat = torch.cat([data[key].contiguous().view(-1) for key in keys]).to(target)
     else:
         flat = torch.empty(sum(numels), dtype=datatype, device=target)
-    dist.broadcast(flat, group_src=0, group=group)
+    broadcast(flat, group_src=0, group=group)
     return {key: part.view(shape) for key, part, shape in zip(keys, flat.split(numels), shapes)}
 
 
@@ -62,7 +62,7 @@ def _broadcast_shapes(
                 table[row, : len(shape) + 1] = torch.tensor([len(shape), *shape])
     if get_pg_size(group) > 1:
         table = table.to(device.current_device())
-        dist.broadcast(table, group_src=0, group=group)
+        broadcast(table, group_src=0, group=group)
     rows = table.tolist()
     for key, row in zip(keys, rows):
         if row[0] < 0:

@@ -7,12 +7,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from megatron.core.collectives import InFlight, start_all_gather, start_all_reduce, start_reduce_scatter
+from megatron.core.collectives import InFlight, all_reduce, start_all_gather, start_all_reduce, start_reduce_scatter
 from megatron.core.tensor_parallel.gemm import linear, matmul, weight_gradient
 from megatron.core.tensor_parallel.mappings import _gather_first_dim, gather_from_sequence_parallel_region
 from megatron.core.utils import get_pg_size, get_tensor_model_parallel_group_if_none
@@ -126,7 +125,7 @@ class LinearWithFrozenWeight(torch.autograd.Function):
         (weight,) = ctx.saved_tensors
         dgrad = matmul(grad_output, weight)
         if ctx.allreduce_dgrad:
-            dist.all_reduce(dgrad, group=ctx.group)
+            all_reduce(dgrad, group=ctx.group)
         return dgrad, None, None, None, None
 
 

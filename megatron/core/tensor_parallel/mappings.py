@@ -9,11 +9,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from megatron.core.collectives import all_gather_into_tensor, reduce_scatter_tensor
+from megatron.core import collectives
 from megatron.core.tensor_parallel.utils import split_tensor_along_last_dim
 from megatron.core.utils import divide, get_pg_rank, get_pg_size, get_tensor_model_parallel_group_if_none
 
@@ -25,7 +24,7 @@ def _reduce(x: Tensor, group: ProcessGroup | None) -> Tensor:
     if get_pg_size(group) == 1:
         return x
     x = x.contiguous()
-    dist.all_reduce(x, group=group)
+    collectives.all_reduce(x, group=group)
     return x
 
 
@@ -49,7 +48,7 @@ def _gather_first_dim(x: Tensor, group: ProcessGroup | None, split_sizes: list[i
     x = x.contiguous()
     if split_sizes is None:
         gathered = x.new_empty(size * x.size(0), *x.shape[1:])
-        all_gather_into_tensor(gathered, x, group=group)
+        collectives.all_gather_into_tensor(gathered, x, group=group)
         return gathered
     longest = max(split_sizes)  # gloo gathers tensors of one size only
     padded = x.new_zeros(longest, *x.shape[1:])
@@ -72,7 +71,7 @@ def _reduce_scatter_first_dim(x: Tensor, group: ProcessGroup | None, split_sizes
     x = x.contiguous()
     if split_sizes is None:
         scattered = x.new_empty(divide(x.size(0), size), *x.shape[1:])
-        reduce_scatter_tensor(scattered, x, group=group)
+        collectives.reduce_scatter_tensor(scattered, x, group=group)
         return scattered
     longest = max(split_sizes)
     padded = x.new_zeros(size * longest, *x.shape[1:])
@@ -96,7 +95,7 @@ def _all_to_all(
         return x
     x = x.contiguous()
     received = torch.empty_like(x) if output_splits is None else x.new_empty(sum(output_splits), *x.shape[1:])
-    dist.all_to_all_single(received, x, output_splits, input_splits, group=group)
+    collectives.all_to_all(received, x, output_splits, input_splits, group=group)
     return received
 
 

@@ -70,8 +70,8 @@ def check_order_of_backward(sequence_parallel: bool, monkeypatch_last: str) -> l
 
     undo: list[tuple[Any, str, Any]] = []
     watch(dist, "all_reduce", "dx")
-    watch(collectives, "reduce_scatter_tensor", "dx")
-    watch(collectives, "all_gather_into_tensor", "x")
+    watch(collectives, "_reduce_scatter", "dx")
+    watch(collectives, "_all_gather", "x")
     original = linear.weight_gradient
 
     def weight_gradient_noted(*args: Any) -> Tensor | None:
@@ -200,11 +200,11 @@ def check_frozen_weight() -> None:
     layer.weight.requires_grad_(False)
     x = torch.randn(4, 2, 8, requires_grad=True)
     output, _ = layer(x)
-    original, collectives.all_gather_into_tensor = collectives.all_gather_into_tensor, None
+    original, collectives._all_gather = collectives._all_gather, None
     try:
         output.sum().backward()
     finally:
-        collectives.all_gather_into_tensor = original
+        collectives._all_gather = original
     whole = layer.weight.sum(0)
     dist.all_reduce(whole)
     torch.testing.assert_close(x.grad, whole.expand(4, 2, 8))
