@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
-from torch.distributed.checkpoint.metadata import Metadata
 
 from megatron.core.dist_checkpointing.collective import together
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.dist_checkpointing.serialization import split_for_saving
-from megatron.core.dist_checkpointing.strategies.torch import plan_load
+from megatron.core.dist_checkpointing.strategies.catalog import Catalog
+from megatron.core.dist_checkpointing.strategies.reading import plan_load
 from megatron.training.checkpoint_arguments import require_same_model as require_same_settings
 from megatron.training.checkpoint_state import bare, model_keys
 from megatron.training.settings import ConfigurationError
@@ -63,7 +63,7 @@ def shorten(lines: list[str]) -> list[str]:
     return [*lines[: MOST_LINES - 1], f"... and {len(lines) - MOST_LINES + 1} more"]
 
 
-def sharded_shape_mismatches(model_state: dict[str, Any], stored: Metadata, only_shapes: bool) -> list[str]:
+def sharded_shape_mismatches(model_state: dict[str, Any], stored: Catalog, only_shapes: bool) -> list[str]:
     """Parameters of this rank that a torch_dist checkpoint lacks or has in another shape.
 
     Args:
@@ -74,7 +74,7 @@ def sharded_shape_mismatches(model_state: dict[str, Any], stored: Metadata, only
     sharded, _ = split_for_saving(model_state)
     tensors: list[Any] = [value for value in nested_values(sharded) if isinstance(value, ShardedTensor)]
     if only_shapes:
-        tensors = [tensor for tensor in tensors if tensor.key in stored.state_dict_metadata]
+        tensors = [tensor for tensor in tensors if tensor.key in stored]
     try:
         plan_load(tensors, stored)
     except CheckpointingException as error:

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.collective import gather_from_all
@@ -29,6 +28,7 @@ from megatron.core.dist_checkpointing.dict_utils import (
     restore_lists,
 )
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+from megatron.core.dist_checkpointing.strategies.catalog import Catalog
 
 MODEL_SPACE = "fully_sharded_model_space"
 _MAIN_PARAM = re.compile(r"optimizer\.state\.fp32_param\.(.+)")
@@ -91,7 +91,7 @@ def _read_from_model(shard: ShardedTensor | ShardedTensorFactory) -> ShardedTens
     return replace(shard, key=name[1])
 
 
-def full_precision_request(model_request: dict[str, Any], stored: Metadata) -> tuple[dict[str, Any], dict[str, Any]]:
+def full_precision_request(model_request: dict[str, Any], stored: Catalog) -> tuple[dict[str, Any], dict[str, Any]]:
     """(weights of an fp32 model that a half-precision run saved as fp32 copies, under the copies' names; the
     rest).
 
@@ -103,9 +103,9 @@ def full_precision_request(model_request: dict[str, Any], stored: Metadata) -> t
     def has_fp32_copy(value: Any) -> bool:
         if not isinstance(value, (ShardedTensor, ShardedTensorFactory)) or value.data is None:
             return False
-        weight = stored.state_dict_metadata.get(value.key)
-        rounded = isinstance(weight, TensorStorageMetadata) and weight.properties.dtype != torch.float32
-        copy = f"optimizer.state.fp32_param.{value.key}" in stored.state_dict_metadata
+        weight = stored.tensors.get(value.key)
+        rounded = weight is not None and weight.dtype != torch.float32
+        copy = f"optimizer.state.fp32_param.{value.key}" in stored
         return value.data.dtype == torch.float32 and rounded and copy
 
     precise, rest = extract_matching_values(model_request, has_fp32_copy, return_lists_as_dicts=True)

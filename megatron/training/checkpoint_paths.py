@@ -16,8 +16,9 @@ from pathlib import Path
 
 from megatron.core import parallel_state
 from megatron.core.dist_checkpointing import check_is_distributed_checkpoint
-from megatron.core.dist_checkpointing.collective import gather_from_all, sync_directory, together
+from megatron.core.dist_checkpointing.collective import gather_from_all, together
 from megatron.core.dist_checkpointing.core import CheckpointingException
+from megatron.core.dist_checkpointing.durable import sync_directory
 
 TRACKER_FNAME = "latest_checkpointed_iteration.txt"
 MODEL_FNAME = "model_optim_rng.pt"
@@ -185,7 +186,6 @@ def publish_checkpoint(written: Path, iteration: int) -> Path:
     """Give a completely written directory its final name, then make it the latest checkpoint."""
     final = written.with_name(iteration_name(iteration))
     replaced = final.with_name(final.name + _REPLACED)
-    sync_directory(written)
     if final.exists():
         os.rename(final, replaced)
     os.rename(written, final)

@@ -16,7 +16,7 @@ from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.collective import together
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.safe_load import safe_torch_load
-from megatron.core.dist_checkpointing.strategies.durable_file import save_torch_file
+from megatron.core.dist_checkpointing.strategies.torch_files import save_torch_file
 from megatron.training.checkpoint_paths import (
     DISTRIB_OPTIM_FNAME,
     MODEL_FNAME,

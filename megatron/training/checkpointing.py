@@ -27,7 +27,7 @@ from megatron.core.dist_checkpointing.strategies.fully_parallel import (
     FullyParallelLoadStrategyWrapper,
     FullyParallelSaveStrategyWrapper,
 )
-from megatron.core.dist_checkpointing.strategies.torch_files import read_metadata as read_sharded_metadata
+from megatron.core.dist_checkpointing.strategies.torch_files import read_catalog
 from megatron.core.dist_checkpointing.validation import StrictHandling, parse_strict_flag
 from megatron.training.checkpoint_checks import (
     plain_shape_mismatches,
@@ -276,7 +276,7 @@ def load_torch_dist(
         sharding = sharding_type(args, saved, metadata, common["optimizer"]) if parts.optimizer else None
     model_request = sharded_model(model, metadata)
     with together(f"cannot load {found.directory}"):
-        stored = read_sharded_metadata(found.directory)
+        stored = read_catalog(found.directory)
         tolerant = mode is not StrictHandling.ASSUME_OK_UNEXPECTED or not strict
         mismatches = sharded_shape_mismatches(model_request, stored, only_shapes=tolerant)
     require_same_model(args, None if found.weights_only else saved, found.directory, found.format, mismatches)
@@ -288,7 +288,7 @@ def load_torch_dist(
             model_request, is_loading=True, metadata={**metadata, "distrib_optim_sharding_type": sharding}
         )
         if kind_of_optimizer(common["optimizer"]) != kind_of_optimizer(request["optimizer"]):
-            conversion = OptimizerRequest(request["optimizer"], stored.state_dict_metadata)
+            conversion = OptimizerRequest(request["optimizer"], {*stored.tensors, *stored.objects})
             request["optimizer"] = conversion.request
     if parts.rng:
         request["rng_state"] = rng_object(None)

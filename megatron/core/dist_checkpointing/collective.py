@@ -3,11 +3,9 @@ ever."""
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch.distributed as dist
@@ -88,12 +86,3 @@ def on_first_rank(task: str, step: Callable[[], T], group: Group = None) -> T:
         if rank_and_size(group)[0] == 0:
             result = step()
     return broadcast_from_first(result, group)
-
-
-def sync_directory(path: str | Path) -> None:
-    """Bring the entries of a directory (names, not contents) to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

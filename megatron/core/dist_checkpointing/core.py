@@ -2,9 +2,10 @@
 else."""
 
 import json
-import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
+
+from .durable.file import replace_durably
 
 CONFIG_FNAME = "metadata.json"
 
@@ -49,10 +50,4 @@ def maybe_load_config(checkpoint_dir: str | Path) -> CheckpointingConfig | None:
 
 def save_config(config: CheckpointingConfig, checkpoint_dir: str | Path) -> None:
     """Mark `checkpoint_dir` complete. The file reaches the disk whole or not at all."""
-    path = Path(checkpoint_dir) / CONFIG_FNAME
-    partial = path.with_name(CONFIG_FNAME + ".partial")
-    with open(partial, "w") as file:
-        json.dump(asdict(config), file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+    replace_durably(Path(checkpoint_dir) / CONFIG_FNAME, json.dumps(asdict(config)).encode())

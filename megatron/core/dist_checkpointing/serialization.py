@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .collective import on_first_rank, sync_directory, together
+from .collective import on_first_rank, together
 from .core import CONFIG_FNAME, CheckpointingConfig, CheckpointingException, save_config
 from .dict_utils import dict_list_map_outplace, extract_matching_values, merge, restore_lists
+from .durable import FileRecord, sync_directory
+from .manifest import MANIFEST_FNAME, write_manifest
 from .mapping import (
     CommonStateDict,
     LocalNonpersistentObject,
@@ -21,7 +24,10 @@ from .mapping import (
 )
 from .strategies import common as _common  # noqa: F401  # registers the default strategy
 from .strategies import torch as _torch  # noqa: F401  # registers the default strategy
+from .strategies.async_utils import AsyncRequest
+from .strategies.background import BackgroundSaver
 from .strategies.base import (
+    AsyncSaveShardedStrategy,
     LoadCommonStrategy,
     LoadShardedStrategy,
     SaveCommonStrategy,
@@ -30,8 +36,8 @@ from .strategies.base import (
     StrategyAction,
     get_default_strategy,
 )
-from .strategies.common import COMMON_STATE_FNAME
-from .strategies.torch_files import DATA_SUFFIX, METADATA_FNAME
+from .strategies.file_plan import FilePlan, write_together
+from .strategies.sharded_files import gather_to_first
 from .validation import (
     CkptShardedMetadata,
     StrictHandling,
@@ -60,11 +66,14 @@ def save(
     async_sharded_save: bool = False,
     preprocess_common_before_consistancy_check: Callable[[CommonStateDict], StateDict] | None = None,
     content_metadata: dict | None = None,
-) -> None:
+    *,
+    background_saver: BackgroundSaver | None = None,
+) -> AsyncRequest | None:
     """Write a checkpoint into the existing directory `checkpoint_dir`. All ranks call this.
 
-    The directory is a checkpoint from the moment that its `metadata.json` is there, which is written last. If
-    any rank fails, all ranks raise and the files of the attempt are removed.
+    The directory is a checkpoint from the moment that its `metadata.json` is there, which is written last, after the
+    manifest with the size and the checksum of each file. If any rank fails, all ranks raise and the files of the
+    attempt are removed.
 
     Args:
         sharded_state_dict: tree of sharded values, which all ranks write together, and of other ones, of
@@ -73,13 +82,12 @@ def save(
         sharded_strategy, common_strategy: how, or (format, version).
         validate_access_integrity: check first that the shards of all ranks make up the global state exactly,
             and log where the common state of ranks differs.
-        async_sharded_save: not available yet.
+        async_sharded_save: only copy the state; the returned request does the rest, see `AsyncCallsQueue`.
         preprocess_common_before_consistancy_check: leaves out of that comparison what may differ.
         content_metadata: anything that a reader needs to know to request the right state, see
             `load_content_metadata`.
+        background_saver: keeps the memory, and if it is persistent the process, from one asynchronous save to the next.
     """
-    if async_sharded_save:
-        raise NotImplementedError("async_sharded_save: saving in the background is not available yet")
     directory = Path(checkpoint_dir)
     sharded, common = split_for_saving(sharded_state_dict)
     if content_metadata is not None:
@@ -87,18 +95,97 @@ def save(
     if validate_access_integrity:
         check_before_saving(sharded, common, preprocess_common_before_consistancy_check)
     save_sharded = resolve_save_strategy(StrategyAction.SAVE_SHARDED, sharded_strategy, ("torch_dist", 1))
-    save_common = resolve_save_strategy(StrategyAction.SAVE_COMMON, common_strategy, ("torch", 1))
+    default_common = ("torch", 1) if save_sharded.backend != "safetensors" else ("json", 1)
+    save_common = resolve_save_strategy(StrategyAction.SAVE_COMMON, common_strategy, default_common)
     assert isinstance(save_sharded, SaveShardedStrategy) and isinstance(save_common, SaveCommonStrategy)
     validate_sharded_objects_handling(save_sharded, save_common)
-    config = CheckpointingConfig(save_sharded.backend, save_sharded.version, save_common.backend, save_common.version)
-    on_first_rank(f"cannot save to {directory}", lambda: make_room(directory))
+    attempt = _Attempt(directory, save_sharded, save_common)
+    on_first_rank(f"cannot save to {directory}", attempt.make_room)
     try:
-        save_common.save_common(common, directory)
-        save_sharded.save(sharded, directory)
-        on_first_rank(f"cannot complete {directory}", lambda: publish(config, directory))
+        if async_sharded_save:
+            return attempt.begin(common, sharded, background_saver)
+        attempt.complete(attempt.write(common, sharded))
     except CheckpointingException:
-        on_first_rank(f"cannot clean {directory}", lambda: remove_checkpoint_files(directory))
+        attempt.clean()
         raise
+    return None
+
+
+@dataclass(frozen=True)
+class _Attempt:
+    """A save into one directory. All methods but `make_room` are called by all ranks."""
+
+    directory: Path
+    sharded: SaveShardedStrategy
+    common: SaveCommonStrategy
+
+    def make_room(self) -> None:
+        """Make a directory that holds an older checkpoint, whole or not, empty of it."""
+        if not self.directory.is_dir():
+            raise CheckpointingException("the directory does not exist")
+        if any(self.directory.iterdir()):
+            logger.warning("overwriting the checkpoint in %s", self.directory)
+            self._remove_files()
+
+    def _remove_files(self) -> None:
+        """Remove a checkpoint's files, the one that declares it complete first. Other files stay."""
+        marks = [self.directory / name for name in (CONFIG_FNAME, MANIFEST_FNAME)]
+        for path in (*marks, *self.sharded.own_files(self.directory), *self.common.own_files(self.directory)):
+            path.unlink(missing_ok=True)
+            path.with_name(path.name + ".partial").unlink(missing_ok=True)
+
+    def clean(self) -> None:
+        """Remove what a failed save has left."""
+        on_first_rank(f"cannot clean {self.directory}", self._remove_files)
+
+    def plans(self, common: CommonStateDict, sharded: ShardedStateDict) -> list[FilePlan] | None:
+        """The files of this rank; None if one of the strategies only writes by itself."""
+        of_common: list[FilePlan] | None = []
+        with together("cannot plan the checkpoint"):
+            of_common = self.common.plan_common(common)
+        if of_common is None:
+            return None
+        of_sharded = self.sharded.plan_sharded(sharded)
+        return None if of_sharded is None else [*of_common, *of_sharded]
+
+    def write(self, common: CommonStateDict, sharded: ShardedStateDict) -> dict[str, FileRecord] | None:
+        """Write everything but the marks; the records of this rank's files, if the strategies know them."""
+        plans = self.plans(common, sharded)
+        if plans is not None:
+            return write_together(lambda: plans, self.directory)
+        of_common = self.common.save_common(common, self.directory)
+        of_sharded = self.sharded.save(sharded, self.directory)
+        return None if of_common is None or of_sharded is None else {**of_common, **of_sharded}
+
+    def begin(self, common: CommonStateDict, sharded: ShardedStateDict, saver: BackgroundSaver | None) -> AsyncRequest:
+        """Copy everything; the request writes it."""
+        if not isinstance(self.sharded, AsyncSaveShardedStrategy):
+            raise NotImplementedError(f"{type(self.sharded).__name__} cannot write in the background")
+        plans = self.plans(common, sharded)
+        if plans is None:
+            self.common.save_common(common, self.directory)
+            request = self.sharded.async_save(sharded, self.directory)
+            request.add_finalize_fn(lambda: self.complete(None))
+            return request
+        used = saver or BackgroundSaver()
+        with together(f"cannot copy the state to be saved to {self.directory}"):
+            staged = used.stage(plans, self.directory)
+        finish: list[Callable[[], Any]] = [lambda: self.complete(staged.records)]
+        return AsyncRequest(staged.write, (), finish if saver is not None else [used.close, *finish])
+
+    def complete(self, records: dict[str, FileRecord] | None) -> None:
+        """Declare the directory a complete checkpoint, once all its files are on the disk."""
+        everything = gather_to_first(records)
+        on_first_rank(f"cannot complete {self.directory}", lambda: self._publish(everything or []))
+
+    def _publish(self, everything: list[dict[str, FileRecord] | None]) -> None:
+        known = [records for records in everything if records is not None]
+        if len(known) == len(everything):
+            write_manifest(self.directory, {name: r for records in known for name, r in records.items()})
+        sync_directory(self.directory)
+        formats = (self.sharded.backend, self.sharded.version, self.common.backend, self.common.version)
+        save_config(CheckpointingConfig(*formats), self.directory)
+        sync_directory(self.directory)
 
 
 def split_for_saving(sharded_state_dict: ShardedStateDict) -> tuple[ShardedStateDict, CommonStateDict]:
@@ -140,31 +227,6 @@ def resolve_save_strategy(
     strategy = get_default_strategy(action, *(given or default)) if given is None or isinstance(given, tuple) else given
     assert isinstance(strategy, SaveStrategyBase)
     return strategy
-
-
-def make_room(directory: Path) -> None:
-    """Make a directory that holds an older checkpoint, whole or not, empty of it."""
-    if not directory.is_dir():
-        raise CheckpointingException("the directory does not exist")
-    if any(directory.iterdir()):
-        logger.warning("overwriting the checkpoint in %s", directory)
-        remove_checkpoint_files(directory)
-
-
-def publish(config: CheckpointingConfig, directory: Path) -> None:
-    """Declare the directory a complete checkpoint, once all its files are on the disk."""
-    sync_directory(directory)
-    save_config(config, directory)
-    sync_directory(directory)
-
-
-def remove_checkpoint_files(directory: Path) -> None:
-    """Remove a checkpoint's files, the one that declares it complete first. Other files stay."""
-    for name in (CONFIG_FNAME, METADATA_FNAME, COMMON_STATE_FNAME):
-        for path in (directory / name, directory / (name + ".partial")):
-            path.unlink(missing_ok=True)
-    for path in directory.glob(f"*{DATA_SUFFIX}"):
-        path.unlink()
 
 
 def _is_sharded(value: Any) -> bool:

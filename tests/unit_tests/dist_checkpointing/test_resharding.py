@@ -60,7 +60,7 @@ def load_all(layout: Layout, directory: str, same_grid: bool) -> None:
 
 def load_shared(layout: Layout, directory: str) -> list[str]:
     """Names read from the disk by each rank, when ranks read for each other."""
-    from megatron.core.dist_checkpointing.strategies import torch as strategy
+    from megatron.core.dist_checkpointing.strategies import sharded_files as strategy
 
     expected = local_state(layout, dist.get_rank())
     del expected["rng"]

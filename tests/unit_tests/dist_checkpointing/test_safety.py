@@ -186,25 +186,25 @@ def test_a_directory_that_is_none_is_refused(tmp_path: Path) -> None:
 
 
 def save_with_failing_rank(directory: str, failing: int) -> str:
-    from megatron.core.dist_checkpointing.strategies import torch as strategy
+    from megatron.core.dist_checkpointing.strategies import file_plan
 
     rank, size = dist.get_rank(), dist.get_world_size()
-    original = strategy.write_entries
+    original = file_plan.write_plans
 
-    def write(entries: list, *args: object) -> list:
+    def write(plans: list, directory: Path) -> dict:
         if rank == failing:
-            original(entries[:1], *args)
+            original(plans[:1], directory)
             raise OSError(28, "No space left on device")
-        return original(entries, *args)
+        return original(plans, directory)
 
-    strategy.write_entries = write
+    file_plan.write_plans = write
     try:
         rows = ShardedTensor.from_rank_offsets("w", torch.ones(2, 2), (0, rank, size))
         dist_checkpointing.save({"w": rows}, directory)
     except CheckpointingException as error:
         return str(error)
     finally:
-        strategy.write_entries = original
+        file_plan.write_plans = original
     return ""
 
 

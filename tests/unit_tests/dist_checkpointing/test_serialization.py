@@ -46,7 +46,7 @@ def test_files_and_names_of_the_format(tmp_path: Path) -> None:
     }
     dist_checkpointing.save(state, tmp_path, content_metadata={"kind": "x"})
     names = {path.name for path in tmp_path.iterdir()}
-    assert names == {"common.pt", "metadata.json", ".metadata", "__0_0.distcp", "__0_1.distcp"}
+    assert names == {"common.pt", "metadata.json", "manifest.json", ".metadata", "__0_0.distcp", "__0_1.distcp"}
     assert json.loads((tmp_path / "metadata.json").read_text()) == {
         "sharded_backend": "torch_dist",
         "sharded_backend_version": 1,

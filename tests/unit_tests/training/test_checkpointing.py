@@ -480,13 +480,13 @@ def load_killed(folder: str, format: str) -> int:
 def save_without_space(folder: str, format: str, failing: int) -> list[str]:
     """Error messages of two saves: with a rank that cannot write, and with a folder that cannot be
     written."""
-    from megatron.core.dist_checkpointing.strategies import torch_files
+    from megatron.core.dist_checkpointing.strategies import file_plan
     from megatron.training import checkpoint_torch
 
     run = TinyRun(Plan(tp=2, dist_opt=True, format=format))
     run.train(1)
     run.save(folder)
-    module, name = (checkpoint_torch, "save_torch_file") if format == "torch" else (torch_files, "_write_file")
+    module, name = (checkpoint_torch, "save_torch_file") if format == "torch" else (file_plan, "write_plans")
     original = getattr(module, name)
 
     def full(*args: Any) -> Any:

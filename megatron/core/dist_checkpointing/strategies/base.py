@@ -8,7 +8,10 @@ from enum import Enum
 from pathlib import Path
 
 from ..core import CheckpointingException
+from ..durable import FileRecord
 from ..mapping import ShardedStateDict, StateDict
+from .async_utils import AsyncCallsQueue, AsyncRequest
+from .file_plan import FilePlan
 
 
 class StrategyAction(Enum):
@@ -47,6 +50,10 @@ class SaveStrategyBase(ABC):  # what its two kinds have in common
         """Whether `ShardedObject`s are written too."""
         return False
 
+    def own_files(self, directory: Path) -> list[Path]:
+        """Files of this format in a directory, the one that makes the others readable first."""
+        return []
+
 
 class LoadCommonStrategy(LoadStrategyBase):
     """Reads the part of a checkpoint that all ranks share."""
@@ -54,6 +61,18 @@ class LoadCommonStrategy(LoadStrategyBase):
     @abstractmethod
     def load_common(self, checkpoint_dir: str | Path) -> StateDict:
         """The common state dict."""
+
+    def load_sharded_objects(
+        self, sharded_objects_state_dict: ShardedStateDict, checkpoint_dir: str | Path
+    ) -> StateDict:
+        """Sharded objects, where the sharded strategy does not read them."""
+        raise NotImplementedError(f"{type(self).__name__} cannot read sharded objects")
+
+    def load_sharded_metadata(self, checkpoint_dir: str | Path) -> dict[str, ShardedStateDict]:
+        """Unique key -> sharded object, without data, of those that this strategy reads."""
+        if not self.can_handle_sharded_objects:
+            return {}
+        raise NotImplementedError(f"{type(self).__name__} cannot list sharded objects")
 
 
 class LoadShardedStrategy(LoadStrategyBase):
@@ -82,17 +101,47 @@ class SaveCommonStrategy(SaveStrategyBase):
     """Writes the part of a checkpoint that all ranks share."""
 
     @abstractmethod
-    def save_common(self, common_state_dict: StateDict, checkpoint_dir: str | Path) -> None:
-        """Write the common state dict. All ranks call this, the first one writes."""
+    def save_common(self, common_state_dict: StateDict, checkpoint_dir: str | Path) -> dict[str, FileRecord] | None:
+        """Write the common state dict; what the files must be to be whole, if that is known. All ranks call this, the
+        first one writes."""
+
+    def plan_common(self, common_state_dict: StateDict) -> list[FilePlan] | None:
+        """The files that this rank would write; None if this strategy only writes by itself."""
+        return None
+
+    def save_sharded_objects(self, sharded_objects_state_dict: ShardedStateDict, checkpoint_dir: str | Path) -> None:
+        """Write sharded objects, where the sharded strategy does not."""
+        raise NotImplementedError(f"{type(self).__name__} cannot write sharded objects")
 
 
 class SaveShardedStrategy(SaveStrategyBase):
     """Writes tensors and objects under their place in the global state."""
 
     @abstractmethod
-    def save(self, sharded_state_dict: ShardedStateDict, checkpoint_dir: str | Path) -> None:
-        """Write the sharded values of all ranks. All ranks call this."""
+    def save(self, sharded_state_dict: ShardedStateDict, checkpoint_dir: str | Path) -> dict[str, FileRecord] | None:
+        """Write the sharded values of all ranks; what this rank's files must be to be whole, if that is known. All
+        ranks call this."""
 
+    def plan_sharded(self, sharded_state_dict: ShardedStateDict) -> list[FilePlan] | None:
+        """The files that this rank would write; None if this strategy only writes by itself. All ranks call this."""
+        return None
+
+
+class AsyncSaveShardedStrategy(SaveShardedStrategy):
+    """Can write in the background."""
+
+    @abstractmethod
+    def async_save(self, sharded_state_dict: ShardedStateDict, checkpoint_dir: str | Path) -> AsyncRequest:
+        """Copy what is to be written; the rest is left to the request. All ranks call this."""
+
+    def save(self, sharded_state_dict: ShardedStateDict, checkpoint_dir: str | Path) -> dict[str, FileRecord] | None:
+        """Write at once."""
+        self.async_save(sharded_state_dict, checkpoint_dir).execute_sync()
+        return None
+
+
+async_calls = AsyncCallsQueue()
+"""A queue for programs that have none of their own."""
 
 _default_strategies: dict[tuple[StrategyAction, str, int], LoadStrategyBase | SaveStrategyBase] = {}
 

@@ -4,24 +4,31 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ..collective import rank_and_size, together
+from ..collective import rank_and_size
 from ..core import CheckpointingException
+from ..durable import FileRecord
 from ..mapping import StateDict
 from ..safe_load import safe_torch_load
 from .base import LoadCommonStrategy, SaveCommonStrategy, StrategyAction, register_default_strategy
-from .durable_file import save_torch_file
+from .file_plan import FilePlan, write_together
+from .torch_files import pickled
 
 COMMON_STATE_FNAME = "common.pt"
 
 
 class TorchCommonSaveStrategy(SaveCommonStrategy):
-    """Writes `common.pt` with `torch.save`."""
+    """Writes `common.pt` as `torch.save` does."""
 
-    def save_common(self, common_state_dict: StateDict, checkpoint_dir: str | Path) -> None:
-        path = Path(checkpoint_dir) / COMMON_STATE_FNAME
-        with together(f"cannot write {path}"):
-            if rank_and_size()[0] == 0:
-                save_torch_file(common_state_dict, path)
+    def save_common(self, common_state_dict: StateDict, checkpoint_dir: str | Path) -> dict[str, FileRecord]:
+        return write_together(lambda: self.plan_common(common_state_dict), Path(checkpoint_dir))
+
+    def plan_common(self, common_state_dict: StateDict) -> list[FilePlan]:
+        if rank_and_size()[0] != 0:
+            return []
+        return [FilePlan(COMMON_STATE_FNAME, [pickled(common_state_dict)])]
+
+    def own_files(self, directory: Path) -> list[Path]:
+        return [directory / COMMON_STATE_FNAME]
 
 
 class TorchCommonLoadStrategy(LoadCommonStrategy):

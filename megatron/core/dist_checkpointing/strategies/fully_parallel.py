@@ -13,8 +13,11 @@ import torch.distributed as dist
 
 from ..collective import gather_from_all, rank_and_size
 from ..dict_utils import dict_list_map_outplace, extract_matching_values, merge, nested_values
+from ..durable import FileRecord
 from ..mapping import ReplicaId, ShardedStateDict, ShardedTensor, StateDict, is_main_replica
-from .base import LoadShardedStrategy, SaveShardedStrategy
+from .async_utils import AsyncRequest
+from .base import AsyncSaveShardedStrategy, LoadShardedStrategy, SaveShardedStrategy
+from .file_plan import FilePlan
 
 ShardId = tuple[str, tuple[int, ...], tuple[int, int] | None]
 
@@ -27,7 +30,7 @@ class ShardDistribution(NamedTuple):
     """Shards whose main replica is in the group; the others are written by another group."""
 
 
-class FullyParallelSaveStrategyWrapper(SaveShardedStrategy):
+class FullyParallelSaveStrategyWrapper(AsyncSaveShardedStrategy):
     """Lets each rank of a group write an equal part of the state that the group's ranks have in common.
 
     Args:
@@ -53,9 +56,22 @@ class FullyParallelSaveStrategyWrapper(SaveShardedStrategy):
     def can_handle_sharded_objects(self) -> bool:
         return self.base_strategy.can_handle_sharded_objects
 
-    def save(self, sharded_state_dict: ShardedStateDict, checkpoint_dir: str | Path) -> None:
+    def save(self, sharded_state_dict: ShardedStateDict, checkpoint_dir: str | Path) -> dict[str, FileRecord] | None:
         self.apply_saving_parallelization(sharded_state_dict)
-        self.base_strategy.save(sharded_state_dict, checkpoint_dir)
+        return self.base_strategy.save(sharded_state_dict, checkpoint_dir)
+
+    def async_save(self, sharded_state_dict: ShardedStateDict, checkpoint_dir: str | Path) -> AsyncRequest:
+        if not isinstance(self.base_strategy, AsyncSaveShardedStrategy):
+            raise NotImplementedError(f"{type(self.base_strategy).__name__} cannot write in the background")
+        self.apply_saving_parallelization(sharded_state_dict)
+        return self.base_strategy.async_save(sharded_state_dict, checkpoint_dir)
+
+    def plan_sharded(self, sharded_state_dict: ShardedStateDict) -> list[FilePlan] | None:
+        self.apply_saving_parallelization(sharded_state_dict)
+        return self.base_strategy.plan_sharded(sharded_state_dict)
+
+    def own_files(self, directory: Path) -> list[Path]:
+        return self.base_strategy.own_files(directory)
 
     def apply_saving_parallelization(self, sharded_state_dict: ShardedStateDict) -> None:
         """Change the replica numbers, in place, so that the main replicas are spread over the group."""

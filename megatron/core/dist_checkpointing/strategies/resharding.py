@@ -8,10 +8,8 @@ A checkpoint holds a tensor in one of two shapes:
   (cell elements,).
 
 A local shard is a box of the global tensor or a range of a flattened box. A range of a row-major box is a
-union of few
-boxes, and what a box shares with a cell is a box again: so each of the four cases is a set of box copies,
-    some of them
-through a contiguous buffer that holds the needed range of a cell.
+union of few boxes, and what a box shares with a cell is a box again: so each of the four cases is a set of box copies,
+some of them through a contiguous buffer that holds the needed range of a cell.
 """
 
 from __future__ import annotations
@@ -149,7 +147,7 @@ def plan_local_read(tensor: ShardedTensor, stored_shape: Shape, original_shape: 
         present = box.intersection(whole)
         if present is None:
             continue
-        part = _narrow(destination, present.moved(box.offsets, -1))
+        part = narrow(destination, present.moved(box.offsets, -1))
         if original_shape is None:
             plan.targets.append(ReadTarget(tensor.key, present, part))
         else:
@@ -202,7 +200,8 @@ def _expand(data: torch.Tensor, prepended: int) -> torch.Tensor:
     return data
 
 
-def _narrow(tensor: torch.Tensor, box: Box) -> torch.Tensor:
+def narrow(tensor: torch.Tensor, box: Box) -> torch.Tensor:
+    """View of the part of `tensor` that lies in `box`."""
     for axis, (offset, size) in enumerate(zip(box.offsets, box.sizes)):
         tensor = tensor.narrow(axis, offset, size)
     return tensor
@@ -252,4 +251,4 @@ def _add_cells(
         stored_box = Box((*position, first), (1,) * len(position) + (length,))
         plan.targets.append(ReadTarget(tensor.key, stored_box, buffer.view(stored_box.sizes)))
         source = buffer.as_strided(inside.sizes, row_major_strides(cell))
-        plan.copies.append((_narrow(destination, shared.moved(box.offsets, -1)), source))
+        plan.copies.append((narrow(destination, shared.moved(box.offsets, -1)), source))

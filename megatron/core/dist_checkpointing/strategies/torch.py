@@ -1,45 +1,34 @@
-"""The `torch_dist` format: every rank writes its shards to files of its own, the first rank the table of
-contents."""
+"""The `torch_dist` format: torch's own distributed checkpoint (DCP), written and read without its planner."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch.distributed.checkpoint import FileSystemReader
-from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import SavePlan
 
-from ..collective import rank_and_size, together
-from ..core import CheckpointingException
-from ..dict_utils import dict_list_map_outplace, nested_values
-from ..mapping import ShardedBase, ShardedObject, ShardedStateDict, ShardedTensor, StateDict, is_main_replica
-from .base import LoadShardedStrategy, SaveShardedStrategy, StrategyAction, register_default_strategy
-from .resharding import LocalRead, Shape, plan_local_read
+from ..durable.file import replace_durably
+from ..manifest import MANIFEST_FNAME, read_manifest, write_manifest
+from ..mapping import ShardedObject
+from ..safe_load import load_dcp_metadata
+from .base import StrategyAction, register_default_strategy
+from .catalog import Catalog, Entry
+from .file_plan import FilePlan
+from .resharding import Shape
+from .sharded_files import ShardedFilesLoadStrategy, ShardedFilesSaveStrategy
 from .torch_files import (
+    DATA_SUFFIX,
     METADATA_FNAME,
-    Entry,
-    ObjectEntry,
-    TensorEntry,
-    Written,
-    build_metadata,
-    find_damage,
-    finish_reads,
-    global_shape_of,
-    original_shape,
-    pickle_object,
-    plan_reads,
-    read_metadata,
+    make_data_file,
+    metadata_file,
+    open_chunk,
+    read_catalog,
     read_objects,
-    read_tensors,
-    write_entries,
-    write_metadata,
 )
 
 
@@ -51,196 +40,54 @@ class MCoreSavePlan(SavePlan):
     mcore_data: dict[str, dict[str, Any]] | None = field(default=None)
 
 
-class TorchDistSaveShardedStrategy(SaveShardedStrategy):
-    """Writes the shards of which this rank has the main replica.
+class TorchDistSaveShardedStrategy(ShardedFilesSaveStrategy):
+    """Writes `.distcp` files and `.metadata`."""
 
-    Args:
-        backend, version: format written.
-        keep_only_main_replica: always true in effect; copies are never written twice.
-        thread_count: files that each rank writes at the same time.
-        cached_metadata: accepted for compatibility; metadata is rebuilt in every save.
-        separation_hint: tensors whose name starts so go to files whose name starts so.
-    """
+    data_suffix = DATA_SUFFIX
 
-    def __init__(
-        self,
-        backend: str,
-        version: int,
-        keep_only_main_replica: bool = True,
-        thread_count: int = 2,
-        cached_metadata: bool = False,
-        separation_hint: str | None = None,
-    ) -> None:
-        super().__init__(backend, version)
-        if not keep_only_main_replica:
-            raise NotImplementedError("keep_only_main_replica=False: only one copy of a shard can be written")
-        self.thread_count = thread_count
-        self.separation_hint = separation_hint
+    def make_file(self, name: str, entries: list[Entry]) -> FilePlan:
+        return make_data_file(name, entries)
 
-    @property
-    def can_handle_sharded_objects(self) -> bool:
-        return True
+    def make_catalog_file(self, catalog: Catalog) -> FilePlan:
+        return metadata_file(catalog)
 
-    def save(self, sharded_state_dict: ShardedStateDict, checkpoint_dir: str | Path) -> None:
-        directory = Path(checkpoint_dir)
-        written: list[Written] = []
-        with together(f"cannot write {directory}"):
-            entries = list(local_entries(sharded_state_dict))
-            rank, _ = rank_and_size()
-            written = write_entries(entries, directory, rank, self.thread_count, self.separation_hint)
-        all_written = gather_to_first(written)
-        with together(f"cannot write {directory / METADATA_FNAME}"):
-            if all_written is not None:
-                write_metadata(build_metadata(w for part in all_written for w in part), directory)
+    def own_files(self, directory: Path) -> list[Path]:
+        return [directory / METADATA_FNAME, *directory.glob(f"*{DATA_SUFFIX}")]
 
 
-def gather_to_first(value: Any) -> list[Any] | None:
-    """The values of all ranks, on the first rank; None elsewhere."""
-    rank, size = rank_and_size()
-    if size == 1:
-        return [value]
-    gathered = [None] * size if rank == 0 else None
-    dist.gather_object(value, gathered, dst=0)
-    return gathered
+class TorchDistLoadShardedStrategy(ShardedFilesLoadStrategy):
+    """Reads what this program, torch's distributed checkpoint or another Megatron-Core release has written."""
 
+    backend = "torch_dist"
 
-def local_entries(sharded_state_dict: ShardedStateDict) -> Iterator[Entry]:
-    """What this rank writes: its main replicas. Empty shards are left out."""
-    for value in nested_values(sharded_state_dict):
-        if not isinstance(value, (ShardedTensor, ShardedObject)):
-            raise CheckpointingException(f"cannot write a {type(value).__name__} as sharded state")
-        if not is_main_replica(value.replica_id):
-            continue
-        if isinstance(value, ShardedObject):
-            yield ObjectEntry(value.unique_key, pickle_object(value.data))
-        elif prod(value.data_shape):
-            yield tensor_entry(value)
+    def read_catalog(self, directory: Path) -> Catalog:
+        return read_catalog(directory)
 
+    def open_chunk(self, data: memoryview, dtype: torch.dtype, shape: Shape) -> torch.Tensor:
+        return open_chunk(data, dtype, shape)
 
-def tensor_entry(tensor: ShardedTensor) -> TensorEntry:
-    """How a shard is stored: as a box, or as a range of a cell if it is flattened."""
-    if tensor.data is None:
-        raise CheckpointingException(f"{tensor.key} has no data to write")
-    if tensor.flattened_range is None:
-        box, shape, original = tuple(tensor.global_offset), tuple(tensor.global_shape), None
-        return TensorEntry(tensor.key, box, tensor.shape_in_global, shape, original, tensor.dtype, tensor.data)
-    start, stop = tensor.flattened_range.start, tensor.flattened_range.stop
-    grid, cell = tensor.max_allowed_chunks(), tensor.local_chunk_offset_in_global()
-    return TensorEntry(
-        tensor.key,
-        (*cell, start),
-        (1,) * len(cell) + (stop - start,),
-        (*grid, prod(tensor.local_shape)),
-        tuple(tensor.global_shape),
-        tensor.dtype,
-        tensor.data,
-    )
-
-
-class TorchDistLoadShardedStrategy(LoadShardedStrategy):
-    """Reads shards of any layout from what any other layout has written."""
-
-    @property
-    def can_handle_sharded_objects(self) -> bool:
-        return True
-
-    def check_backend_compatibility(self, loaded_backend: str) -> None:
-        if loaded_backend != "torch_dist":
-            raise CheckpointingException(f"expected a torch_dist checkpoint, got {loaded_backend}")
-
-    def check_version_compatibility(self, loaded_version: int) -> None:
-        if loaded_version != 1:
-            raise CheckpointingException(f"torch_dist version {loaded_version} is unknown, expected 1")
-
-    def load(self, sharded_state_dict: ShardedStateDict, checkpoint_dir: str | Path) -> StateDict:
-        """Read in place into the data of each shard; nothing is changed on any rank if shapes or names do not
-        fit."""
-        directory = Path(checkpoint_dir)
-        values = list(nested_values(sharded_state_dict))
-        with together(f"cannot load {directory}"):
-            metadata = read_metadata(directory)
-            plan = plan_load(values, metadata)
-            reads = plan_reads(metadata, [target for local in plan.values() for target in local.targets])
-            objects = [value for value in values if isinstance(value, ShardedObject)]
-            stored = [item.storage_index for item, _ in reads] + [MetadataIndex(o.unique_key) for o in objects]
-            raise_if_damaged(metadata, directory, stored)
-        with together(f"cannot read {directory}"):
-            for local in plan.values():
-                if local.zero_first is not None:
-                    local.zero_first.detach().zero_()
-            read_tensors(reads, metadata, directory)
-            finish_reads(plan.values())
-            contents = read_objects(objects, metadata, directory)
-        return dict_list_map_outplace(
-            lambda v: contents[v.unique_key] if isinstance(v, ShardedObject) else v.data, sharded_state_dict
-        )
-
-    def load_tensors_metadata(self, checkpoint_dir: str | Path, metadata: Metadata | None = None) -> dict[str, Any]:
-        content = read_metadata(Path(checkpoint_dir)) if metadata is None else metadata
-        return {
-            key: whole_tensor(key, global_shape_of(content, key), stored.properties.dtype)
-            for key, stored in content.state_dict_metadata.items()
-            if isinstance(stored, TensorStorageMetadata)
-        }
-
-    def load_sharded_metadata(self, checkpoint_dir: str | Path) -> dict[str, Any]:
-        metadata = read_metadata(Path(checkpoint_dir))
-        objects = {
-            key: ShardedObject.empty_from_unique_key(key)
-            for key, stored in metadata.state_dict_metadata.items()
-            if not isinstance(stored, TensorStorageMetadata)
-        }
-        return {**objects, **self.load_tensors_metadata(checkpoint_dir, metadata)}
+    def read_objects(self, objects: Iterable[ShardedObject], catalog: Catalog, directory: Path) -> dict[str, Any]:
+        return read_objects(objects, catalog, directory)
 
     def remove_sharded_tensors(self, checkpoint_dir: str | Path, key_prefix: str) -> None:
         """Drop entries from the table of contents, and files that hold nothing else. Not a collective
         call."""
         directory = Path(checkpoint_dir)
-        metadata = read_metadata(directory)
-        keep = {k: v for k, v in metadata.state_dict_metadata.items() if not k.startswith(key_prefix)}
-        places = {i: p for i, p in metadata.storage_data.items() if not i.fqn.startswith(key_prefix)}
-        unused = {p.relative_path for p in metadata.storage_data.values()}
-        unused -= {p.relative_path for p in places.values()}
-        metadata.state_dict_metadata, metadata.storage_data = keep, places
-        write_metadata(metadata, directory)
+        catalog = read_catalog(directory)
+        records = read_manifest(directory)
+        before = {place.file for place in catalog.places()}
+        catalog.tensors = {k: v for k, v in catalog.tensors.items() if not k.startswith(key_prefix)}
+        catalog.objects = {k: v for k, v in catalog.objects.items() if not k.startswith(key_prefix)}
+        unused = before - {place.file for place in catalog.places()}
+        (directory / MANIFEST_FNAME).unlink(missing_ok=True)  # it would contradict what follows
+        content = metadata_file(catalog).segments[0]
+        assert isinstance(content, bytes)
+        record = replace_durably(directory / METADATA_FNAME, content)
         for name in unused:
-            os.remove(directory / name)
-
-
-def raise_if_damaged(metadata: Metadata, directory: Path, indices: list[Any] | None = None) -> None:
-    """Raise if files are missing or truncated."""
-    problems = find_damage(metadata, directory, indices)
-    if problems:
-        raise CheckpointingException("\n".join(problems))
-
-
-def plan_load(values: list[ShardedBase], metadata: Metadata) -> dict[int, LocalRead]:
-    """Position in `values` -> how that tensor is filled. Raises with every name and shape that does not
-    fit."""
-    plan: dict[int, LocalRead] = {}
-    problems: list[str] = []
-    for number, value in enumerate(values):
-        key = value.unique_key if isinstance(value, ShardedObject) else value.key
-        stored = metadata.state_dict_metadata.get(key)
-        if stored is None:
-            problems.append(f"{key}: not in the checkpoint")
-        elif isinstance(value, ShardedTensor):
-            if not isinstance(stored, TensorStorageMetadata):
-                problems.append(f"{key}: an object in the checkpoint, a tensor expected")
-                continue
-            value.init_data("cpu")
-            try:
-                plan[number] = plan_local_read(value, tuple(stored.size), original_shape(metadata, key))
-            except CheckpointingException as error:
-                problems.append(str(error))
-    if problems:
-        raise CheckpointingException("the state does not fit the checkpoint:\n  " + "\n  ".join(sorted(set(problems))))
-    return plan
-
-
-def whole_tensor(key: str, shape: Shape, dtype: torch.dtype) -> ShardedTensor:
-    """Description of a global tensor as one shard."""
-    return ShardedTensor(key, None, dtype, shape, shape, (0,) * len(shape), (1,) * len(shape))
+            (directory / name).unlink()
+        if records is not None:
+            kept = {name: value for name, value in records.items() if name not in unused}
+            write_manifest(directory, {**kept, METADATA_FNAME: record})
 
 
 def _get_filesystem_reader(checkpoint_dir: str | Path, cache_metadata: bool = False) -> FileSystemReader:
@@ -252,7 +99,7 @@ def _get_filesystem_reader(checkpoint_dir: str | Path, cache_metadata: bool = Fa
 
         def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
             if self._metadata is None or not cache_metadata:
-                self._metadata = read_metadata(Path(checkpoint_dir))
+                self._metadata = load_dcp_metadata(Path(checkpoint_dir) / METADATA_FNAME)
             return self._metadata
 
     return SafeReader(checkpoint_dir)
