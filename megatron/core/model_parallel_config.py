@@ -152,14 +152,14 @@ class ModelParallelConfig:
 
     # --- activations kept in host memory ---
     cpu_offloading: bool = False
-    """Move activations to host memory between forward and backward."""
+    """Keep in host memory what the first layers need for backward, until they go backward."""
     cpu_offloading_num_layers: int = 0
-    """In how many layers."""
+    """How many layers."""
     _cpu_offloading_context: AbstractContextManager[Any] | None = None
     cpu_offloading_activations: bool = True
-    """Whether activations move."""
+    """Whether their activations move."""
     cpu_offloading_weights: bool = True
-    """Whether weights move."""
+    """Whether their weights move too; not those that lie in the distributed optimizer's buffers."""
 
     # --- timing ---
     barrier_with_L1_time: bool = True

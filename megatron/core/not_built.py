@@ -21,7 +21,6 @@ FIELDS_NOT_BUILT: dict[str, str] = {
     "mrope_section": "multimodal rotary positions",
     "tp_comm_atomic_ag": "atomic kernels of the vendor's user buffers",
     "tp_comm_atomic_rs": "atomic kernels of the vendor's user buffers",
-    "cpu_offloading": "activation offloading",
     "num_microbatches_with_partial_activation_checkpoints": "partial recompute by microbatch",
     "init_model_with_meta_device": "construction on the meta device",
     "use_te_rng_tracker": "Transformer Engine",

@@ -15,6 +15,7 @@ from megatron.core.fusions.fused_layer_norm import FusedLayerNorm
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.random import checkpoint, get_cuda_rng_tracker
+from megatron.core.transformer.activation_offload import ActivationOffload
 from megatron.core.transformer.layer_placement import layers_of_chunk
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec, build_module, get_module
@@ -103,6 +104,7 @@ class TransformerBlock(MegatronModule):
             for number, layer_spec in enumerate(self.submodules.layer_specs or (), start=1)
         )
         self.num_layers_per_pipeline_rank = len(self.layers)
+        self.offload = ActivationOffload(config)
         self.final_layernorm: nn.Module | None = None
         if post_process and post_layer_norm and self.submodules.layer_norm is not None:
             self.final_layernorm = build_module(
@@ -170,8 +172,10 @@ class TransformerBlock(MegatronModule):
         self, start: int, stop: int, hidden_states: Tensor, context: Tensor | None, others: dict[str, Any]
     ) -> tuple[Tensor, Tensor | None]:
         """Layers start, ..., stop - 1 of this chunk."""
-        for layer in self.layers[start:stop]:
-            hidden_states, context = layer(hidden_states, context=context, **others)
+        forward_pass = self.offload.forward_pass((*others.values(), context))
+        for i, layer in enumerate(self.layers[start:stop], start):
+            with forward_pass.layer(i, layer):
+                hidden_states, context = layer(hidden_states, context=context, **others)
         return hidden_states, context
 
     def _run_recomputed(

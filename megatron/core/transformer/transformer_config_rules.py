@@ -308,6 +308,10 @@ def require_offloading_fits(config: TransformerConfig) -> None:
         )
         require(config.pipeline_model_parallel_size == 1, "cpu_offloading needs pipeline_model_parallel_size 1")
         require(config.recompute_granularity is None, "cpu_offloading does not work with recompute_granularity")
+        require(
+            config.cpu_offloading_activations or config.cpu_offloading_weights,
+            "cpu_offloading has nothing to move: set cpu_offloading_activations or cpu_offloading_weights",
+        )
 
 
 def require_capturable_layers(config: TransformerConfig) -> None:

@@ -65,6 +65,7 @@ SPELLINGS: dict[str, Spelling] = {
     "gradient_accumulation_fusion": Spelling(default=True),
     "async_tensor_model_parallel_allreduce": Spelling(default=True),
     "distribute_saved_activations": Spelling(default=False),
+    "cpu_offloading_weights": Spelling(default=False),
     "attention_softmax_in_fp32": Spelling(default=False),
     "fp8": Spelling(flag="--fp8-format"),
     "use_te_rng_tracker": Spelling(flag="--te-rng-tracker", dest="te_rng_tracker"),

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 
-from megatron.training.settings import refuse_unless
+from megatron.training.config.flags import all_flags
+from megatron.training.settings import refuse_unless, warn
 
 
 def derive_decay_length(args: argparse.Namespace) -> None:
@@ -105,6 +106,27 @@ def require_complete_recompute(args: argparse.Namespace) -> None:
         )
 
 
+def require_offloading_fits(args: argparse.Namespace) -> None:
+    """Weights can be away between forward and backward only where each has memory of its own."""
+    parts = ("num_layers", "activations", "weights")
+    flags = [all_flags()[f"cpu_offloading_{part}"] for part in parts]
+    if not args.cpu_offloading:
+        given = [flag.names[0] for flag in flags if getattr(args, flag.dest) != flag.default]
+        if given:
+            warn(args, f"{' '.join(given)} has no effect without --cpu-offloading")
+        return
+    refuse_unless(
+        args.cpu_offloading_num_layers > 0,
+        "--cpu-offloading needs --cpu-offloading-num-layers of at least 1 (and below --num-layers)",
+    )
+    for name in ("use_distributed_optimizer", "use_torch_fsdp2", "use_custom_fsdp"):
+        refuse_unless(
+            not (args.cpu_offloading_weights and getattr(args, name)),
+            f"--cpu-offloading-weights does not work with --{name.replace('_', '-')}, which keeps weights in buffers "
+            "of its own; leave it out (activations can be offloaded)",
+        )
+
+
 SCHEDULE_RULES = (
     derive_decay_length,
     require_ordered_learning_rates,
@@ -113,4 +135,5 @@ SCHEDULE_RULES = (
     derive_weight_decay,
     require_one_source_of_schedule,
     require_complete_recompute,
+    require_offloading_fits,
 )

@@ -39,6 +39,10 @@ ADDED_FLAGS = {
     "--config",
     "--metrics-jsonl",
     "--no-progress-bar",
+    "--cpu-offloading",
+    "--cpu-offloading-num-layers",
+    "--no-cpu-offloading-activations",
+    "--cpu-offloading-weights",
 }
 ADDED_CHOICES = {"position_embedding_type": {"yarn"}}
 

@@ -235,3 +235,17 @@ def test_parts_of_an_overlap_that_is_off_are_warned_of(caplog: pytest.LogCapture
     assert [record.message for record in caplog.records] == [
         "--disable-tp-comm-overlap-ag has no effect without --tp-comm-overlap"
     ]
+
+
+def test_offloading_of_activations_and_weights(caplog: pytest.LogCaptureFixture) -> None:
+    args = validated("--cpu-offloading --cpu-offloading-num-layers 2 --cpu-offloading-weights")
+    assert core_transformer_config_from_args(args).cpu_offloading_weights
+    with pytest.raises(ConfigurationError, match="weights does not work with --use-distributed-optimizer"):
+        validated("--cpu-offloading --cpu-offloading-num-layers 2 --cpu-offloading-weights --use-distributed-optimizer")
+    with pytest.raises(ConfigurationError, match="--cpu-offloading-num-layers of at least 1"):
+        validated("--cpu-offloading")
+    with pytest.raises(ValueError, match="--cpu-offloading does not work with --recompute-granularity"):
+        validated("--cpu-offloading --cpu-offloading-num-layers 2 --recompute-activations")
+    with caplog.at_level(logging.WARNING):
+        validated("--cpu-offloading-num-layers 2")
+    assert "--cpu-offloading-num-layers has no effect without --cpu-offloading" in caplog.text
