@@ -87,9 +87,6 @@ ARGUMENTS_NOT_BUILT: dict[str, str] = {
     "ckpt_convert_save": "conversion of checkpoints",
     "load_model_opt_format": "quantization and distillation",
     "object_storage_cache_path": "data in object storage",
-    "tiktoken_pattern": "TikTokenizer",
-    "tiktoken_num_special_tokens": "TikTokenizer",
-    "tiktoken_special_tokens": "TikTokenizer",
     "log_energy": "energy measurement",
     "enable_experimental": "experimental functions",
     "hybrid_attention_ratio": "hybrid models",
@@ -112,14 +109,7 @@ ARGUMENTS_NOT_BUILT: dict[str, str] = {
 }
 """Single arguments, in use as soon as they differ from their default."""
 
-TOKENIZERS_BUILT = (
-    "GPT2BPETokenizer",
-    "SentencePieceTokenizer",
-    "GPTSentencePieceTokenizer",
-    "Llama2Tokenizer",
-    "HuggingFaceTokenizer",
-    "NullTokenizer",
-)
+TOKENIZERS_NOT_BUILT = ("MultimodalTokenizer", "SFTTokenizer")
 
 VALUES_NOT_BUILT: dict[str, tuple[Used, str]] = {
     "position_embedding_type": (lambda value: value in ("relative", "mrope"), "this kind of positions"),
@@ -127,7 +117,7 @@ VALUES_NOT_BUILT: dict[str, tuple[Used, str]] = {
     "dataloader_type": (lambda value: value == "external", "data loaders of the program's own"),
     "ckpt_format": (lambda value: value in ("zarr", "torch_dcp"), "this checkpoint format"),
     "tokenizer_type": (
-        lambda value: value not in (None, *TOKENIZERS_BUILT),
+        lambda value: value in TOKENIZERS_NOT_BUILT,
         "this tokenizer",
     ),
 }

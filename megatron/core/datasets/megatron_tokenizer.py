@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from abc import ABC, abstractmethod
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy
@@ -36,6 +37,21 @@ class MegatronTokenizer(ABC):
     def tokenize_batch(self, texts: list[str]) -> list[list[int]]:
         """The token ids of each text; tokenizers with a faster way for many texts override this."""
         return [list(self.tokenize(text)) for text in texts]
+
+    def tokenize_flat(self, texts: list[str]) -> tuple[numpy.ndarray, numpy.ndarray]:
+        """The ids of all texts in a row, and the number of ids of each: what is written to token files."""
+        encoded = self.tokenize_batch(texts)
+        lengths = numpy.fromiter(map(len, encoded), numpy.int64, len(encoded))
+        ids = numpy.fromiter(itertools.chain.from_iterable(encoded), numpy.int64, int(lengths.sum()))
+        return ids, lengths
+
+    def tokenize_parts(self, parts: Iterable[str]) -> Iterator[numpy.ndarray]:
+        """The ids of one text that comes in parts, cut anywhere.
+
+        A tokenizer that knows where cutting a text does not change its ids overrides this, so that a text of any
+        length takes little memory.
+        """
+        yield self.tokenize_flat(["".join(parts)])[0]
 
     def detokenize(self, ids: numpy.ndarray | Iterable[int]) -> str:
         """The text of token ids."""

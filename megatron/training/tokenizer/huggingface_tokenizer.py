@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy
 
-from megatron.core.datasets.megatron_tokenizer import MegatronTokenizer
+from megatron.training.tokenizer.base import VocabularyTokenizer
 
 
-class HuggingFaceTokenizer(MegatronTokenizer):
+class HuggingFaceTokenizer(VocabularyTokenizer):
     """What `transformers.AutoTokenizer` reads, or a `tokenizer.json` alone, with its own special tokens.
 
     Args:
@@ -25,8 +25,11 @@ class HuggingFaceTokenizer(MegatronTokenizer):
     def __init__(self, pretrained_model_name_or_path: str, **options: Any) -> None:
         super().__init__(pretrained_model_name_or_path, **options)
         self._tokenizer = _load(pretrained_model_name_or_path, options)
-        self._vocab: dict[str, int] = self._tokenizer.get_vocab()
-        self._inv_vocab = {token: name for name, token in self._vocab.items()}
+        ids = {name: getattr(self._tokenizer, f"{name}_token_id") for name in ("eos", "bos", "cls", "sep", "mask")}
+        special_ids = {name: token for name, token in ids.items() if token is not None}
+        if "eos" in special_ids:
+            special_ids["eod"] = special_ids["eos"]
+        self._set_vocabulary(self._tokenizer.get_vocab(), **special_ids)
 
     def tokenize(self, text: str, **options: Any) -> list[int]:
         return self._tokenizer(text, verbose=False, **options).input_ids
@@ -49,44 +52,6 @@ class HuggingFaceTokenizer(MegatronTokenizer):
     @property
     def vocab_size(self) -> int:
         return len(self._tokenizer)
-
-    @property
-    def vocab(self) -> dict[str, int]:
-        return self._vocab
-
-    @property
-    def inv_vocab(self) -> dict[int, str]:
-        return self._inv_vocab
-
-    @property
-    def eod(self) -> int:
-        return self._special("eos")
-
-    @property
-    def eos(self) -> int:
-        return self._special("eos")
-
-    @property
-    def bos(self) -> int:
-        return self._special("bos")
-
-    @property
-    def cls(self) -> int:
-        return self._special("cls")
-
-    @property
-    def sep(self) -> int:
-        return self._special("sep")
-
-    @property
-    def mask(self) -> int:
-        return self._special("mask")
-
-    def _special(self, name: str) -> int:
-        token = getattr(self._tokenizer, f"{name}_token_id")
-        if token is None:
-            raise self._lacks(name)
-        return token
 
 
 def _load(path: str, options: dict[str, Any]) -> Any:

@@ -4,23 +4,24 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy
 
-from megatron.core.datasets.megatron_tokenizer import MegatronTokenizer
+from megatron.training.tokenizer.base import VocabularyTokenizer
 
 
-class _SentencePieceModel(MegatronTokenizer):
+class _SentencePieceModel(VocabularyTokenizer):
     """What all tokenizers on a SentencePiece model share."""
 
     def __init__(self, model_file: str, **options: Any) -> None:
         super().__init__(model_file, **options)
         self._model = _load(model_file)
-        size = self._model.get_piece_size()
-        self._inv_vocab = {token: self._model.id_to_piece(token) for token in range(size)}
-        self._vocab = {piece: token for token, piece in self._inv_vocab.items()}
+        pieces = [self._model.id_to_piece(token) for token in range(self._model.get_piece_size())]
+        self._set_vocabulary({piece: token for token, piece in enumerate(pieces)})
+        self._inv_vocab = dict(enumerate(pieces))
 
     def tokenize(self, text: str) -> list[int]:
         return self._model.encode(text)
@@ -33,6 +34,26 @@ class _SentencePieceModel(MegatronTokenizer):
 
     def offsets(self, ids: list[int], text: str) -> list[int]:
         return self._run_offsets([int(token) for token in ids], text)
+
+    def _tokenize_part(self, text: str, is_first: bool) -> numpy.ndarray:
+        if self._adds_space and not is_first:
+            text = text[1:]  # the model puts the space of the cut back
+        return numpy.array(self._encode_part(text, is_first), numpy.int64)
+
+    def _encode_part(self, text: str, is_first: bool) -> list[int]:
+        return self.tokenize(text)
+
+    @cached_property
+    def _adds_space(self) -> bool:
+        """Whether the model puts a space before every text."""
+        return self._model.encode("word word") == self._model.encode("word") * 2
+
+    @cached_property
+    def _cuts(self) -> str:  # type: ignore[override]
+        """A space, unless pieces go on past one: then a text has the ids of its words, one after another."""
+        crosses = any("▁" in piece.lstrip("▁") for piece in self._inv_vocab.values())
+        word, spaced, both = (self._model.encode(text) for text in ("word", " word", "word word"))
+        return " " if not crosses and both == word + (word if self._adds_space else spaced) else ""
 
     def _run_offsets(self, ids: list[int], text: str) -> list[int]:
         """Where the pieces of `ids`, which are all of the model, start in `text`."""
@@ -48,31 +69,6 @@ class _SentencePieceModel(MegatronTokenizer):
             position += 0 if is_control else next(lengths)
         return starts
 
-    @property
-    def vocab_size(self) -> int:
-        return len(self._inv_vocab)
-
-    @property
-    def vocab(self) -> dict[str, int]:
-        return self._vocab
-
-    @property
-    def inv_vocab(self) -> dict[int, str]:
-        return self._inv_vocab
-
-    @property
-    def bos(self) -> int:
-        return self._model.bos_id()
-
-    @property
-    def eos(self) -> int:
-        return self._model.eos_id()
-
-    @property
-    def additional_special_tokens_ids(self) -> list[int] | None:
-        """Ids of sentinels; None: there are none."""
-        return None
-
 
 class GPTSentencePieceTokenizer(_SentencePieceModel):
     """The model's own vocabulary; its end-of-sentence id ends documents."""
@@ -81,26 +77,8 @@ class GPTSentencePieceTokenizer(_SentencePieceModel):
 
     def __init__(self, model_file: str) -> None:
         super().__init__(model_file, vocab_extra_ids=0)
-
-    @property
-    def eod(self) -> int:
-        return self._model.eos_id()
-
-    @property
-    def pad(self) -> int:
-        return self._model.pad_id()
-
-    @property
-    def cls(self) -> int:
-        return -1
-
-    @property
-    def sep(self) -> int:
-        return -1
-
-    @property
-    def mask(self) -> int:
-        return -1
+        bos, eos, pad = self._model.bos_id(), self._model.eos_id(), self._model.pad_id()
+        self._special_ids = {"bos": bos, "eos": eos, "eod": eos, "pad": pad} | _NO_MASKING
 
 
 class Llama2Tokenizer(_SentencePieceModel):
@@ -110,6 +88,8 @@ class Llama2Tokenizer(_SentencePieceModel):
 
     def __init__(self, model_file: str) -> None:
         super().__init__(model_file, vocab_extra_ids=0)
+        bos, eos = self._model.bos_id(), self._model.eos_id()
+        self._special_ids = {"bos": bos, "eos": eos, "eod": eos} | _NO_MASKING
 
     def tokenize(self, text: str, bos: bool = True, eos: bool = False) -> list[int]:
         return self._model.encode(text, add_bos=bos, add_eos=eos)
@@ -117,21 +97,11 @@ class Llama2Tokenizer(_SentencePieceModel):
     def tokenize_batch(self, texts: list[str]) -> list[list[int]]:
         return self._model.encode(texts, add_bos=True, num_threads=1)
 
-    @property
-    def eod(self) -> int:
-        return self._model.eos_id()
+    def _encode_part(self, text: str, is_first: bool) -> list[int]:
+        return self._model.encode(text, add_bos=is_first)
 
-    @property
-    def cls(self) -> int:
-        return -1
 
-    @property
-    def sep(self) -> int:
-        return -1
-
-    @property
-    def mask(self) -> int:
-        return -1
+_NO_MASKING = {"cls": -1, "sep": -1, "mask": -1}
 
 
 class SentencePieceTokenizer(_SentencePieceModel):
@@ -146,32 +116,21 @@ class SentencePieceTokenizer(_SentencePieceModel):
 
     def __init__(self, model_file: str, vocab_extra_ids: int = 0) -> None:
         super().__init__(model_file, vocab_extra_ids=vocab_extra_ids)
-        self._specials: dict[str, int] = {}
-        self._cls_id, self._sep_id, self._eod_id, self._mask_id = (
-            self._add(name) for name in ("<CLS>", "<SEP>", "<EOD>", "<MASK>")
-        )
-        self._pad_id = self._add(self._piece_or(self._model.pad_id(), "<PAD>"))
-        self._bos_id = self._add(self._piece_or(self._model.bos_id(), "<BOS>"))
-        self._eos_id = self._add(self._piece_or(self._model.eos_id(), "<EOS>"))
-        self._sentinel_ids = [self._add(f"<extra_id_{i}>") for i in range(vocab_extra_ids)]
-        self._special_ids = {token: name for name, token in self._specials.items()}
-        self._pattern = re.compile("(" + "|".join(map(re.escape, self._specials)) + ")")
-
-    def _piece_or(self, token: int, name: str) -> str:
-        return self._inv_vocab[token] if token >= 0 else name
-
-    def _add(self, name: str) -> int:
-        """The id of a token, added at the end of the vocabulary if it has none."""
-        if name not in self._vocab:
-            token = len(self._inv_vocab)
-            self._vocab[name] = self._specials[name] = token
-            self._inv_vocab[token] = name
-        return self._vocab[name]
+        num_pieces = self.vocab_size
+        for name in ("cls", "sep", "eod", "mask"):
+            self._special_ids[name] = self._add_token(f"<{name.upper()}>")
+        for name in ("pad", "bos", "eos"):
+            token = getattr(self._model, f"{name}_id")()
+            piece = self._inv_vocab[token] if token >= 0 else f"<{name.upper()}>"
+            self._special_ids[name] = self._add_token(piece)
+        self._add_sentinels(vocab_extra_ids)
+        self._added = {self._inv_vocab[token]: token for token in range(num_pieces, self.vocab_size)}
+        self._pattern = re.compile("(" + "|".join(map(re.escape, self._added)) + ")")
 
     def tokenize(self, text: str) -> list[int]:
         ids: list[int] = []
         for i, part in enumerate(self._split(text)):
-            ids.extend([self._specials[part]] if i % 2 else self._model.encode(part))
+            ids.extend([self._added[part]] if i % 2 else self._model.encode(part))
         return ids
 
     def tokenize_batch(self, texts: list[str]) -> list[list[int]]:
@@ -197,51 +156,19 @@ class SentencePieceTokenizer(_SentencePieceModel):
 
     def _split(self, text: str) -> list[str]:
         """Ordinary text and added tokens in turn."""
-        return self._pattern.split(text) if self._specials else [text]
+        return self._pattern.split(text) if self._added else [text]
 
     def _runs(self, ids: list[int]) -> Iterator[tuple[str, list[int]]]:
         """Runs of the model's own ids, each with the added token after it ("" at the end)."""
+        first_added = self._model.get_piece_size()
         run: list[int] = []
         for token in ids:
-            if token in self._special_ids:
-                yield self._special_ids[token], run
+            if token >= first_added:
+                yield self._inv_vocab[token], run
                 run = []
             else:
                 run.append(token)
         yield "", run
-
-    @property
-    def cls(self) -> int:
-        return self._cls_id
-
-    @property
-    def sep(self) -> int:
-        return self._sep_id
-
-    @property
-    def pad(self) -> int:
-        return self._pad_id
-
-    @property
-    def bos(self) -> int:
-        return self._bos_id
-
-    @property
-    def eod(self) -> int:
-        return self._eod_id
-
-    @property
-    def eos(self) -> int:
-        return self._eos_id
-
-    @property
-    def mask(self) -> int:
-        return self._mask_id
-
-    @property
-    def additional_special_tokens_ids(self) -> list[int]:
-        """Ids of the sentinels <extra_id_i>."""
-        return self._sentinel_ids
 
 
 def _pieces(call: Callable[..., Any], value: str | list[int]) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from megatron.core.datasets.megatron_tokenizer import MegatronTokenizer
@@ -21,37 +21,40 @@ class _Kind:
     """How one tokenizer type is made."""
 
     module: str
-    """Where the class is; imported when needed, as each needs another library."""
+    """Where the class is, in this package; imported when needed, as each needs another library."""
     class_name: str
     positional: tuple[str, ...]
     """Settings that must be given, in the order of the constructor."""
     options: tuple[str, ...] = ()
-    """Settings passed by name."""
+    """Settings passed by name, if they are there; "tiktoken_" is left out of the name."""
+    fixed: dict[str, Any] = field(default_factory=dict)
+    """Further arguments of the constructor."""
 
 
 _PACKAGE = "megatron.training.tokenizer"
 _MODEL = ("tokenizer_model",)
 _EXTRA_IDS = ("vocab_extra_ids",)
+_BERT = ("bert_tokenizer", "BertWordPieceTokenizer", ("vocab_file",), _EXTRA_IDS)
 
 KINDS: dict[str, _Kind] = {
-    "GPT2BPETokenizer": _Kind(f"{_PACKAGE}.gpt2_bpe_tokenizer", "GPT2BPETokenizer", ("vocab_file", "merge_file")),
-    "SentencePieceTokenizer": _Kind(
-        f"{_PACKAGE}.sentencepiece_tokenizer", "SentencePieceTokenizer", _MODEL, _EXTRA_IDS
+    "BertWordPieceLowerCase": _Kind(*_BERT, fixed={"lower_case": True}),
+    "BertWordPieceCase": _Kind(*_BERT, fixed={"lower_case": False}),
+    "GPT2BPETokenizer": _Kind("gpt2_bpe_tokenizer", "GPT2BPETokenizer", ("vocab_file", "merge_file"), ("engine",)),
+    "SentencePieceTokenizer": _Kind("sentencepiece_tokenizer", "SentencePieceTokenizer", _MODEL, _EXTRA_IDS),
+    "GPTSentencePieceTokenizer": _Kind("sentencepiece_tokenizer", "GPTSentencePieceTokenizer", _MODEL),
+    "Llama2Tokenizer": _Kind("sentencepiece_tokenizer", "Llama2Tokenizer", _MODEL),
+    "HuggingFaceTokenizer": _Kind("huggingface_tokenizer", "HuggingFaceTokenizer", _MODEL),
+    "TikTokenizer": _Kind(
+        "tik_tokenizer",
+        "TikTokenizer",
+        ("tokenizer_model", "tiktoken_pattern"),
+        ("vocab_size", "tiktoken_num_special_tokens", "tiktoken_special_tokens"),
     ),
-    "GPTSentencePieceTokenizer": _Kind(f"{_PACKAGE}.sentencepiece_tokenizer", "GPTSentencePieceTokenizer", _MODEL),
-    "Llama2Tokenizer": _Kind(f"{_PACKAGE}.sentencepiece_tokenizer", "Llama2Tokenizer", _MODEL),
-    "HuggingFaceTokenizer": _Kind(f"{_PACKAGE}.huggingface_tokenizer", "HuggingFaceTokenizer", _MODEL),
-    "NullTokenizer": _Kind(f"{_PACKAGE}.null_tokenizer", "NullTokenizer", ("vocab_size",)),
+    "NullTokenizer": _Kind("null_tokenizer", "NullTokenizer", ("vocab_size",)),
+    "NullMultimodalTokenizer": _Kind("null_tokenizer", "NullMultimodalTokenizer", ("vocab_size",)),
 }
 
-NOT_BUILT = (
-    "BertWordPieceLowerCase",
-    "BertWordPieceCase",
-    "TikTokenizer",
-    "MultimodalTokenizer",
-    "NullMultimodalTokenizer",
-    "SFTTokenizer",
-)
+NOT_BUILT = ("MultimodalTokenizer", "SFTTokenizer")
 
 
 def build_tokenizer(args: Any, **kwargs: Any) -> MegatronTokenizer:
@@ -69,13 +72,12 @@ def build_tokenizer(args: Any, **kwargs: Any) -> MegatronTokenizer:
     kind = _find_kind(args.tokenizer_type)
     positional = [_require(args, name) for name in kind.positional]
     extra_ids = getattr(args, "vocab_extra_ids", 0) or 0
-    options = dict(kwargs)
-    if "vocab_extra_ids" in kind.options:
-        options["vocab_extra_ids"] = extra_ids
-    elif extra_ids:
+    if extra_ids and "vocab_extra_ids" not in kind.options:
         logger.warning("--vocab-extra-ids %d has no effect on %s", extra_ids, args.tokenizer_type)
-    make: Callable[..., MegatronTokenizer] = getattr(importlib.import_module(kind.module), kind.class_name)
-    return make(*positional, **options)
+    given = {name.removeprefix("tiktoken_"): getattr(args, name) for name in kind.options if hasattr(args, name)}
+    module = importlib.import_module(f"{_PACKAGE}.{kind.module}")
+    make: Callable[..., MegatronTokenizer] = getattr(module, kind.class_name)
+    return make(*positional, **(kind.fixed | given | kwargs))
 
 
 def vocab_size_with_padding(

@@ -288,9 +288,11 @@ def test_null_tokenizer() -> None:
 @pytest.mark.parametrize(
     ("settings", "error", "message"),
     [
-        ({"tokenizer_type": None}, ValueError, "--tokenizer-type is not given: choose one of GPT2BPE"),
-        ({"tokenizer_type": "Word"}, ValueError, "--tokenizer-type Word is unknown: choose one of GPT2BPE"),
-        ({"tokenizer_type": "TikTokenizer"}, NotImplementedError, "TikTokenizer is not built yet; built are"),
+        ({"tokenizer_type": None}, ValueError, "--tokenizer-type is not given: choose one of BertWordPiece"),
+        ({"tokenizer_type": "Word"}, ValueError, "--tokenizer-type Word is unknown: choose one of BertWordPiece"),
+        ({"tokenizer_type": "SFTTokenizer"}, NotImplementedError, "SFTTokenizer is not built yet; built are"),
+        ({"tokenizer_type": "TikTokenizer", "tokenizer_model": "x"}, ValueError, "needs --tiktoken-pattern"),
+        ({"tokenizer_type": "BertWordPieceCase"}, ValueError, "BertWordPieceCase needs --vocab-file"),
         ({"tokenizer_type": "GPT2BPETokenizer"}, ValueError, "GPT2BPETokenizer needs --vocab-file"),
         ({"tokenizer_type": "Llama2Tokenizer"}, ValueError, "Llama2Tokenizer needs --tokenizer-model"),
         ({"tokenizer_type": "NullTokenizer"}, ValueError, "NullTokenizer needs --vocab-size"),
