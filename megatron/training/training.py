@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -24,7 +24,7 @@ from megatron.training.logging.progress_file import append_start
 from megatron.training.nan_check import checked_forward_step
 from megatron.training.periodic import grown_batch, periodic_actions, save
 from megatron.training.profiling import Profiler
-from megatron.training.run import Run, StopTraining
+from megatron.training.run import Action, Run, StopTraining
 from megatron.training.setup import (
     DatasetProvider,
     build_train_valid_test_data_iterators,
@@ -91,7 +91,7 @@ def pretrain(
             store=store,
             for_training=True,
         )
-        run = _set_up(train_valid_test_dataset_provider, model_provider, model_type, forward_step_func)
+        run = set_up(train_valid_test_dataset_provider, model_provider, model_type, forward_step_func)
         if run.args.skip_train:
             print_rank_0("skipping training (--skip-train is on) ...")
         else:
@@ -100,12 +100,13 @@ def pretrain(
         _close()
 
 
-def _set_up(
+def set_up(
     provider: DatasetProvider,
     model_provider: Callable[..., Any],
     model_type: ModelType,
     forward_step_func: Callable[..., Any],
 ) -> Run:
+    """Everything that training needs, from initialised settings and process groups; see `pretrain`."""
     args, timers = get_args(), get_timers()
     started = program_start()
     print_rank_0(f"time to initialize megatron (seconds): {time.time() - started:.3f}")
@@ -165,12 +166,12 @@ def _train_to_the_end(run: Run) -> None:
         save(run)
 
 
-def train(run: Run) -> None:
-    """The loop: iterate until `--train-iters`, doing the listed actions after each iteration."""
+def train(run: Run, more_actions: Sequence[Action] = ()) -> None:
+    """The loop: iterate until `--train-iters`, doing the listed actions (and `more_actions`) after each iteration."""
     args, state = run.args, run.state
     for chunk in run.model:
         chunk.train()
-    actions = periodic_actions(run)
+    actions = [*periodic_actions(run), *more_actions]
     if args.manual_gc:
         gc.disable()
         gc.collect()

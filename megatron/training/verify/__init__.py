@@ -1,0 +1,1 @@
+"""Measure what a layout computes, and compare it with one process in float64."""

@@ -1,0 +1,172 @@
+"""What layouts are made of. An axis is one entry here; a value that needs what is not built yet is left out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+
+from megatron.training.arguments import build_parser, parse_args, validate_args
+from megatron.training.library_configs import (
+    core_transformer_config_from_args,
+    ddp_config_from_args,
+    optimizer_config_from_args,
+)
+from megatron.training.settings import ConfigurationError
+from tests.functional_tests.equivalence.covering import Design, Row, Rule
+
+Flags = str | Callable[[Row], str]
+
+BASE = """
+    --hidden-size 32 --num-attention-heads 8 --seq-length 32 --max-position-embeddings 32 --init-method-std 0.1
+    --lr 1e-2 --min-lr 1e-3 --lr-decay-style cosine --weight-decay 0.1 --adam-eps 1e-2 --clip-grad 1.0
+    --attention-dropout 0 --hidden-dropout 0 --mock-data --tokenizer-type NullTokenizer --num-workers 0
+    --eval-iters 1 --eval-interval 1000 --log-interval 1000 --no-progress-bar
+""".split()
+"""A small GPT whose gradients are all of a size, and an Adam whose eps is of that size: see `Bounds`."""
+
+STEPS = 5
+MAX_RANKS = 8
+GLOBAL_BATCH = 8
+
+LAYOUT_AXES: dict[str, dict[str, Flags]] = {
+    "tp": {n: f"--tensor-model-parallel-size {n}" for n in ("1", "2", "4")},
+    "sp": {"off": "", "on": "--sequence-parallel"},
+    "pp": {n: f"--pipeline-model-parallel-size {n}" for n in ("1", "2", "4")},
+    "dp": dict.fromkeys(("1", "2", "4"), ""),
+    "sharding": {"none": "", "optimizer": "--use-distributed-optimizer"},
+}
+"""The axes of which every three values that may stand together do so in some layout."""
+
+OTHER_AXES: dict[str, dict[str, Flags]] = {
+    "placement": {
+        "even": "",
+        "uneven": "--decoder-first-pipeline-num-layers 1 --decoder-last-pipeline-num-layers 2",
+        "accounted": "--account-for-loss-in-pipeline-split",
+    },
+    "rank order": {"tp-dp-pp": "", "tp-pp-dp": "--use-tp-pp-dp-mapping"},
+    "recompute": {
+        "none": "",
+        "selective": "--recompute-activations",
+        "uniform": "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1",
+        "block": "--recompute-granularity full --recompute-method block --recompute-num-layers 1",
+    },
+    "average": {"scaled": "", "collective": "--ddp-average-in-collective"},
+    "weight gradients": {"fused": "", "unfused": "--no-gradient-accumulation-fusion"},
+    "micro-batch": {n: f"--micro-batch-size {n}" for n in ("1", "2")},
+}
+"""How else the same numbers can be computed."""
+
+NUMERIC_AXES: dict[str, dict[str, Flags]] = {
+    "block": {
+        "gpt": "",
+        "llama": "--normalization RMSNorm --swiglu --position-embedding-type rope --disable-bias-linear --qk-layernorm",
+    },
+    "output": {"tied": "", "untied": "--untie-embeddings-and-output-weights"},
+    "query groups": {
+        "all": "",
+        "4": "--group-query-attention --num-query-groups 4",
+        "2": "--group-query-attention --num-query-groups 2",
+    },
+    "attention": {"sdpa": "", "unfused": "--attention-backend unfused"},
+    "documents": {"off": "", "isolated": "--reset-position-ids --reset-attention-mask --eod-mask-loss"},
+    "tokens": {"even": "", "uneven": ""},
+    "loss": {"per micro-batch": "", "per token": "--calculate-per-token-loss"},
+    "vocabulary": {
+        "whole": "--vocab-size 63 --make-vocab-size-divisible-by 1",
+        "padded": "--vocab-size 60 --make-vocab-size-divisible-by 8",
+        "mostly padding": "--vocab-size 60 --make-vocab-size-divisible-by 64",
+    },
+    "batch size": {
+        "constant": f"--global-batch-size {GLOBAL_BATCH} --train-iters {STEPS}",
+        # 4, 4, 8, 8, 8
+        "growing": f"--global-batch-size {GLOBAL_BATCH} --rampup-batch-size 4 4 8 --train-samples 32",
+    },
+    "optimizer": {"adam": "", "sgd": "--optimizer sgd --sgd-momentum 0.9"},
+}
+"""What changes the numbers, for one process as for many: a reference is made for each combination."""
+
+ALL_AXES: dict[str, dict[str, Flags]] = {**LAYOUT_AXES, **OTHER_AXES, **NUMERIC_AXES}
+
+
+def num_layers(row: Row) -> int:
+    """Layers of the model: as many as its stages ask for, not fewer than two."""
+    stages = int(row["pp"])
+    return {"even": max(2, stages), "uneven": stages + 1, "accounted": 2 * stages - 1}[row["placement"]]
+
+
+def num_ranks(row: Row) -> int:
+    """Processes of a layout."""
+    return int(row["tp"]) * int(row["pp"]) * int(row["dp"])
+
+
+def microbatches(row: Row, batch: int = GLOBAL_BATCH) -> int:
+    """Micro-batches that each rank runs in a step."""
+    return batch // (int(row["dp"]) * int(row["micro-batch"]))
+
+
+RULES = [
+    Rule(("tp", "pp", "dp"), lambda tp, pp, dp: int(tp) * int(pp) * int(dp) <= MAX_RANKS),
+    Rule(("tp", "sp"), lambda tp, sp: tp != "1" or sp == "off"),
+    Rule(("pp", "placement"), lambda pp, placement: placement == "even" or pp != "1"),
+    Rule(("tp", "query groups"), lambda tp, groups: groups == "all" or int(groups) >= int(tp)),
+    Rule(
+        ("batch size", "dp", "micro-batch"),
+        lambda size, dp, mbs: int(dp) * int(mbs) <= (4 if size == "growing" else GLOBAL_BATCH),
+    ),
+    Rule(("average", "loss"), lambda average, loss: not (average == "collective" and loss == "per token")),
+    Rule(("pp", "rank order"), lambda pp, order: pp != "1" or order == "tp-dp-pp"),
+]
+
+
+def flags_of(row: Row, *, axes: dict[str, dict[str, Flags]] | None = None) -> list[str]:
+    """The command line of a layout."""
+    words = list(BASE) + ["--num-layers", str(num_layers(row))]
+    for name, values in (axes or ALL_AXES).items():
+        flags = values[row[name]]
+        words += (flags(row) if callable(flags) else flags).split()
+    return words
+
+
+def reference_of(row: Row) -> tuple[list[str], bool]:
+    """(the command line of one process that computes the same, whether its samples are uneven).
+
+    The mean over micro-batches of means over tokens depends on which samples form a micro-batch, where samples count
+    unlike many tokens; only there the reference has the layout's micro-batches. Everywhere else it takes one sample at
+    a time, whatever the layout does.
+    """
+    uneven = row["tokens"] == "uneven" or row["documents"] != "off"
+    size = row["micro-batch"] if uneven and row["loss"] == "per micro-batch" else "1"
+    return [*flags_of(row, axes=NUMERIC_AXES), "--micro-batch-size", size], row["tokens"] == "uneven"
+
+
+@cache
+def _known_flags() -> frozenset[str]:
+    return frozenset(build_parser()._option_string_actions)
+
+
+@cache
+def is_built(flags: str, ranks: int = 8) -> bool:
+    """Whether no flag of these waits for a capability that does not exist yet."""
+    words = [*BASE, "--num-layers", "8", "--vocab-size", "60", "--global-batch-size", "8", "--micro-batch-size", "1"]
+    if any(word.startswith("--") and word not in _known_flags() for word in flags.split()):
+        return False
+    args = parse_args(argv=[*words, "--train-iters", "1", *flags.split()])
+    args.world_size = ranks
+    try:
+        validate_args(args)
+        for make in (core_transformer_config_from_args, ddp_config_from_args, optimizer_config_from_args):
+            make(args)
+    except (ConfigurationError, NotImplementedError) as error:
+        return "not built yet" not in str(error)
+    except (ValueError, AttributeError):
+        return True
+    return True
+
+
+def design() -> Design:
+    """All axes with the values that are built."""
+    built = {
+        name: [value for value, flags in values.items() if callable(flags) or is_built(flags)]
+        for name, values in ALL_AXES.items()
+    }
+    return Design(built, RULES)

@@ -1,0 +1,74 @@
+"""Runs layouts and their references in the worker pool, and compares them."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from functools import cache, lru_cache
+from typing import Any
+
+from megatron.training.verify.compare import Bounds, Deviation, compare
+from megatron.training.verify.measure import Measurement, Program, Samples, measure
+from tests.functional_tests.equivalence import axes, mutations
+from tests.functional_tests.equivalence.covering import Row
+from tests.worker_pool import run_ranks
+
+
+@cache
+def matrix() -> list[Row]:
+    """Every layout: all pairs of values of all axes, all triples of what the numbers do not depend on, and all fours of
+    what divides the model over ranks."""
+    design = axes.design()
+    pairs = design.combinations(design.axes, 2)
+    triples = design.combinations(axes.LAYOUT_AXES | axes.OTHER_AXES, 3)
+    fours = design.combinations(axes.LAYOUT_AXES, 4)
+    return design.cover([*fours, *triples, *pairs])
+
+
+@cache
+def fast_selection() -> list[Row]:
+    """Layouts in which every pair of values occurs."""
+    design = axes.design()
+    return design.cover(design.combinations(design.axes, 2))
+
+
+def name_of(row: Row) -> str:
+    """E.g. `tp=2 pp=2 schedule=1f1b`: what is not plain."""
+    plain = {name: next(iter(values)) for name, values in axes.ALL_AXES.items()}
+    words = [f"{name}={value}" for name, value in row.items() if value != plain[name]]
+    return " ".join(words) or "plain"
+
+
+def deviations(row: Row, mutation: str | None = None, bounds: Bounds | None = None) -> list[Deviation]:
+    """How far a layout is from its reference, with a planted mistake or without one."""
+    words, uneven = axes.reference_of(row)
+    reference = reference_run(tuple(words), uneven)
+    found = run(axes.num_ranks(row), axes.flags_of(row), uneven, mutation=mutation)
+    return compare(found, reference, bounds)
+
+
+@lru_cache(maxsize=16)
+def reference_run(words: tuple[str, ...], uneven: bool) -> Measurement:
+    """One process in float64."""
+    return run(1, list(words), uneven, in_float64=True)
+
+
+def run(ranks: int, words: list[str], uneven: bool = False, **options: Any) -> Measurement:
+    """What `ranks` processes compute from these flags; options as for `run_here`."""
+    found: Measurement = run_ranks(ranks, run_here, words, uneven, options, timeout=180)[0]
+    return found
+
+
+def run_here(words: list[str], uneven: bool, options: dict[str, Any]) -> Measurement | None:
+    """One rank's part of a run; the measurement on rank 0.
+
+    `options`: those of `measure`, and the name of a `mutation` to plant.
+    """
+    import pretrain_gpt
+
+    options = dict(options)
+    planted = mutations.planted(options.pop("mutation", None))
+    quiet = io.StringIO()
+    with planted, contextlib.redirect_stdout(quiet), contextlib.redirect_stderr(quiet):
+        program = Program(pretrain_gpt.model_provider, pretrain_gpt.forward_step)
+        return measure(program, words, Samples(uneven), **options)
