@@ -65,37 +65,59 @@ class InFlight:
     """None where nothing travels."""
     name: str = "collective"
     group: ProcessGroup | None = None
+    what: str = ""
+
+    def is_done(self) -> bool:
+        """Whether `wait` would return at once."""
+        return self.work is None or self.work.is_completed()
 
     def wait(self) -> Tensor:
         """The result, once it has arrived."""
         if self.work is not None:
-            with communicating(self.name, self.group):
+            with communicating(self.name, self.group, of=self.what):
                 self.work.wait()
         return self.result
 
 
-def start_all_reduce(x: Tensor, group: ProcessGroup | None) -> InFlight:
-    """Launch the sum of `x` over the group, in place where `x` is contiguous."""
+def start_all_reduce(
+    x: Tensor, group: ProcessGroup | None, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM, what: str = ""
+) -> InFlight:
+    """Launch the sum (or `op`) of `x` over the group, in place where `x` is contiguous."""
     x = x.contiguous()
     if get_pg_size(group) == 1:
         return InFlight(x, None)
-    return InFlight(x, dist.all_reduce(x, group=group, async_op=True), "all-reduce", group)
+    return InFlight(x, dist.all_reduce(x, op, group=group, async_op=True), "all-reduce", group, what)
 
 
-def start_all_gather(x: Tensor, group: ProcessGroup | None) -> InFlight:
-    """Launch the concatenation of every rank's `x` along the first dimension."""
+def start_all_gather(x: Tensor, group: ProcessGroup | None, into: Tensor | None = None, what: str = "") -> InFlight:
+    """Launch the concatenation of every rank's `x` along the first dimension.
+
+    Args:
+        into: where it goes; `x` may be this rank's part of it. A group of one rank leaves it as it is.
+    """
     size = get_pg_size(group)
     if size == 1:
-        return InFlight(x, None)
-    whole = x.new_empty(size * x.size(0), *x.shape[1:])
-    return InFlight(whole, _all_gather(whole, x.contiguous(), group=group, async_op=True), "all-gather", group)
+        return InFlight(x if into is None else into, None)
+    whole = x.new_empty(size * x.size(0), *x.shape[1:]) if into is None else into
+    work = _all_gather(whole, x.contiguous(), group=group, async_op=True)
+    return InFlight(whole, work, "all-gather", group, what)
 
 
-def start_reduce_scatter(x: Tensor, group: ProcessGroup | None) -> InFlight:
-    """Launch the sum of `x` over the group, of which each rank gets its part of the first dimension."""
+def start_reduce_scatter(
+    x: Tensor,
+    group: ProcessGroup | None,
+    op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM,
+    into: Tensor | None = None,
+    what: str = "",
+) -> InFlight:
+    """Launch the sum (or `op`) of `x` over the group, of which each rank gets its part of the first dimension.
+
+    Args:
+        into: where that goes; it may be this rank's part of `x`. A group of one rank leaves it as it is.
+    """
     size = get_pg_size(group)
     if size == 1:
-        return InFlight(x, None)
-    part = x.new_empty(divide(x.size(0), size), *x.shape[1:])
-    work = _reduce_scatter(part, x.contiguous(), group=group, async_op=True)
-    return InFlight(part, work, "reduce-scatter", group)
+        return InFlight(x if into is None else into, None)
+    part = x.new_empty(divide(x.size(0), size), *x.shape[1:]) if into is None else into
+    work = _reduce_scatter(part, x.contiguous(), op=op, group=group, async_op=True)
+    return InFlight(part, work, "reduce-scatter", group, what)

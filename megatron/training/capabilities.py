@@ -66,8 +66,6 @@ ARGUMENTS_NOT_BUILT: dict[str, str] = {
     "num_virtual_stages_per_pipeline_rank": "the interleaved pipeline schedule",
     "microbatch_group_size_per_vp_stage": "the interleaved pipeline schedule",
     "wgrad_deferral_limit": "postponed embedding gradients",
-    "align_grad_reduce": "overlapped gradient reduction",
-    "align_param_gather": "overlapped parameter gathering",
     "use_torch_fsdp2": "fully sharded data parallelism",
     "torch_fsdp2_reshard_after_forward": "fully sharded data parallelism",
     "gradient_reduce_div_fusion": "fully sharded data parallelism",

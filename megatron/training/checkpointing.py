@@ -74,7 +74,7 @@ from megatron.training.checkpoint_torch import (
     save_torch,
 )
 from megatron.training.train_state import TrainState
-from megatron.training.utils import print_rank_0
+from megatron.training.utils import gather_weights, print_rank_0
 
 __all__ = [
     "checkpoint_exists",
@@ -105,6 +105,7 @@ def save_checkpoint(
     checkpoint stays the latest.
     """
     require_known_format(args.ckpt_format)
+    gather_weights(model)
     print_rank_0(f"saving checkpoint at iteration {state.iteration:7d} to {args.save} in {args.ckpt_format} format")
     task = f"cannot save a checkpoint to {args.save}"
     folder = Path(args.save)
@@ -205,6 +206,7 @@ def load_checkpoint(
             (all differing settings, names and shapes are listed), damaged, or lacks what is to be loaded.
     """
     folder = getattr(args, load_arg)
+    gather_weights(model)
     found = on_first_rank(f"cannot load from {folder}", lambda: find_checkpoint(args, load_arg))
     if found is None:
         if folder is not None:

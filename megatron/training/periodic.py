@@ -18,7 +18,7 @@ from megatron.training.initialize import print_datetime
 from megatron.training.logging.training_log import training_log
 from megatron.training.run import Action, Run, StopTraining
 from megatron.training.train_step import StepResult
-from megatron.training.utils import print_rank_0
+from megatron.training.utils import gather_weights, print_rank_0
 
 
 def periodic_actions(run: Run) -> list[Action]:
@@ -74,6 +74,7 @@ def compare_weights_of_replicas(run: Run, result: StepResult) -> None:
     """Make sure that data parallel replicas hold the same bits."""
     if run.state.iteration % run.args.check_weight_hash_across_dp_replicas_interval:
         return
+    gather_weights(run.model)
     if not check_param_hashes_across_dp_replicas(run.model, cross_check=True):
         raise RuntimeError(f"the weights of data parallel replicas differ after iteration {run.state.iteration}")
     print_rank_0(f">>> Weight hashes match after {run.state.iteration} iterations...")

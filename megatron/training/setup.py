@@ -90,7 +90,17 @@ def connect(model: list[nn.Module], optimizer: Any) -> None:
     config.grad_scale_func = optimizer.scale_loss
     config.finalize_model_grads_func = finalize_model_grads
     config.timers = get_timers()
-    config.no_sync_func = model[0].no_sync  # type: ignore[assignment]
+    config.no_sync_func = one_or_list([chunk.no_sync for chunk in model])
+    args = get_args()
+    if args.overlap_grad_reduce and args.align_grad_reduce and args.pipeline_model_parallel_size > 1:
+        config.grad_sync_func = one_or_list([chunk.start_grad_sync for chunk in model])
+    if args.overlap_param_gather and args.align_param_gather:
+        config.param_sync_func = one_or_list([chunk.start_param_sync for chunk in model])
+
+
+def one_or_list(functions: list[Any]) -> Any:
+    """What schedules take: a function, or a list with one for each model chunk where there are several."""
+    return functions[0] if len(functions) == 1 else functions
 
 
 def get_optimizer_param_scheduler(optimizer: Any) -> OptimizerParamScheduler:

@@ -14,7 +14,9 @@ from torch import Tensor, nn
 from megatron.core import device, parallel_state
 from megatron.core.collectives import all_reduce, broadcast
 from megatron.core.datasets.utils import get_blend_from_list
+from megatron.core.distributed import DistributedDataParallel
 from megatron.core.utils import get_batch_on_this_cp_rank, get_pg_rank, get_pg_size, unwrap_model
+from megatron.core.vocabulary_padding import without_padding
 from megatron.training.global_vars import get_args
 
 __all__ = ["get_batch_on_this_cp_rank", "unwrap_model"]
@@ -165,16 +167,31 @@ def _words(path: str) -> list[str]:
 
 @torch.no_grad()
 def calc_params_l2_norm(model: list[nn.Module] | nn.Module, force_create_fp32_copy: bool = False) -> float:
-    """L2 norm of all parameters of the whole model, in fp32, each counted once. Communicates: all-reduce."""
+    """L2 norm of all parameters of the whole model, in fp32, each counted once, rows that pad the vocabulary never.
+
+    Communicates: all-reduce.
+    """
     from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
 
     total = torch.zeros((), dtype=torch.float64, device=device.current_device())
-    for chunk in model if isinstance(model, list) else [model]:
+    chunks = model if isinstance(model, list) else [model]
+    gather_weights(chunks)
+    for chunk in chunks:
         for param in chunk.parameters():
             if param_is_not_tensor_parallel_duplicate(param) and not _is_shared_copy(param):
-                total += param.float().square().sum(dtype=torch.float64)
+                total += without_padding(param, param).float().square().sum(dtype=torch.float64)
     all_reduce(total, group=parallel_state.get_model_parallel_group())
     return float(total.sqrt())
+
+
+def gather_weights(model: list[nn.Module]) -> None:
+    """Wait for weights that are still on their way from the ranks that updated them (`--overlap-param-gather`).
+
+    All ranks call it before any of them reads or writes weights outside of forward.
+    """
+    for chunk in model:
+        if isinstance(chunk, DistributedDataParallel):
+            chunk.finish_param_sync()
 
 
 def _is_shared_copy(param: Tensor) -> bool:

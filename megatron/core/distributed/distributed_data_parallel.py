@@ -12,9 +12,11 @@ from torch.distributed import ProcessGroup
 from torch.nn import Parameter
 
 from megatron.core.collectives import broadcast
+from megatron.core.distributed.bucket_group import partition_buckets
 from megatron.core.distributed.data_parallel_base import _BaseDataParallel
 from megatron.core.distributed.distributed_data_parallel_config import DistributedDataParallelConfig
-from megatron.core.distributed.param_and_grad_buffer import _ParamAndGradBuffer, partition_buckets
+from megatron.core.distributed.overlap import GradReducer, WeightGatherer, in_forward_order
+from megatron.core.distributed.param_and_grad_buffer import _ParamAndGradBuffer
 from megatron.core.process_groups_config import (
     ProcessGroupCollection,
     default_process_groups,
@@ -35,7 +37,10 @@ class DistributedDataParallel(_BaseDataParallel):
     Parameters whose attribute `allreduce` is False are experts, with replicas in the expert data-parallel
     group.
 
-    The order of a step: `zero_grad_buffer`, microbatches (all but the last in `no_sync`), `finish_grad_sync`.
+    The order of a step: `zero_grad_buffer`, microbatches (all but the last in `no_sync`), `finish_grad_sync`. With
+    `overlap_grad_reduce` buckets are reduced while the last backward runs. With `overlap_param_gather` the optimizer
+    leaves weights that other ranks have updated on their way: the forward of each submodule waits for those it
+    needs, and so do this class's `state_dict` and its like. Who reads weights elsewhere calls `finish_param_sync`.
 
     Args:
         config: the model's.
@@ -43,8 +48,8 @@ class DistributedDataParallel(_BaseDataParallel):
         module: the model chunk; its parameters' data moves into flat buffers with the distributed optimizer.
         disable_bucketing: one bucket whatever `bucket_size` says, for chunks whose reduction cannot overlap
             anyway.
-        grad_comm_pgs: groups to reduce over (`dp_cp`, `intra_dp_cp`, `expt_dp`, `intra_expt_dp`); default
-            `parallel_state`.
+        grad_comm_pgs: groups to reduce over (`dp_cp`, `intra_dp_cp`, `expt_dp`, `intra_expt_dp`,
+            `inter_dist_opt`); default `parallel_state`.
         model_comm_pgs: groups the model is cut over (`pp`); default `parallel_state`.
     """
 
@@ -71,13 +76,27 @@ class DistributedDataParallel(_BaseDataParallel):
         dense = [param for param in params if not is_expert_parallel(param)]
         experts = [param for param in params if is_expert_parallel(param)]
         groups = self.grad_comm_pgs
-        self.param_and_grad_buffers = self._make_buffers(dense, groups.intra_dp_cp or groups.dp_cp)
-        self.expert_param_and_grad_buffers = self._make_buffers(experts, groups.intra_expt_dp or groups.expt_dp)
-        self.bucket_groups = partition_buckets(self._all_buffers())
-        self.is_last_microbatch = True
+        self._require_as_many_instances_as_groups()
+        self.param_and_grad_buffers = self._make_buffers(dense, groups.dp_cp, groups.intra_dp_cp)
+        self.expert_param_and_grad_buffers = self._make_buffers(experts, groups.expt_dp, groups.intra_expt_dp)
+        bucket_groups = in_forward_order(partition_buckets(self._all_buffers()), list(params))
+        self.bucket_groups = bucket_groups[::-1]  # gradients become complete from the last layer to the first
+        self.grad_reducer = GradReducer(self.bucket_groups, params, overlap=ddp_config.overlap_grad_reduce)
+        self.weight_gatherer = WeightGatherer(bucket_groups if ddp_config.use_distributed_optimizer else [])
         for param in params:
             param.grad_added_to_main_grad = False  # type: ignore[attr-defined]
             param.register_post_accumulate_grad_hook(_add_to_main_grad)
+        if ddp_config.overlap_param_gather:
+            self.enable_forward_pre_hook()
+
+    def _require_as_many_instances_as_groups(self) -> None:
+        groups = get_pg_size(self.grad_comm_pgs.inter_dist_opt)
+        instances = self.ddp_config.num_distributed_optimizer_instances
+        if self.ddp_config.use_distributed_optimizer and instances != groups:
+            raise ValueError(
+                f"num_distributed_optimizer_instances ({instances}) must be that of the process groups ({groups}); "
+                "hand it to initialize_model_parallel, too"
+            )
 
     def _useful_bucket_size(self) -> int | None:
         """Several buckets only help where a reduction can start early: overlapped, and on the first stage."""
@@ -87,8 +106,11 @@ class DistributedDataParallel(_BaseDataParallel):
             return self.ddp_config.bucket_size
         return max(40_000_000, 1_000_000 * get_pg_size(self.grad_comm_pgs.dp_cp))
 
-    def _make_buffers(self, params: list[Parameter], group: ProcessGroup | None) -> list[_ParamAndGradBuffer]:
+    def _make_buffers(
+        self, params: list[Parameter], all_replicas: ProcessGroup | None, inside_instance: ProcessGroup | None
+    ) -> list[_ParamAndGradBuffer]:
         """One buffer for each pair of types."""
+        sharded = self.ddp_config.use_distributed_optimizer
         by_dtypes: dict[tuple[torch.dtype, torch.dtype], list[Parameter]] = {}
         for param in params:
             grad_dtype = torch.float32 if self.ddp_config.grad_reduce_in_fp32 else param.dtype
@@ -98,16 +120,17 @@ class DistributedDataParallel(_BaseDataParallel):
                 self.ddp_config,
                 *dtypes,
                 members,
-                group,
+                inside_instance or all_replicas if sharded else all_replicas,
                 self.bucket_size,
                 self.param_to_name,
-                self._gradient_scaling_factor(group),
+                self._gradient_scaling_factor(all_replicas),
+                self.grad_comm_pgs.inter_dist_opt if sharded else None,
             )
             for dtypes, members in by_dtypes.items()
         ]
 
     def _gradient_scaling_factor(self, group: ProcessGroup | None) -> float:
-        """What makes the collective over `group` yield the mean over data × context ranks.
+        """What makes the collectives over `group` yield the mean over data × context ranks.
 
         An expert's gradient already sums the tokens of all ranks that sent it some; its replicas are fewer.
         """
@@ -119,44 +142,96 @@ class DistributedDataParallel(_BaseDataParallel):
     def _all_buffers(self) -> list[_ParamAndGradBuffer]:
         return self.param_and_grad_buffers + self.expert_param_and_grad_buffers
 
+    # --- gradients ---
+
+    @property
+    def is_last_microbatch(self) -> bool:
+        """Whether the next backward is the last one before `finish_grad_sync`."""
+        return self.grad_reducer.is_last_microbatch
+
     @contextmanager
     def no_sync(self) -> Iterator[None]:
-        self.is_last_microbatch = False
+        before, self.grad_reducer.is_last_microbatch = self.grad_reducer.is_last_microbatch, False
         try:
             yield
         finally:
-            self.is_last_microbatch = True
+            self.grad_reducer.is_last_microbatch = before
 
     def start_grad_sync(self, *unused: Any) -> None:
-        """Launch the reduction of every bucket."""
-        for bucket_group in self.bucket_groups:
-            bucket_group.start_grad_sync()
+        """Launch the reduction of every bucket that is not launched yet."""
+        self.grad_reducer.start()
 
     def finish_grad_sync(self) -> None:
-        """Wait for the reduction of every bucket, launching what has not been.
+        """Wait for the reduction of every bucket, launching what has not been."""
+        self.grad_reducer.finish()
 
-        All collectives of a model are in flight together.
-        """
-        for bucket_group in self.bucket_groups:
-            bucket_group.ensure_grad_sync_started()
-        for bucket_group in self.bucket_groups:
-            bucket_group.finish_grad_sync()
+    # --- weights ---
 
     def start_param_sync(self, *unused: Any, force_sync: bool = False, force_dispatch: bool = False) -> None:
-        """Gather sharded weights from their owners; returns when they have arrived.
+        """Gather sharded weights from their owners.
 
-        `force_sync` and `force_dispatch` ask for what always happens while gathers are not overlapped.
+        Overlapped, this launches the gathering of weights that are stale and returns; otherwise it gathers all
+        weights and returns when they have arrived.
+
+        Args:
+            force_sync: gather all weights and wait in any case.
+            force_dispatch: gather all weights in any case.
         """
-        for bucket_group in self.bucket_groups:
-            bucket_group.start_param_sync()
-        for bucket_group in self.bucket_groups:
-            bucket_group.finish_param_sync()
+        overlapped = self.ddp_config.overlap_param_gather
+        if force_sync or force_dispatch or not overlapped:
+            self.weight_gatherer.weights_changed()
+        self.weight_gatherer.start()
+        if force_sync or not overlapped:
+            self.weight_gatherer.settle()
+
+    def finish_param_sync(self) -> None:
+        """Afterwards every rank has all weights; call it on all ranks before reading or writing any of them."""
+        self.weight_gatherer.finish()
+
+    def settle_param_sync(self) -> None:
+        """Wait for weights that are in flight, without launching more: the optimizer is about to write its part."""
+        self.weight_gatherer.settle()
+
+    def weights_changed(self, *, launch: bool = False) -> None:
+        """The optimizer has written its part of the weights. All are gathered now; overlapped, only the first
+        bucket is launched, or none where `align_param_gather` leaves that to the schedule, unless `launch`."""
+        self.weight_gatherer.weights_changed()
+        if not self.ddp_config.overlap_param_gather:
+            self.weight_gatherer.finish()
+        elif launch or not self.ddp_config.align_param_gather:
+            self.weight_gatherer.start_next()
 
     def enable_forward_pre_hook(self) -> None:
-        """Gathers do not overlap with forward: weights are whole after every step, no hook is needed."""
+        """From now on the forward of each submodule waits for its weights; so it is from the start if overlapped."""
+        self.weight_gatherer.attach(self.module)
 
     def disable_forward_pre_hook(self, param_sync: bool = True) -> None:
-        """Counterpart of `enable_forward_pre_hook`; weights are whole already."""
+        """From now on nothing waits.
+
+        Args:
+            param_sync: gather what is stale first.
+        """
+        self.weight_gatherer.detach()
+        if param_sync:
+            self.finish_param_sync()
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
+        self.finish_param_sync()
+        return super().state_dict(*args, **kwargs)
+
+    def state_dict_for_save_checkpoint(self, prefix: str = "", keep_vars: bool = False) -> dict[str, Any]:
+        self.finish_param_sync()
+        return super().state_dict_for_save_checkpoint(prefix, keep_vars)
+
+    def sharded_state_dict(self, prefix: str = "", *args: Any, **kwargs: Any) -> dict[str, Any]:
+        self.finish_param_sync()
+        return super().sharded_state_dict(prefix, *args, **kwargs)
+
+    def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
+        self.finish_param_sync()
+        return super().load_state_dict(state_dict, strict, assign)
+
+    # --- all buffers ---
 
     def scale_gradients(self, scaling_factor: float) -> None:
         for buffer in self._all_buffers():
@@ -169,6 +244,7 @@ class DistributedDataParallel(_BaseDataParallel):
             buffer.reset()
 
     def broadcast_params(self) -> None:
+        self.finish_param_sync()
         groups = self.grad_comm_pgs
         for param in self.module.parameters():
             group = groups.expt_dp if is_expert_parallel(param) else groups.dp_cp

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -68,17 +68,31 @@ def get_megatron_optimizer(
     """
     if config.lr is None:
         raise ValueError("lr is not set; the optimizer needs a (peak) learning rate")
-    groups = build_param_groups(config, model_chunks, no_weight_decay_cond, scale_lr_cond, lr_mult)
-    if not groups:
+    optimizers = []
+    for is_expert, chunks in _shares(config, model_chunks):
+        groups = build_param_groups(config, chunks, no_weight_decay_cond, scale_lr_cond, lr_mult)
+        own = [group for group in groups if group["is_expert_parallel"] is is_expert]
+        if own:
+            optimizers.append(_build(config, chunks, own, use_gloo_process_groups, is_expert=is_expert))
+    if not optimizers:
         raise ValueError("the model has no trainable parameters")
-    dense = [group for group in groups if not group["is_expert_parallel"]]
-    experts = [group for group in groups if group["is_expert_parallel"]]
-    optimizers = [
-        _build(config, model_chunks, kind, use_gloo_process_groups, is_expert=kind is experts)
-        for kind in (dense, experts)
-        if kind
-    ]
     return optimizers[0] if len(optimizers) == 1 else ChainedOptimizer(optimizers)
+
+
+def _shares(
+    config: OptimizerConfig, model_chunks: Sequence[torch.nn.Module]
+) -> Iterator[tuple[bool, Sequence[torch.nn.Module]]]:
+    """(experts or dense weights, chunks) that get an optimizer of their own.
+
+    To gather the first chunk's weights while the others are still being updated, its update must be one of its
+    own.
+    """
+    if config.overlap_param_gather_with_optimizer_step and len(model_chunks) > 1:
+        yield False, model_chunks[:1]
+        yield False, model_chunks[1:]
+    else:
+        yield False, model_chunks
+    yield True, model_chunks
 
 
 def _build(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, MutableMapping
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from megatron.core import device
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 from megatron.core.dist_checkpointing.utils import add_prefix_for_sharding
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32, reduce_over, sum_of_squares
-from megatron.core.optimizer.megatron_optimizer import MegatronOptimizer
+from megatron.core.optimizer.megatron_optimizer import MegatronOptimizer, gather_weights_of
 
 
 class ProxyDict(MutableMapping[tuple[int, Any], Any]):
@@ -114,8 +115,32 @@ class ChainedOptimizer(MegatronOptimizer):
         return overflowed
 
     def step_with_ready_grads(self) -> bool:
-        done = [optimizer.step_with_ready_grads() for optimizer in self.chained_optimizers]
-        return all(done)
+        """Weights are gathered once every optimizer has updated its own: several may update parts of one chunk.
+
+        With `overlap_param_gather_with_optimizer_step` a chunk's first bucket is launched as soon as the last
+        optimizer that updates it is done, while others still update other chunks.
+        """
+        if not self.config.overlap_param_gather_with_optimizer_step:
+            self.update_weights()
+            gather_weights_of(dict.fromkeys(self.sharded_chunks), self.config)
+            return True
+        updates_left = Counter(self.sharded_chunks)
+        for optimizer in self.chained_optimizers:
+            optimizer.update_weights()
+            updates_left.subtract(optimizer.sharded_chunks)
+            for chunk in optimizer.sharded_chunks:
+                if not updates_left[chunk]:
+                    chunk.weights_changed(launch=True)
+        return True
+
+    def update_weights(self) -> None:
+        for optimizer in self.chained_optimizers:
+            optimizer.update_weights()
+
+    @property
+    def sharded_chunks(self) -> list[Any]:
+        """One entry for each optimizer that updates a chunk."""
+        return [chunk for optimizer in self.chained_optimizers for chunk in optimizer.sharded_chunks]
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         for optimizer in self.chained_optimizers:

@@ -26,7 +26,6 @@ from megatron.core.optimizer.optimizer_config import OptimizerConfig
 from megatron.core.optimizer.param_groups import match_saved_groups
 from megatron.core.optimizer.state import common_step, restore_scaler
 from megatron.core.process_groups_config import default_process_groups, has_default_process_groups
-from megatron.core.timers import timed
 from megatron.core.utils import get_pg_rank, get_pg_size
 
 SHARDING_TYPES = ("fully_sharded_model_space", "dp_zero_gather_scatter", "fully_sharded_bucket_space")
@@ -131,7 +130,11 @@ class DistributedOptimizer(MixedPrecisionOptimizer):
         if has_default_process_groups():
             self.grad_stats_parallel_group = default_process_groups().intra_dist_opt
         self.shards = [shard for buffer in self.buffers for shard in own_shards(buffer)]
+        self._start_of = {shard.main: shard.start for shard in self.shards}
         self._put_shards_into_groups()
+
+    def first_element(self, main: Tensor) -> int:
+        return self._start_of[main]
 
     def _put_shards_into_groups(self) -> None:
         shard_of = {shard.param: shard for shard in self.shards}
@@ -163,13 +166,15 @@ class DistributedOptimizer(MixedPrecisionOptimizer):
         shards = self._rounded_shards()
         copy_all([shard.main for shard in shards], [shard.model_piece for shard in shards])
 
-    def step_with_ready_grads(self) -> bool:
-        """Update the owned pieces, then all-gather the weights of every chunk."""
-        done = super().step_with_ready_grads()
-        with timed(self.config, "params-all-gather", log_level=1):
-            for chunk in self.model_chunks:
-                chunk.start_param_sync()
-        return done
+    def update_weights(self) -> None:
+        """Update the owned pieces, once gathered weights have arrived around them."""
+        for chunk in self.model_chunks:
+            chunk.settle_param_sync()
+        super().update_weights()
+
+    @property
+    def sharded_chunks(self) -> Sequence[Any]:
+        return self.model_chunks
 
     # --- checkpoints: groups and loss scale ---
 
@@ -256,9 +261,11 @@ class DistributedOptimizer(MixedPrecisionOptimizer):
 
     def round_main_params_to_model(self) -> None:
         """After main params were loaded: the model's weights follow, on all ranks."""
+        for chunk in self.model_chunks:
+            chunk.settle_param_sync()
         self._copy_main_params_to_model_params()
         for chunk in self.model_chunks:
-            chunk.start_param_sync()
+            chunk.start_param_sync(force_sync=True)
 
     def sharded_param_state_fs_model_space(
         self, model_sharded_state_dict: ShardedStateDict, is_loading: bool = False

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain
 from typing import Any
 
@@ -22,6 +22,7 @@ from megatron.core.optimizer.optimizer_config import OptimizerConfig
 from megatron.core.process_groups_config import default_process_groups, has_default_process_groups
 from megatron.core.timers import timed
 from megatron.core.utils import get_pg_rank
+from megatron.core.vocabulary_padding import without_padding
 
 InitStateFn = Callable[[torch.optim.Optimizer], None]
 StepResult = tuple[bool, float | None, float | None]
@@ -32,8 +33,7 @@ class MegatronOptimizer(ABC):
     """A torch optimizer whose parameters (`main params`) stand for parameters of a model.
 
     `model_params[g][i]` is the model's parameter of which `param_groups[g]["params"][i]` is the fp32 main
-    version: itself, a copy, or this rank's shard. `grad_stats_parallel_group` and `tensor_parallel_group`
-        come from
+    version: itself, a copy, or this rank's shard. `grad_stats_parallel_group` and `tensor_parallel_group` come from
     `parallel_state` unless they are set.
 
     Args:
@@ -79,15 +79,19 @@ class MegatronOptimizer(ABC):
         """(model parameter, main param), group after group."""
         return zip(chain.from_iterable(self.model_params), self.get_parameters(), strict=True)
 
+    def first_element(self, main: Tensor) -> int:
+        """Where in the flattened model parameter the elements of its main param begin."""
+        return 0
+
     def get_main_grads_for_grad_norm(self) -> list[Tensor]:
         """Gradients that this rank counts: every element of the model is counted by exactly one rank.
 
         Not those of a tied copy (`shared`), nor, except on the first tensor-parallel rank, of weights that
-        all tensor-parallel ranks hold whole.
+        all tensor-parallel ranks hold whole, nor those of rows that pad the vocabulary.
         """
         is_first_tp_rank = get_pg_rank(self.tensor_parallel_group) == 0
         return [
-            main.grad
+            without_padding(model_param, main.grad, self.first_element(main))
             for model_param, main in self._pairs()
             if main.grad is not None
             and not getattr(model_param, "shared", False)
@@ -154,9 +158,20 @@ class MegatronOptimizer(ABC):
     def collect_grads(self) -> bool:
         """`prepare_grads` without adapting the loss scale."""
 
-    @abstractmethod
     def step_with_ready_grads(self) -> bool:
-        """Update main params, then the model's; True when done."""
+        """Update main params, then the model's, and let other ranks have them; True when done."""
+        self.update_weights()
+        gather_weights_of(self.sharded_chunks, self.config)
+        return True
+
+    @abstractmethod
+    def update_weights(self) -> None:
+        """Update main params, then those of the model's weights that this rank updates."""
+
+    @property
+    def sharded_chunks(self) -> Sequence[Any]:
+        """Model chunks whose weights lie on other ranks, too, and must be gathered after `update_weights`."""
+        return ()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drop the gradients of main and model parameters. The buffers have `zero_grad_buffer`."""
@@ -196,3 +211,12 @@ class MegatronOptimizer(ABC):
             is_loading: whether the result is to be filled rather than written.
             metadata: `distrib_optim_sharding_type`.
         """
+
+
+def gather_weights_of(chunks: Iterable[Any], config: OptimizerConfig) -> None:
+    """Let all ranks have the weights that each has updated its part of, or begin to; see `weights_changed`."""
+    chunks = list(chunks)
+    if chunks:
+        with timed(config, "params-all-gather", log_level=1):
+            for chunk in chunks:
+                chunk.weights_changed()

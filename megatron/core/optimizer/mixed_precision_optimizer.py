@@ -65,13 +65,12 @@ class MixedPrecisionOptimizer(MegatronOptimizer):
         reduce_over(found_inf, self.get_grad_stats_parallel_group(), dist.ReduceOp.MAX)
         return bool(found_inf.item() > 0)
 
-    def step_with_ready_grads(self) -> bool:
+    def update_weights(self) -> None:
         with timed(self.config, "optimizer-inner-step", log_level=1):
             self.optimizer.step()
         self._release_main_grads()
         with timed(self.config, "optimizer-copy-main-to-model-params", log_level=1):
             self._copy_main_params_to_model_params()
-        return True
 
     def _release_main_grads(self) -> None:
         """A main param that is the model's own must not bring its gradient into the next backward."""

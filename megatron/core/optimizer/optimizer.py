@@ -47,13 +47,12 @@ class FP32Optimizer(MegatronOptimizer):
                     param.grad = param.main_grad
         return False
 
-    def step_with_ready_grads(self) -> bool:
+    def update_weights(self) -> None:
         with timed(self.config, "optimizer-inner-step", log_level=1):
             self.optimizer.step()
         for param, _ in self._pairs():
             if hasattr(param, "main_grad"):
                 param.grad = None  # the next backward must not accumulate into the buffer a second time
-        return True
 
     def reload_model_params(self) -> None:
         """The model's parameters are the main ones."""

@@ -17,7 +17,7 @@ from megatron.core.pipeline_parallel.p2p_communication import Shape, exchange
 from megatron.core.pipeline_parallel.schedule import Compute, Direction, Exchange, Step, Transfer
 from megatron.core.process_groups_config import default_process_groups
 from megatron.core.timers import timed
-from megatron.core.utils import get_attr_wrapped_model
+from megatron.core.utils import get_attr_wrapped_model, get_pg_rank
 
 LossFunction = Callable[..., Any]
 ForwardStepFunction = Callable[..., tuple[Tensor, LossFunction]]
@@ -165,12 +165,23 @@ class StageExecutor:
     _input_grads: dict[int, Tensor] = field(default_factory=dict)
 
     def run(self, steps: list[Step]) -> None:
-        """All steps in order; gradient traffic is held back until the last backward."""
+        """All steps in order; gradient traffic is held back until the last backward.
+
+        With `config.grad_sync_func` all stages begin it together, when the first stage is in its last backward:
+        the others end theirs earlier, and communicate while they would wait for the first one.
+        """
         no_sync = self.config.no_sync_func or contextlib.nullcontext
+        start_grad_sync = None if self.is_forward_only else self.config.grad_sync_func
         last_backward = max(
             (i for i, s in enumerate(steps) if isinstance(s, Compute) and s.direction is Direction.BACKWARD),
             default=-1,
         )
+        if start_grad_sync is not None and get_pg_rank(self.group) > 0:
+            with no_sync():
+                for step in steps:
+                    self._run_step(step)
+            start_grad_sync()
+            return
         with no_sync():
             for step in steps[:last_backward] if last_backward >= 0 else steps:
                 self._run_step(step)

@@ -66,8 +66,8 @@ def test_unbuilt_value_equal_to_its_default_is_accepted() -> None:
 
 def test_all_unbuilt_flags_are_named_at_once() -> None:
     with pytest.raises(ConfigurationError) as refusal:
-        validated("--num-experts 4 --overlap-grad-reduce --fp8-format e4m3")
-    for word in ("--num-experts 4", "--overlap-grad-reduce", "--fp8-format e4m3"):
+        validated("--num-experts 4 --use-nccl-ub --fp8-format e4m3")
+    for word in ("--num-experts 4", "--use-nccl-ub", "--fp8-format e4m3"):
         assert f"  {word}: not built yet" in str(refusal.value)
 
 

@@ -18,6 +18,7 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import groups_or_default
 from megatron.core.utils import get_pg_rank, make_tp_sharded_tensor_for_checkpoint
+from megatron.core.vocabulary_padding import mark_padding_rows
 
 
 class LanguageModule(MegatronModule):
@@ -70,10 +71,12 @@ class LanguageModule(MegatronModule):
         name; in training their gradients are summed over the embedding group (arXiv:1909.08053, section 3;
         parallel over stages).
         """
-        if self.pre_process:
-            self.embedding.word_embeddings.weight.is_embedding_or_output_parameter = True  # type: ignore[union-attr]
-        if self.post_process and self.output_layer.weight is not None:  # type: ignore[union-attr]
-            self.output_layer.weight.is_embedding_or_output_parameter = True  # type: ignore[union-attr]
+        tables: list[Any] = [self.embedding.word_embeddings.weight] if self.pre_process else []  # type: ignore[union-attr]
+        tables += [self.output_layer.weight] if self.post_process else []  # type: ignore[union-attr]
+        for table in tables:
+            if table is not None:
+                table.is_embedding_or_output_parameter = True
+                mark_padding_rows(table, get_pg_rank(self.model_comm_pgs.tp) * table.size(0), self.true_vocab_size)
         if not self.share_embeddings_and_output_weights or (self.pre_process and self.post_process):
             return
         if self.pre_process:
