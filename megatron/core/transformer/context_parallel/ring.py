@@ -53,7 +53,7 @@ class RingAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, task: AttentionTask, group: ProcessGroup | None) -> Tensor:
-        out, lse = _empty_results(q)
+        out, lse = empty_results(q)
         size, rank = get_pg_size(group), get_pg_rank(group)
         ctx.saved = []
         here: list[Tensor] = [k, v]
@@ -89,7 +89,7 @@ class RingAttention(torch.autograd.Function):
         return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None, None
 
 
-def _empty_results(q: Tensor) -> tuple[Tensor, Tensor]:
+def empty_results(q: Tensor) -> tuple[Tensor, Tensor]:
     """(out, lse) of no keys."""
     n, b, a, _ = q.shape
     dtype = accumulation_type(q.dtype)
