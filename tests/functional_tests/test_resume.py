@@ -22,6 +22,10 @@ LAYOUTS = {
         "--recompute-num-layers 1",
     ),
     "dp2-distopt-bf16": (2, "--use-distributed-optimizer --bf16"),
+    "cp4-every-way": (
+        4,
+        "--context-parallel-size 4 --cp-comm-type p2p a2a all_gather a2a+p2p --hierarchical-context-parallel-sizes 2 2",
+    ),
     "tp2-pp2": (4, "--tensor-model-parallel-size 2 --pipeline-model-parallel-size 2"),
     "tp2-sp-dp2-distopt": (4, "--tensor-model-parallel-size 2 --sequence-parallel --use-distributed-optimizer"),
 }
