@@ -1,4 +1,4 @@
-"""Text from a trained model under any tensor- and pipeline-parallel layout. b prompts, s tokens, v words.
+"""Text from a trained model under any tensor-, context- and pipeline-parallel layout. b prompts, s tokens, v words.
 
 Every new token costs one forward pass over the context; nothing is cached between passes. Prompts of
 different lengths share a batch: each row is aligned left, the padding on its right is invisible to it because
@@ -7,6 +7,7 @@ attention is causal, and its next token is read at its own last position.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -15,8 +16,11 @@ from torch import Tensor, nn
 from megatron.core import parallel_state
 from megatron.core.device import current_device
 from megatron.core.pipeline_parallel import get_forward_backward_func
-from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
-from megatron.core.utils import get_model_config
+from megatron.core.tensor_parallel import (
+    gather_from_tensor_model_parallel_region,
+    reduce_from_tensor_model_parallel_region,
+)
+from megatron.core.utils import get_batch_on_this_cp_rank, get_model_config
 from megatron.inference.sampling import SamplingParams, row_generators, sample
 
 
@@ -30,26 +34,32 @@ def pad_right(windows: Sequence[Sequence[int]], multiple: int) -> Tensor:
 def last_logits(model: list[nn.Module], windows: Sequence[Sequence[int]], vocab_size: int) -> Tensor | None:
     """[b, vocab_size] logits of the token after each window, on all ranks of the last stage; None elsewhere.
 
-    All ranks of the model take part. Gathers the logits of one position a row over the tensor-parallel group.
+    All ranks of the model take part. Gathers the logits of one position a row over the tensor-parallel group, and sums
+    them over the context-parallel group, where one rank has them.
     """
     config = get_model_config(model[0])
-    if config.context_parallel_size > 1:
-        raise NotImplementedError(
-            f"text generation with context_parallel_size {config.context_parallel_size} is not built yet: use 1 (a "
-            "checkpoint loads in any layout)"
-        )
-    # Sequence parallelism cuts the sequence into equal parts.
+    cp_group = parallel_state.get_context_parallel_group()
+    # Sequence parallelism cuts the sequence into equal parts, context parallelism into two for each rank.
     multiple = config.tensor_model_parallel_size if config.sequence_parallel else 1
+    if cp_group.size() > 1:
+        multiple = math.lcm(multiple * cp_group.size(), 2 * cp_group.size())
     tokens = pad_right(windows, multiple).to(current_device())
     positions = torch.arange(tokens.size(1), device=tokens.device).expand_as(tokens)
     ends = torch.tensor([len(window) - 1 for window in windows], device=tokens.device)
+    own = get_batch_on_this_cp_rank({"tokens": tokens, "position_ids": positions}, cp_group)
 
     def pick_last(output: Tensor, non_loss_data: bool = True) -> Tensor:
-        logits = output[torch.arange(len(windows), device=output.device), ends]  # [b, v/tp]
-        return gather_from_tensor_model_parallel_region(logits)[:, :vocab_size]
+        is_end = own["position_ids"] == ends[:, None]  # [b, s/cp]
+        offsets = is_end.int().argmax(1)
+        logits = output[torch.arange(len(windows), device=output.device), offsets]  # [b, v/tp]
+        logits = gather_from_tensor_model_parallel_region(logits)[:, :vocab_size]
+        if cp_group.size() == 1:
+            return logits
+        logits = torch.where(is_end.any(1, keepdim=True), logits, 0.0)
+        return reduce_from_tensor_model_parallel_region(logits, cp_group)
 
     def forward_step(data_iterator: object, chunk: nn.Module) -> tuple[Tensor, object]:
-        return chunk(tokens, positions, None), pick_last
+        return chunk(own["tokens"], own["position_ids"], None), pick_last
 
     with torch.no_grad():
         collected = get_forward_backward_func()(

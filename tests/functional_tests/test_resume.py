@@ -81,7 +81,7 @@ def test_resume_into_another_layout_continues_the_curve(tmp_path: Path) -> None:
     stages = [
         (4, "--tensor-model-parallel-size 2 --sequence-parallel --use-distributed-optimizer"),
         (2, "--pipeline-model-parallel-size 2"),
-        (4, "--use-distributed-optimizer"),
+        (4, "--context-parallel-size 2 --use-distributed-optimizer"),
         (4, "--tensor-model-parallel-size 4"),
     ]
     for number, (world_size, parallel) in enumerate(stages, start=1):

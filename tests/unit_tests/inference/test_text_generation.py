@@ -16,8 +16,8 @@ VOCAB_SIZE, PADDED_VOCAB_SIZE, MAX_CONTEXT = 50, 64, 16
 PROMPTS = [[3, 1, 4, 1, 5, 9, 2, 6], [27], [31, 41, 5]]
 
 
-def build_model(tp_size: int = 1, pp_size: int = 1, sequence_parallel: bool = False) -> GPTModel:
-    parallel_state.initialize_model_parallel(tp_size, pp_size)
+def build_model(tp_size: int = 1, pp_size: int = 1, sequence_parallel: bool = False, cp_size: int = 1) -> GPTModel:
+    parallel_state.initialize_model_parallel(tp_size, pp_size, context_parallel_size=cp_size)
     model_parallel_cuda_manual_seed(123)
     config = TransformerConfig(
         num_layers=4,
@@ -27,6 +27,7 @@ def build_model(tp_size: int = 1, pp_size: int = 1, sequence_parallel: bool = Fa
         tensor_model_parallel_size=tp_size,
         pipeline_model_parallel_size=pp_size,
         sequence_parallel=sequence_parallel,
+        context_parallel_size=cp_size,
         pipeline_dtype=torch.float32,
     )
     return GPTModel(
@@ -66,7 +67,7 @@ def test_greedy_text_is_that_of_a_plain_loop() -> None:
         assert run_ranks(1, continue_by_hand, prompt, 20) == [continuation]
 
 
-@pytest.mark.parametrize("layout", [(2, 1), (2, 1, True), (1, 2), (2, 2, True)])
+@pytest.mark.parametrize("layout", [(2, 1), (2, 1, True), (1, 2), (2, 2, True), (1, 1, False, 2), (2, 1, True, 2)])
 @pytest.mark.parametrize(
     "params",
     [
@@ -77,7 +78,7 @@ def test_greedy_text_is_that_of_a_plain_loop() -> None:
 )
 def test_text_does_not_depend_on_the_layout(layout: tuple, params: SamplingParams) -> None:
     expected = run_ranks(1, continue_prompts, (), PROMPTS, params)
-    world_size = layout[0] * layout[1]
+    world_size = layout[0] * layout[1] * (layout[3] if len(layout) > 3 else 1)
     assert run_ranks(world_size, continue_prompts, layout, PROMPTS, params) == expected * world_size
 
 
