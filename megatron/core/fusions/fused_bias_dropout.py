@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import torch
 from torch import Tensor
+
+from megatron.core.fusions.dropout import dropout
 
 BiasDropoutAdd = Callable[[tuple[Tensor, Tensor | None], Tensor, float], Tensor]
 
@@ -19,7 +20,7 @@ def _bias_dropout_add(
         x = x + bias
         if (prob == 0.0 or not training) and x.dtype == residual.dtype:
             return x.add_(residual)  # in place: x is new here, and no backward reads it
-    return residual + torch.nn.functional.dropout(x, p=prob, training=training)
+    return residual + dropout(x, prob, training)
 
 
 def bias_dropout_add_unfused(training: bool) -> BiasDropoutAdd:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from megatron.core.fusions.dropout import dropout
 from megatron.core.fusions.fused_softmax import FusedScaleMaskSoftmax
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -83,6 +84,6 @@ class DotProductAttention(CoreAttention):
             scores = scores + attention_bias
         probs = self.scale_mask_softmax(scores, hidden)
         with self.dropout_rng():
-            probs = torch.nn.functional.dropout(probs, self.attention_dropout, self.training)
+            probs = dropout(probs, self.attention_dropout, self.training)
         context = torch.bmm(probs.flatten(0, 1), v)  # [b * a, sq, d]
         return context.view(b, a, sq, -1).permute(2, 0, 1, 3).reshape(sq, b, -1)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from megatron.core import device
+from megatron.core.fusions.dropout import dropout
 from megatron.core.tensor_parallel.initialization import register_parameter_init
 from megatron.core.tensor_parallel.layers import VocabParallelEmbedding
 from megatron.core.tensor_parallel.mappings import scatter_to_sequence_parallel_region
@@ -130,5 +131,5 @@ class LanguageModelEmbedding(MegatronModule):
             return embeddings
         if self.config.sequence_parallel:
             with get_cuda_rng_tracker().fork():
-                return nn.functional.dropout(embeddings, p)
-        return nn.functional.dropout(embeddings, p)
+                return dropout(embeddings, p, training=True)
+        return dropout(embeddings, p, training=True)
