@@ -21,6 +21,7 @@ from megatron.core.tensor_parallel.initialization import set_initialization_seed
 from megatron.training.arguments import parse_args, validate_args
 from megatron.training.checkpointing import load_args_from_checkpoint
 from megatron.training.explain import explain_and_exit_if_asked, print_args
+from megatron.training.failure.start import start_failure_watch
 from megatron.training.global_vars import get_args, get_tokenizer, set_global_variables, set_trackers
 from megatron.training.logging.trackers import open_trackers
 from megatron.training.settings import configuration_errors_end_the_program
@@ -66,7 +67,9 @@ def initialize_megatron(
     if skip_mpu_initialization:
         args.freeze()
         return
-    _initialize_distributed(args, store)
+    is_own = _initialize_distributed(args, store)
+    if is_own and for_training:
+        start_failure_watch(60.0 * args.distributed_timeout_minutes, heeds_sigterm=not args.exit_signal_handler)
     _initialize_model_parallel(args, get_embedding_ranks, get_position_embedding_ranks)
     _set_random_seed(args)
     _set_determinism(args)
@@ -105,10 +108,11 @@ def _set_padded_vocab_size(args: Any) -> None:
         )
 
 
-def _initialize_distributed(args: Any, store: Any) -> None:
+def _initialize_distributed(args: Any, store: Any) -> bool:
+    """Whether torch.distributed is this program's own, and not started by a host program or a test."""
     device.set_device(args.local_rank)
-    if dist.is_initialized():  # a host program or a test has done it
-        return
+    if dist.is_initialized():
+        return False
     if args.rank == 0:
         print("> initializing torch distributed ...", flush=True)
     if "MASTER_ADDR" not in os.environ and args.world_size == 1:  # started without torchrun
@@ -121,6 +125,7 @@ def _initialize_distributed(args: Any, store: Any) -> None:
         store=store,
         timeout=datetime.timedelta(minutes=args.distributed_timeout_minutes),
     )
+    return True
 
 
 def _initialize_model_parallel(

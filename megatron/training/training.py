@@ -16,6 +16,7 @@ from megatron.core.utils import get_model_config
 from megatron.training.checkpointing import load_checkpoint
 from megatron.training.errors import exit_at_once_on_error
 from megatron.training.evaluation import evaluate_and_print_results
+from megatron.training.failure.start import stop_failure_watch
 from megatron.training.flops import num_floating_point_operations
 from megatron.training.global_vars import get_args, get_timers, get_trackers
 from megatron.training.initialize import initialize_megatron, print_datetime, program_start
@@ -248,5 +249,6 @@ def _close() -> None:
     if trackers is not None:
         trackers.close()
     parallel_state.barrier()
+    stop_failure_watch()
     parallel_state.destroy_model_parallel()
     torch.distributed.destroy_process_group()
