@@ -27,6 +27,7 @@ WITHOUT_FLAG: dict[str, Any] = {
     "padded_vocab_size": None,
     "virtual_pipeline_model_parallel_size": None,
     "variable_seq_lengths": False,
+    "model_family": None,
 }
 """Settings that rules, checkpoints or the tokenizer decide."""
 

@@ -36,9 +36,6 @@ BUILT_WITHIN_GROUPS = frozenset({"qk_layernorm", "qk_l2_norm", "data_sharding"})
 ARGUMENTS_NOT_BUILT: dict[str, str] = {
     "decoder_num_layers": "encoder-decoder models",
     "decoder_seq_length": "encoder-decoder models",
-    "bert_binary_head": "BERT",
-    "mask_prob": "masked language models",
-    "short_seq_prob": "masked language models",
     "retriever_seq_length": "retrieval with two encoders",
     "sample_rate": "retrieval with two encoders",
     "relative_attention_num_buckets": "relative positions",
@@ -109,6 +106,13 @@ ARGUMENTS_NOT_BUILT: dict[str, str] = {
 
 TOKENIZERS_NOT_BUILT = ("MultimodalTokenizer", "SFTTokenizer")
 
+ARGUMENTS_OF_FAMILIES: dict[str, tuple[str, ...]] = {
+    "bert_binary_head": ("bert",),
+    "mask_prob": ("bert",),
+    "short_seq_prob": ("bert",),
+}
+"""Arguments that only the programs of some model families read; others refuse them."""
+
 VALUES_NOT_BUILT: dict[str, tuple[Used, str]] = {
     "position_embedding_type": (lambda value: value in ("relative", "mrope"), "this kind of positions"),
     "cross_entropy_fusion_impl": (lambda value: value == "te", "Transformer Engine's loss"),
@@ -161,8 +165,18 @@ def refuse_capabilities_not_built(args: argparse.Namespace) -> None:
         for dest, (used, capability) in WHEN_GIVEN_NOT_BUILT.items()
         if hasattr(args, dest) and was_given(args, dest) and used(getattr(args, dest))
     ]
+    found += _of_other_families(args)
     if found:
         raise ConfigurationError("\n".join(["these settings cannot be used yet; leave them out:", *found]))
+
+
+def _of_other_families(args: argparse.Namespace) -> list[str]:
+    family = getattr(args, "model_family", None) or "gpt"
+    return [
+        f"  {all_flags()[dest].names[0]}: only {' and '.join(f'pretrain_{name}.py' for name in families)} reads it"
+        for dest, families in ARGUMENTS_OF_FAMILIES.items()
+        if family not in families and getattr(args, dest, all_flags()[dest].default) != all_flags()[dest].default
+    ]
 
 
 def _refusal(dest: str, value: Any, capability: str) -> str:

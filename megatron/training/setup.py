@@ -189,6 +189,8 @@ def _iterate(dataset: Any, consumed_samples: int) -> Iterator[Any] | None:
         return None
     if args.dataloader_type == "external":
         return RememberingIterator(iter(dataset))
+    if not len(dataset):  # of a split that the run does not use
+        return None
     loader = build_pretraining_data_loader(
         dataset,
         consumed_samples,

@@ -15,6 +15,7 @@ from megatron.training.config.flags import in_terms_of_flags
 from megatron.training.rules.batch import BATCH_RULES, TRAINING_LENGTH_RULES
 from megatron.training.rules.checkpoint import CHECKPOINT_RULES, CHECKPOINT_SOURCE_RULES
 from megatron.training.rules.data import DATA_RULES
+from megatron.training.rules.family import FAMILY_RULES
 from megatron.training.rules.layout import LAYOUT_RULES, PIPELINE_CHUNK_RULES
 from megatron.training.rules.model import MODEL_RULES
 from megatron.training.rules.nearest import suggestions, variant
@@ -31,6 +32,7 @@ Rule = Callable[[argparse.Namespace], None]
 RULES: tuple[Rule, ...] = (
     *REPLACED_RULES,
     refuse_capabilities_not_built,
+    *FAMILY_RULES,
     *CHECKPOINT_SOURCE_RULES,
     *CHECKPOINT_RULES,
     *LAYOUT_RULES,
