@@ -37,7 +37,6 @@ FIELDS_NOT_BUILT: dict[str, str] = {
     "symmetric_ar_type": "the inference engine",
     "use_precision_aware_optimizer": "low-precision optimizer states",
     "optimizer_cpu_offload": "the offloaded optimizer",
-    "num_distributed_optimizer_instances": "several distributed optimizer instances",
     "use_custom_fsdp": "fully sharded data parallelism",
     "data_parallel_sharding_strategy": "fully sharded data parallelism",
     "fsdp_double_buffer": "fully sharded data parallelism",

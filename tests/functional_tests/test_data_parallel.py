@@ -43,6 +43,7 @@ OPTIONS: dict[str, tuple[str, int, str]] = {
     ),
     "bf16-gather-late": ("bf16", 2, OVERLAPPED),
     "per-token-gather-late": ("per-token", 2, OVERLAPPED),
+    "instances": ("fp32", 4, f"{OVERLAPPED} --num-distributed-optimizer-instances 2"),
 }
 
 
@@ -81,6 +82,7 @@ RESUMED = {
     "gather-late": (2, OVERLAPPED, "torch_dist"),
     "gather-late-bf16-torch": (2, f"{OVERLAPPED} --bf16", "torch"),
     "gather-late-pp2": (4, f"{OVERLAPPED} --pipeline-model-parallel-size 2", "torch_dist"),
+    "instances": (4, f"{OVERLAPPED} --num-distributed-optimizer-instances 2", "torch"),
     "reduce-early-bf16-grads": (2, f"{BUCKETS} --bf16 --grad-reduce-in-bf16", "torch_dist"),
 }
 

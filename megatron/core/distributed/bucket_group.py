@@ -122,6 +122,7 @@ class _ParamAndGradBucketGroup:
             return
         with _side_stream():
             _wait(self._reducing)
+            self._reducing = []  # gloo writes the result of a reduce-scatter when it is waited for, each time
             for bucket in self.buckets:
                 part = bucket.shard(bucket.grad_data, self.group)
                 self._across.append(start_all_reduce(part, instances, self._operation, "gradients across instances"))

@@ -234,7 +234,7 @@ class DistributedOptimizer(MixedPrecisionOptimizer):
         self.init_state_fn(self.optimizer)
         state_dict: dict[str, Any] = self.state_dict()
         if sharding_type != "fully_sharded_model_space":
-            replica = get_pg_rank(self.data_parallel_group)
+            replica = (self.distributed_optimizer_instance_id, get_pg_rank(self.data_parallel_group))
             state_dict = {
                 name: ShardedObject(self.checkpoint_key(name), value, (1,), (0,), replica_id=replica)
                 for name, value in state_dict.items()
@@ -282,8 +282,9 @@ class DistributedOptimizer(MixedPrecisionOptimizer):
         return checkpoint.shard_as_object(self, is_loading)
 
     def get_parameter_state_dp_zero(self) -> dict[Any, Any] | None:
-        """The content of `distrib_optim.pt`, gathered to the first data-parallel rank; None on the others."""
-        return checkpoint.gather_buffers(self)
+        """The content of `distrib_optim.pt`, gathered to the first rank of the first instance; None on the others."""
+        state = checkpoint.gather_buffers(self)
+        return state if self.distributed_optimizer_instance_id == 0 else None
 
     def load_parameter_state_from_dp_zero(
         self, state_dict: dict[Any, Any] | None, *, update_legacy_format: bool = False

@@ -232,7 +232,8 @@ def shard_as_object(optimizer: DistributedOptimizer, is_loading: bool) -> Sharde
     """`gather_buffers` as an object of the first data-parallel rank; the others neither write nor read."""
     state = None if is_loading else gather_buffers(optimizer)
     if get_pg_rank(optimizer.data_parallel_group) == 0:
-        return ShardedObject(optimizer.checkpoint_key("param_state"), state, (1,), (0,))
+        replica = optimizer.distributed_optimizer_instance_id
+        return ShardedObject(optimizer.checkpoint_key("param_state"), state, (1,), (0,), replica_id=replica)
     return LocalNonpersistentObject(None)
 
 
@@ -240,13 +241,16 @@ def shard_in_bucket_space(optimizer: DistributedOptimizer) -> dict[Any, Any]:
     """`own_ranges` as shards of the padded buckets."""
     group = optimizer.data_parallel_group
     place = (0, get_pg_rank(group), get_pg_size(group))
+    replica = optimizer.distributed_optimizer_instance_id
     sharded: dict[Any, Any] = {}
     for b, by_types in own_ranges(optimizer).items():
         for dtypes, buckets in by_types.items():
             prefix = optimizer.checkpoint_key(f"gbuf_idx_{b}.dtype_{dtypes}")
             sharded.setdefault(b, {})[dtypes] = [
                 {
-                    name: ShardedTensor.from_rank_offsets(f"{prefix}.bucket_idx_{j}.{name}", tensor, place)
+                    name: ShardedTensor.from_rank_offsets(
+                        f"{prefix}.bucket_idx_{j}.{name}", tensor, place, replica_id=replica
+                    )
                     for name, tensor in own.items()
                 }
                 for j, own in enumerate(buckets)

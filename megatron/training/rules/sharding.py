@@ -36,6 +36,25 @@ def require_overlap_param_gather_fits(args: argparse.Namespace) -> None:
         )
 
 
+def require_instances_fit(args: argparse.Namespace) -> None:
+    """Each instance of the sharded state spans an equal part of the replicas."""
+    count = args.num_distributed_optimizer_instances
+    refuse_unless(count >= 1, f"--num-distributed-optimizer-instances ({count}) must be at least 1")
+    if count == 1:
+        return
+    refuse_unless(
+        args.use_distributed_optimizer,
+        f"--num-distributed-optimizer-instances {count} needs --use-distributed-optimizer, whose state it copies",
+    )
+    replicas = args.data_parallel_size * args.context_parallel_size
+    fitting = [n for n in range(1, replicas + 1) if replicas % n == 0]
+    refuse_unless(
+        replicas % count == 0,
+        f"--num-distributed-optimizer-instances {count} must divide the {replicas} data x context parallel ranks: "
+        f"use one of {', '.join(map(str, fitting))}",
+    )
+
+
 def require_torch_fsdp_fits(args: argparse.Namespace) -> None:
     """torch's FSDP2 shards whole layers; nothing else may shard weights or read gradients before it."""
     if not args.use_torch_fsdp2:
@@ -126,6 +145,7 @@ def require_delayed_wgrad_fits(args: argparse.Namespace) -> None:
 SHARDING_RULES = (
     imply_overlap_of_sharding,
     require_overlap_param_gather_fits,
+    require_instances_fit,
     require_torch_fsdp_fits,
     require_custom_fsdp_fits,
     require_fp8_gather_fits,

@@ -465,6 +465,16 @@ UNBUILT: list[tuple[Any, dict[str, Any], str]] = [
         "must be divisible by 8, twice --context-parallel-size",
     ),
     (
+        sharding.require_instances_fit,
+        {"num_distributed_optimizer_instances": 2},
+        "needs --use-distributed-optimizer",
+    ),
+    (
+        sharding.require_instances_fit,
+        {"num_distributed_optimizer_instances": 4, "use_distributed_optimizer": True, "data_parallel_size": 6},
+        "must divide the 6 data x context parallel ranks: use one of 1, 2, 3, 6",
+    ),
+    (
         sharding.require_overlap_param_gather_fits,
         {"overlap_param_gather": True},
         "needs --use-distributed-optimizer and --overlap-grad-reduce",
