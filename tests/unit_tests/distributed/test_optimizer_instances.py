@@ -76,7 +76,7 @@ def check_training(overlap: bool, dtype: torch.dtype) -> None:
         train(chunk, optimizer, range(4))
         results.append((chunk.state_dict(), optimizer.get_grad_norm(), shard))
     one, *others = results
-    for weights, norm, shard in others:
+    for weights, norm, _ in others:
         torch.testing.assert_close(weights, one[0], rtol=1e-5, atol=1e-6)
         assert norm == pytest.approx(one[1], rel=1e-5)
     assert others[-1][2] == sum(w.numel() for w in one[0].values())  # instances of one rank: not sharded at all
