@@ -70,6 +70,10 @@ class ModelParallelConfig:
     param_sync_func: Callable[..., Any] | None = None
     """Starts the asynchronous gathering of a chunk's weights."""
 
+    pipeline_recorder: Callable[..., Any] | None = None
+    """Called as (step, start, end) with each step of a pipeline schedule that this rank has run;
+    `time.perf_counter`."""
+
     # --- reproducibility ---
     deterministic_mode: bool = False
     """Use only kernels whose results are bitwise reproducible."""
@@ -145,6 +149,9 @@ class ModelParallelConfig:
     """Older way to give the first stage of the decoder in an encoder-decoder pipeline; no effect."""
     overlap_p2p_comm_warmup_flush: bool = False
     """Overlap stage traffic in the warmup and drain phases too."""
+    pipeline_schedule: Literal["auto", "gpipe", "1f1b", "interleaved", "zb-h1", "zb-v"] = "auto"
+    """Order of work in a pipeline: auto is 1f1b, interleaved with several model chunks; zb-h1 and zb-v (two chunks)
+    fill idle time with weight gradients, computed apart from input gradients."""
     microbatch_group_size_per_vp_stage: int | None = None
     """Microbatches that run on one chunk before the next chunk's turn; unset is the number of stages."""
     delay_wgrad_compute: bool = False
@@ -175,6 +182,7 @@ class ModelParallelConfig:
             derive_autocast_dtype,
             derive_microbatch_group_size,
             require_pipeline_dtype,
+            require_schedule_fits_chunks,
             require_deferral_fits,
             require_sequence_parallel_for_experts,
             require_overlap_for_warmup_flush,
@@ -233,6 +241,21 @@ def require_pipeline_dtype(config: ModelParallelConfig) -> None:
             config.pipeline_dtype is not None,
             f"{shown(config, 'pipeline_model_parallel_size')} needs pipeline_dtype, which stages receive",
         )
+
+
+def require_schedule_fits_chunks(config: ModelParallelConfig) -> None:
+    """A schedule is made for one model chunk on each rank, for two, or for any number."""
+    name, chunks = config.pipeline_schedule, config.virtual_pipeline_model_parallel_size or 1
+    if name == "auto":
+        return
+    require(
+        config.pipeline_model_parallel_size > 1,
+        f"{shown(config, 'pipeline_schedule')} needs pipeline_model_parallel_size of at least 2",
+    )
+    fits = {"interleaved": chunks > 1, "zb-v": chunks == 2}.get(name, chunks == 1)
+    wanted = {"interleaved": "at least 2", "zb-v": "2"}.get(name, "unset")
+    found = shown(config, "pipeline_schedule", "virtual_pipeline_model_parallel_size")
+    require(fits, f"{found}: this schedule needs virtual_pipeline_model_parallel_size to be {wanted}")
 
 
 def require_deferral_fits(config: ModelParallelConfig) -> None:

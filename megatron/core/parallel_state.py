@@ -9,6 +9,7 @@ from __future__ import annotations
 import datetime
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -33,6 +34,7 @@ from megatron.core.rank_grid import (
     group_plan,
     hierarchical_plan,
 )
+from megatron.core.stage_placement import Placement, PlacementShape
 
 __all__ = ["RankGenerator", "generate_masked_orthogonal_rank_groups"]
 
@@ -46,6 +48,7 @@ class _State:
     created: list[ProcessGroup] = field(default_factory=list)
     virtual_pipeline_size: int | None = None
     virtual_pipeline_rank: int | None = None
+    placement_shape: PlacementShape = "loop"
     overrides: dict[str, int] = field(default_factory=dict)
     """Ranks and sizes pretended by the `set_*` functions, for tools that run without processes."""
 
@@ -74,11 +77,15 @@ def initialize_model_parallel(
     get_position_embedding_ranks: Callable[[list[int], int | None], list[int]] | None = None,
     create_gloo_process_groups: bool = True,
     high_priority_stream_groups: list[str] | None = None,
+    virtual_pipeline_shape: PlacementShape = "loop",
 ) -> None:
     """Create every process group of the layout and make them the process-wide default.
 
     Collective over the whole world: all ranks call it with the same arguments. Ranks whose groups consist of
     the same members share one communicator.
+
+    Args:
+        virtual_pipeline_shape: how model chunks lie on the pipeline ranks, see `stage_placement.Placement`.
 
     Raises:
         RuntimeError: torch.distributed is not initialised, groups exist already, or the sizes do not fit the
@@ -111,7 +118,7 @@ def initialize_model_parallel(
         layout,
         expert_grid,
         num_distributed_optimizer_instances,
-        get_embedding_ranks or default_embedding_ranks,
+        get_embedding_ranks or partial(default_embedding_ranks, shape=virtual_pipeline_shape),
         get_position_embedding_ranks or default_position_embedding_ranks,
     )
     if hierarchical_context_parallel_sizes:
@@ -120,6 +127,7 @@ def initialize_model_parallel(
     _create_groups(plan, datetime.timedelta(minutes=distributed_timeout_minutes))
     _state.virtual_pipeline_size = virtual_pipeline_model_parallel_size
     _state.virtual_pipeline_rank = None if virtual_pipeline_model_parallel_size is None else 0
+    _state.placement_shape = virtual_pipeline_shape
 
 
 def _refuse_unbuilt(**values: object) -> None:
@@ -366,7 +374,7 @@ def get_pipeline_model_parallel_first_rank() -> int:
 
 
 def get_pipeline_model_parallel_last_rank() -> int:
-    """Global rank of the last stage of this pipeline."""
+    """Global rank of the last rank of this pipeline."""
     return group_ranks("pp")[-1]
 
 
@@ -477,22 +485,28 @@ def set_virtual_pipeline_model_parallel_rank(rank: int | None) -> None:
     _state.virtual_pipeline_rank = rank
 
 
-def is_pipeline_first_stage(ignore_virtual: bool = True, vp_stage: int | None = None) -> bool:
-    """Whether this rank holds the first stage (and, unless ignored, `vp_stage` is the first chunk)."""
+def stage_placement() -> Placement:
+    """Which pipeline rank holds which virtual stage."""
+    return Placement(_size("pp"), _state.virtual_pipeline_size or 1, _state.placement_shape)
+
+
+def _is_end_of_pipeline(stage: int, ignore_virtual: bool, vp_stage: int | None) -> bool:
+    holder = stage_placement().holder_of(stage)
     if not ignore_virtual and _state.virtual_pipeline_size is not None:
         chunk = _state.virtual_pipeline_rank if vp_stage is None else vp_stage
-        if chunk != 0:
+        if chunk != holder.chunk:
             return False
-    return _rank("pp") == 0
+    return _rank("pp") == holder.rank
+
+
+def is_pipeline_first_stage(ignore_virtual: bool = True, vp_stage: int | None = None) -> bool:
+    """Whether this rank holds the first stage (and, unless ignored, `vp_stage` is the chunk that does)."""
+    return _is_end_of_pipeline(0, ignore_virtual, vp_stage)
 
 
 def is_pipeline_last_stage(ignore_virtual: bool = True, vp_stage: int | None = None) -> bool:
-    """Whether this rank holds the last stage (and, unless ignored, `vp_stage` is the last chunk)."""
-    if not ignore_virtual and _state.virtual_pipeline_size is not None:
-        chunk = _state.virtual_pipeline_rank if vp_stage is None else vp_stage
-        if chunk != _state.virtual_pipeline_size - 1:
-            return False
-    return _rank("pp") == _size("pp") - 1
+    """Whether this rank holds the last stage (and, unless ignored, `vp_stage` is the chunk that does)."""
+    return _is_end_of_pipeline(stage_placement().num_stages - 1, ignore_virtual, vp_stage)
 
 
 def is_rank_in_embedding_group(ignore_virtual: bool = True, vp_stage: int | None = None) -> bool:

@@ -11,6 +11,8 @@ from math import prod
 
 import numpy as np
 
+from megatron.core.stage_placement import PlacementShape
+
 RankGroups = list[list[int]]
 
 
@@ -88,9 +90,12 @@ def generate_masked_orthogonal_rank_groups(
 # --- all groups of a layout ------------------------------------------------------------------------------------
 
 
-def default_embedding_ranks(pp_ranks: list[int], split_rank: int | None = None) -> list[int]:
-    """Ranks of one pipeline that hold the word embedding: the first stage and, tied, the last."""
-    return [pp_ranks[0]] if len(pp_ranks) == 1 else [pp_ranks[0], pp_ranks[-1]]
+def default_embedding_ranks(
+    pp_ranks: list[int], split_rank: int | None = None, shape: PlacementShape = "loop"
+) -> list[int]:
+    """Ranks of one pipeline that hold the word embedding: the first stage and, tied, the last; in a V, one holds
+    both."""
+    return [pp_ranks[0]] if len(pp_ranks) == 1 or shape == "v" else [pp_ranks[0], pp_ranks[-1]]
 
 
 def default_position_embedding_ranks(pp_ranks: list[int], split_rank: int | None = None) -> list[int]:

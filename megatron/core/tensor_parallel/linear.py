@@ -14,6 +14,7 @@ from torch.distributed import ProcessGroup
 from megatron.core.collectives import InFlight, all_reduce, start_all_gather, start_all_reduce, start_reduce_scatter
 from megatron.core.tensor_parallel.gemm import linear, matmul, weight_gradient
 from megatron.core.tensor_parallel.mappings import _gather_first_dim, gather_from_sequence_parallel_region
+from megatron.core.tensor_parallel.weight_grad_queue import PostponedProduct, active_queue
 from megatron.core.utils import get_pg_size, get_tensor_model_parallel_group_if_none
 
 
@@ -42,6 +43,8 @@ class LinearWithGradAccumulationAndAsyncCommunication(torch.autograd.Function):
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         needs_dx, needs_dw, needs_db = ctx.needs_input_grad[:3]
+        if needs_dw and _postponed(ctx, grad_output, x):
+            needs_dw = False
         # x was not stored whole: it is fetched while dx is being computed, which is exchanged while dW is.
         whole_x = start_all_gather(x, ctx.group) if ctx.sequence_parallel and needs_dw else InFlight(x, None)
         dx = InFlight(grad_output, None)
@@ -53,6 +56,16 @@ class LinearWithGradAccumulationAndAsyncCommunication(torch.autograd.Function):
         if ctx.has_bias and needs_db:
             db = grad_output.reshape(-1, grad_output.size(-1)).sum(0)
         return dx.wait() if needs_dx else None, dw, db, None, None, None, None
+
+
+def _postponed(ctx: Any, grad_output: Tensor, x: Tensor) -> bool:
+    """Whether dW has been left to whoever splits backward."""
+    queue = active_queue()
+    if queue is None or not ctx.weight.is_leaf:
+        return False
+    group = ctx.group if ctx.sequence_parallel else None
+    queue.add(PostponedProduct(ctx.weight, grad_output, x, group, ctx.fused_accumulation))
+    return True
 
 
 def _start_exchange(dx: Tensor, ctx: Any) -> InFlight:

@@ -1,13 +1,15 @@
 """Which transformer layers a pipeline chunk holds: arithmetic only, no processes.
 
-L layers, P pipeline ranks, V virtual stages on each; chunk (p, v) is virtual stage v of rank p. Activations
-pass through (0, 0), (1, 0), ..., (P-1, 0), (0, 1), ... Layers are counted from 0 over the whole model.
+P pipeline ranks with V virtual stages (model chunks) on each; `stage_placement` says in which order activations pass
+through them. Layers are counted from 0 over the whole model.
 """
 
 from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+from megatron.core.stage_placement import Placement, PlacementShape
+from megatron.core.transformer.enums import LayerType
 from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import divide
@@ -20,22 +22,35 @@ class LayerRange(NamedTuple):
     num_layers: int
 
 
+def placement_of(config: TransformerConfig) -> Placement:
+    """Which rank holds which virtual stage."""
+    shape: PlacementShape = "v" if config.pipeline_schedule == "zb-v" else "loop"
+    return Placement(config.pipeline_model_parallel_size, config.virtual_pipeline_model_parallel_size or 1, shape)
+
+
 def layers_of_chunk(config: TransformerConfig, pp_rank: int, vp_stage: int | None = None) -> LayerRange:
     """The layers of virtual stage `vp_stage` on pipeline rank `pp_rank`.
 
     Raises:
         ValueError: the layers do not divide over the stages.
     """
-    stage = vp_stage or 0
+    counts = layers_of_stages(config)
+    stage = placement_of(config).stage_of(pp_rank, vp_stage or 0)
+    return LayerRange(sum(counts[:stage]), counts[stage])
+
+
+def layers_of_stages(config: TransformerConfig) -> list[int]:
+    """Number of layers of each virtual stage, in the order in which activations pass.
+
+    Raises:
+        ValueError: the layers do not divide over the stages.
+    """
     layout = layout_of(config)
     if layout is not None:
-        return LayerRange(
-            layout.get_layer_offset(vp_stage=stage, pp_rank=pp_rank),
-            layout.get_num_layers_to_build(vp_stage=stage, pp_rank=pp_rank),
-        )
+        return [stage.count(LayerType.decoder) for stage in layout.stages]
     if config.num_layers_in_first_pipeline_stage is None and config.num_layers_in_last_pipeline_stage is None:
-        return _even_chunk(config, pp_rank, stage)
-    return _uneven_chunk(config, pp_rank, stage)
+        return _equal_shares(config)
+    return _shares_of_uneven_ranks(config)
 
 
 def layout_of(config: TransformerConfig) -> PipelineParallelLayerLayout | None:
@@ -52,36 +67,30 @@ def layout_of(config: TransformerConfig) -> PipelineParallelLayerLayout | None:
     return layout
 
 
-def _even_chunk(config: TransformerConfig, pp_rank: int, vp_stage: int) -> LayerRange:
+def _equal_shares(config: TransformerConfig) -> list[int]:
     """Equal shares, where embedding and loss may each count as a layer that is taken from the first and last
-    chunk."""
+    stage."""
     embedding = int(config.account_for_embedding_in_pipeline_split)
     loss = int(config.account_for_loss_in_pipeline_split)
-    num_stages, num_virtual = (
-        config.pipeline_model_parallel_size,
-        config.virtual_pipeline_model_parallel_size or 1,
-    )
-    share = divide(divide(config.num_layers + embedding + loss, num_stages), num_virtual)
-    position = vp_stage * num_stages + pp_rank
-    is_first, is_last = position == 0, position == num_stages * num_virtual - 1
-    offset = position * share - (0 if is_first else embedding)
-    return LayerRange(offset, share - is_first * embedding - is_last * loss)
+    ranks, chunks = config.pipeline_model_parallel_size, config.virtual_pipeline_model_parallel_size or 1
+    counts = [divide(divide(config.num_layers + embedding + loss, ranks), chunks)] * (ranks * chunks)
+    counts[0] -= embedding
+    counts[-1] -= loss
+    return counts
 
 
-def _uneven_chunk(config: TransformerConfig, pp_rank: int, vp_stage: int) -> LayerRange:
-    """First and last ranks with a number of layers of their own, the others share the rest equally."""
-    num_stages, num_virtual = (
-        config.pipeline_model_parallel_size,
-        config.virtual_pipeline_model_parallel_size or 1,
-    )
+def _shares_of_uneven_ranks(config: TransformerConfig) -> list[int]:
+    """First and last ranks with a number of layers of their own, the others share the rest equally; each rank divides
+    its layers equally over its chunks."""
+    placement = placement_of(config)
     per_rank = layers_per_rank(
         config.num_layers,
-        num_stages,
+        placement.num_ranks,
         config.num_layers_in_first_pipeline_stage,
         config.num_layers_in_last_pipeline_stage,
     )
-    shares = [divide(layers, num_virtual) for layers in per_rank]
-    return LayerRange(vp_stage * sum(shares) + sum(shares[:pp_rank]), shares[pp_rank])
+    shares = [divide(layers, placement.num_chunks) for layers in per_rank]
+    return [shares[placement.holder_of(stage).rank] for stage in range(placement.num_stages)]
 
 
 def layers_per_rank(num_layers: int, num_stages: int, first: int | None, last: int | None) -> list[int]:

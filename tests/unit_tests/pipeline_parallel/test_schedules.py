@@ -16,7 +16,7 @@ from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.distributed.finalize_model_grads import finalize_model_grads
 from megatron.core.pipeline_parallel import get_forward_backward_func, schedules
-from megatron.core.pipeline_parallel.executor import custom_backward, deallocate_output_tensor
+from megatron.core.pipeline_parallel.microbatch import custom_backward, deallocate_output_tensor
 from megatron.core.pipeline_parallel.schedules import (
     forward_backward_no_pipelining,
     get_tensor_shapes,
@@ -353,9 +353,9 @@ def test_the_number_of_stages_chooses_the_schedule() -> None:
     assert all(run_ranks(2, chooses, 2, "forward_backward_pipelining_without_interleaving"))
 
 
-def test_several_chunks_are_refused() -> None:
+def test_each_chunk_needs_its_data() -> None:
     model = Stage(transformer_config())
-    with pytest.raises(NotImplementedError, match="2 model chunks: the interleaved schedule is not built yet"):
+    with pytest.raises(ValueError, match="1 data iterators for 2 model chunks"):
         forward_backward_no_pipelining(
             forward_step_func=forward_step, data_iterator=iter([]), model=[model, model], num_microbatches=1
         )

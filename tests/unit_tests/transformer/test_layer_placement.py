@@ -20,6 +20,7 @@ def config(num_layers: int, pp: int, vpp: int | None = None, **kwargs: object) -
         "account_for_embedding_in_pipeline_split": False,
         "account_for_loss_in_pipeline_split": False,
         "pipeline_model_parallel_layout": None,
+        "pipeline_schedule": "auto",
     }
     return SimpleNamespace(
         num_layers=num_layers,
