@@ -70,10 +70,6 @@ class ModelParallelConfig:
     param_sync_func: Callable[..., Any] | None = None
     """Starts the asynchronous gathering of a chunk's weights."""
 
-    pipeline_recorder: Callable[..., Any] | None = None
-    """Called as (step, start, end) with each step of a pipeline schedule that this rank has run;
-    `time.perf_counter`."""
-
     # --- reproducibility ---
     deterministic_mode: bool = False
     """Use only kernels whose results are bitwise reproducible."""

@@ -6,17 +6,6 @@ from dataclasses import MISSING, fields
 from typing import Any
 
 FIELDS_NOT_BUILT: dict[str, str] = {
-<<<<<<< HEAD
-    "virtual_pipeline_model_parallel_size": "the interleaved pipeline schedule",
-    "pipeline_model_parallel_layout": "pipeline layouts",
-    "overlap_p2p_comm": "overlapped pipeline traffic",
-    "overlap_p2p_comm_warmup_flush": "overlapped pipeline traffic",
-    "defer_embedding_wgrad_compute": "postponed embedding gradients",
-    "delay_wgrad_compute": "separate weight gradients",
-=======
-    "context_parallel_size": "context parallelism",
-    "hierarchical_context_parallel_sizes": "context parallelism",
->>>>>>> 28cdc27 (Make pipeline schedules data for any number of chunks: GPipe, interleaved, zero bubble; plan their times and transfers)
     "expert_model_parallel_size": "mixture of experts",
     "num_moe_experts": "mixture of experts",
     "multi_latent_attention": "multi-latent attention",

@@ -63,15 +63,10 @@ ARGUMENTS_NOT_BUILT: dict[str, str] = {
     "num_virtual_stages_per_pipeline_rank": "the interleaved pipeline schedule",
     "microbatch_group_size_per_vp_stage": "the interleaved pipeline schedule",
     "wgrad_deferral_limit": "postponed embedding gradients",
-<<<<<<< HEAD
-=======
     "defer_embedding_wgrad_compute": "postponed embedding gradients",
     "delay_wgrad_compute": "separate weight gradients",
     "pipeline_model_parallel_layout": "pipeline layouts",
     "overlap_p2p_comm_warmup_flush": "overlapped pipeline traffic",
-    "align_grad_reduce": "overlapped gradient reduction",
-    "align_param_gather": "overlapped parameter gathering",
->>>>>>> 28cdc27 (Make pipeline schedules data for any number of chunks: GPipe, interleaved, zero bubble; plan their times and transfers)
     "use_torch_fsdp2": "fully sharded data parallelism",
     "torch_fsdp2_reshard_after_forward": "fully sharded data parallelism",
     "gradient_reduce_div_fusion": "fully sharded data parallelism",

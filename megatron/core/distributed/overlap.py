@@ -19,6 +19,7 @@ from torch.nn import Parameter
 from torch.utils.hooks import RemovableHandle
 
 from megatron.core.distributed.bucket_group import Weights, _ParamAndGradBucketGroup
+from megatron.core.tensor_parallel.weight_grad_queue import num_postponed_grads
 
 BucketGroups = Sequence[_ParamAndGradBucketGroup]
 
@@ -82,10 +83,12 @@ class GradReducer:
     def gradient_added(self, param: Parameter) -> None:
         """Note that a part of the gradient has been added to `main_grad`; launches what has become complete.
 
+        Where backward is split, all products that make up a weight's gradient are one part, added by the last.
+
         Raises:
             RuntimeError: the gradient is being reduced already, and would miss this part.
         """
-        if not (self.overlap and self.is_last_microbatch):
+        if not (self.overlap and self.is_last_microbatch) or num_postponed_grads(param):
             return
         group = self._group_of[param]
         self._parts[param] += 1

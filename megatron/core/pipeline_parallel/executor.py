@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from megatron.core import device, parallel_state
+from megatron.core.activity import activity, communicating
 from megatron.core.pipeline_parallel.grad_sync import GradientSync
 from megatron.core.pipeline_parallel.microbatch import (
     ForwardStepFunction,
@@ -25,6 +25,14 @@ from megatron.core.pipeline_parallel.transfers import target_of
 from megatron.core.stage_placement import Placement
 from megatron.core.tensor_parallel.weight_grad_queue import WeightGradQueue, deferring_weight_grads
 from megatron.core.timers import timed
+
+ACTIVITIES = {
+    Kind.FORWARD: "forward",
+    Kind.BACKWARD: "backward",
+    Kind.INPUT_GRAD: "input gradient",
+    Kind.WEIGHT_GRAD: "weight gradient",
+}
+"""Under which name each computation is known to `activity`."""
 
 Key = tuple[int, int]
 """(Microbatch, chunk)."""
@@ -60,14 +68,10 @@ class StageExecutor:
 
     def run(self, steps: list[Step]) -> None:
         """All steps in order; gradient traffic of a chunk is held back until its last backward."""
-        record = self.config.pipeline_recorder
         with GradientSync(self.config, self.chunks, steps, self.rank) as sync:
             for step in steps:
                 sync.before(step)
-                start = time.perf_counter() if record is not None else 0.0
                 self._run_step(step)
-                if record is not None:
-                    record(step, start, time.perf_counter())
                 sync.after(step)
         assert not (self._in_flight or self._weight_grads), "a schedule ended before its work"
 
@@ -75,7 +79,8 @@ class StageExecutor:
         if isinstance(step, Compute):
             if len(self.chunks) > 1:
                 parallel_state.set_virtual_pipeline_model_parallel_rank(step.chunk)
-            self._compute(step)
+            with activity(ACTIVITIES[step.kind], microbatch=step.microbatch, chunk=step.chunk):
+                self._compute(step)
         elif isinstance(step, Post):
             self._post(step.transfers)
         else:
@@ -168,8 +173,14 @@ class StageExecutor:
 
     def _wait(self, transfers: tuple[Transfer, ...]) -> None:
         with timed(self.config, timer_name(transfers)):
-            for transfer in transfers:
-                self._finish(transfer, self._in_flight.pop(transfer).wait())
+            for t in transfers:
+                what = (
+                    f"{'activations' if t.direction is Direction.FORWARD else 'gradients'} of microbatch {t.microbatch}"
+                )
+                name = "send" if t.is_send else "receive"
+                with communicating(name, self.group, t.peer, of=what, microbatch=t.microbatch, chunk=t.chunk):
+                    tensor = self._in_flight.pop(t).wait()
+                self._finish(t, tensor)
             if self.config.batch_p2p_comm and self.config.batch_p2p_sync:
                 device.synchronize()
 

@@ -12,12 +12,13 @@ from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from megatron.core.collectives import start_all_gather
+from megatron.core.collectives import InFlight, start_all_gather
 from megatron.core.tensor_parallel.gemm import weight_gradient
 
 
@@ -57,30 +58,41 @@ class WeightGradQueue:
             product.weight._num_postponed_grads = 0  # type: ignore[attr-defined]
         self._products.clear()
 
-    @torch.no_grad()
     def run(self) -> None:
-        """Compute all products, add them to the gradients, and call the parameters' hooks as autograd would.
+        """Compute all products and add them to the gradients. What waits for a parameter's gradient learns of it as
+        from any backward.
 
         Communicates: all-gathers of x where layers have cut it (sequence parallelism), each in flight while the product
         before it is computed.
         """
-        gathering = None if not self._products else start_all_gather(self._products[0].x, self._products[0].group)
+        gathering = self._start_gathering()
         while self._products:
             product, arriving = self._products.popleft(), gathering
-            if self._products:
-                gathering = start_all_gather(self._products[0].x, self._products[0].group)
+            gathering = self._start_gathering()
             assert arriving is not None
-            _deliver(product, arriving.wait())
+            with torch.enable_grad():
+                root = _Product.apply(product.weight, product, arriving.wait())
+            root.backward()
+
+    def _start_gathering(self) -> InFlight | None:
+        if not self._products:
+            return None
+        return start_all_gather(self._products[0].x, self._products[0].group, what="input of a linear layer")
 
 
-def _deliver(product: PostponedProduct, x: Tensor) -> None:
-    weight = product.weight
-    grad = weight_gradient(weight, product.grad_output, x, product.accumulate)
-    if grad is not None:
-        weight.grad = grad if weight.grad is None else weight.grad.add_(grad)
-    weight._num_postponed_grads = num_postponed_grads(weight) - 1  # type: ignore[attr-defined]
-    for hook in (weight._post_accumulate_grad_hooks or {}).values():
-        hook(weight)
+class _Product(torch.autograd.Function):
+    """Nothing, whose backward gives the weight its gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, product: PostponedProduct, x: Tensor) -> Tensor:
+        ctx.product, ctx.x = product, x
+        return weight.new_zeros(())
+
+    @staticmethod
+    def backward(ctx: Any, _: Tensor) -> tuple[Tensor | None, None, None]:
+        weight = ctx.product.weight
+        weight._num_postponed_grads = num_postponed_grads(weight) - 1
+        return weight_gradient(weight, ctx.product.grad_output, ctx.x, ctx.product.accumulate), None, None
 
 
 def num_postponed_grads(param: Tensor) -> int:

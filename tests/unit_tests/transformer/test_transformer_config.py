@@ -38,7 +38,6 @@ FACTS = list(
 )
 ADDED_FIELDS = {
     "pipeline_schedule",
-    "pipeline_recorder",
     "yarn_rotary_scaling_factor",
     "yarn_original_max_position_embeddings",
     "yarn_beta_fast",
