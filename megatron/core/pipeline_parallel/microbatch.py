@@ -7,10 +7,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from megatron.core import device
+from megatron.core.collectives import all_reduce
 from megatron.core.process_groups_config import default_process_groups
 from megatron.core.timers import timed
 from megatron.core.utils import get_attr_wrapped_model
@@ -122,7 +122,7 @@ def _tokens_of_samples(num_tokens: Tensor | int, config: Any) -> Tensor:
     total = torch.as_tensor(num_tokens)
     if config.context_parallel_size > 1:
         total = total.to(device.current_device(), torch.int64, copy=True)
-        dist.all_reduce(total, group=default_process_groups().cp)
+        all_reduce(total, group=default_process_groups().cp, what="token counts")
     return total.clamp(min=1)
 
 

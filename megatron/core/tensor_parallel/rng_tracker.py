@@ -151,13 +151,24 @@ def model_parallel_cuda_manual_seed(
     tracker.add(_EXPERT_PARALLEL_RNG_TRACKER_NAME, seed + 1024 + 100 * ep_rank + etp_rank)
 
 
+def mixed_seed(seed: int, *numbers: int) -> int:
+    """A seed of 63 bits for each tuple of numbers, all of whose bits depend on all of theirs (SplitMix64's finaliser:
+    Steele et al., OOPSLA 2014). torch's generator on a CPU looks at 32 bits of a seed only."""
+    for number in numbers:
+        seed = (seed + 0x9E3779B97F4A7C15 * (number + 1)) % 2**64
+        seed = (seed ^ seed >> 30) * 0xBF58476D1CE4E5B9 % 2**64
+        seed = (seed ^ seed >> 27) * 0x94D049BB133111EB % 2**64
+        seed ^= seed >> 31
+    return seed % 2**63
+
+
 @contextmanager
 def forked_stream(number: int) -> Iterator[None]:
     """Draw from a stream of its own for each `number` inside the block; outside, one number has been drawn, whatever
     happens inside. So ranks whose generators agree draw differently here and agree again afterwards."""
     seed = int(torch.randint(2**62, (), device=device.current_device()))
     outside = device.default_rng_state()
-    device.manual_seed((seed + number * 2**40) % 2**63)
+    device.manual_seed(mixed_seed(seed, number))
     try:
         yield
     finally:

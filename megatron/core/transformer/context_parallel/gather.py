@@ -14,7 +14,7 @@ from torch.distributed import ProcessGroup
 
 from megatron.core.collectives import all_gather_into_tensor, reduce_scatter_tensor
 from megatron.core.transformer.context_parallel.block_kernels import accumulation_type
-from megatron.core.transformer.context_parallel.ring import empty_results
+from megatron.core.transformer.context_parallel.ring import KEY_GRADIENTS, KEYS, empty_results
 from megatron.core.transformer.context_parallel.task import AttentionTask
 from megatron.core.transformer.context_parallel.token_order import inverse, order_of_tokens, reordered
 from megatron.core.utils import get_pg_size
@@ -26,7 +26,7 @@ def _whole(x: Tensor, task: AttentionTask, group: ProcessGroup | None) -> Tensor
     if size == 1:
         return x
     gathered = x.new_empty(size * x.size(0), *x.shape[1:])
-    all_gather_into_tensor(gathered, x.contiguous(), group=group)
+    all_gather_into_tensor(gathered, x.contiguous(), group=group, what=KEYS)
     return reordered(gathered, order_of_tokens(task.layout, tuple(range(size)), x.device))
 
 
@@ -38,7 +38,7 @@ def _own_sum(grad: Tensor, task: AttentionTask, group: ProcessGroup | None) -> T
     order = order_of_tokens(task.layout, tuple(range(size)), grad.device)
     by_rank = reordered(grad, inverse(order)).contiguous()
     own = grad.new_empty(grad.size(0) // size, *grad.shape[1:])
-    reduce_scatter_tensor(own, by_rank, group=group)
+    reduce_scatter_tensor(own, by_rank, group=group, what=KEY_GRADIENTS)
     return own
 
 

@@ -68,7 +68,7 @@ class HeadExchange:
     def _whole_rows(self, mask: Tensor) -> Tensor:
         rows = mask.permute(2, 0, 1, 3).contiguous().view(torch.uint8)  # [n, b, a, s]
         gathered = rows.new_empty(get_pg_size(self.group) * rows.size(0), *rows.shape[1:])
-        all_gather_into_tensor(gathered, rows, group=self.group)
+        all_gather_into_tensor(gathered, rows, group=self.group, what="attention masks")
         return self._in_order(gathered).view(torch.bool).permute(1, 2, 0, 3)
 
     def _in_order(self, x: Tensor) -> Tensor:

@@ -15,31 +15,36 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from megatron.core.activity import communicating
 from megatron.core.transformer.context_parallel.block_kernels import accumulation_type
 from megatron.core.transformer.context_parallel.task import AttentionTask
 from megatron.core.utils import get_pg_rank, get_pg_size
+
+KEYS, KEY_GRADIENTS = "keys and values", "gradients of keys and values"
 
 
 class _Hop:
     """Tensors on their way to the next rank, and those of the previous rank on their way here."""
 
-    def __init__(self, tensors: Sequence[Tensor], group: ProcessGroup | None) -> None:
+    def __init__(self, tensors: Sequence[Tensor], group: ProcessGroup | None, what: str) -> None:
         assert group is not None
         rank, size = group.rank(), group.size()
+        self.group, self.what, self.source = group, what, (rank - 1) % size
         self.shapes = [t.shape for t in tensors]
         self.outgoing = torch.cat([t.reshape(-1) for t in tensors])  # one message; kept until it has left
         self.incoming = torch.empty_like(self.outgoing)
         self.works = dist.batch_isend_irecv(
             [
                 dist.P2POp(dist.isend, self.outgoing, group=group, group_peer=(rank + 1) % size),
-                dist.P2POp(dist.irecv, self.incoming, group=group, group_peer=(rank - 1) % size),
+                dist.P2POp(dist.irecv, self.incoming, group=group, group_peer=self.source),
             ]
         )
 
     def arrived(self) -> list[Tensor]:
         """What the previous rank sent."""
-        for work in self.works:
-            work.wait()
+        with communicating("exchange", self.group, peer=self.source, of=self.what):
+            for work in self.works:
+                work.wait()
         parts = self.incoming.split([shape.numel() for shape in self.shapes])
         return [part.view(shape) for part, shape in zip(parts, self.shapes)]
 
@@ -58,7 +63,7 @@ class RingAttention(torch.autograd.Function):
         ctx.saved = []
         here: list[Tensor] = [k, v]
         for step in range(size):
-            hop = _Hop(here, group) if step < size - 1 else None
+            hop = _Hop(here, group, KEYS) if step < size - 1 else None
             ctx.saved.append(task.forward(q, here[0], here[1], (rank - step) % size, out, lse))
             if hop is not None:
                 here = hop.arrived()
@@ -76,13 +81,13 @@ class RingAttention(torch.autograd.Function):
         here: list[Tensor] = [k, v]
         sums: _Hop | None = None
         for step in range(size):
-            hop = _Hop(here, group) if step < size - 1 else None
+            hop = _Hop(here, group, KEYS) if step < size - 1 else None
             grads = task.backward(grad, q, here[0], here[1], (rank - step) % size, out, lse, ctx.saved[step], dq)
             if sums is not None:  # what earlier ranks found for these keys has come behind them
                 for total, part in zip(grads, sums.arrived()):
                     total += part
             if size > 1:
-                sums = _Hop(grads, group)
+                sums = _Hop(grads, group, KEY_GRADIENTS)
             if hop is not None:
                 here = hop.arrived()
         dk, dv = sums.arrived() if sums is not None else grads

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron.core.tensor_parallel.rng_tracker import mixed_seed
 from megatron.core.transformer.context_parallel.block_kernels import (
     BlockKernel,
     WrittenOutKernel,
@@ -122,8 +123,8 @@ class AttentionTask:
             if fused is not None:
                 return fused
         hidden = None if self.hidden is None else self._hidden_in(rows, row, block, key_rank)
-        seed = self.dropout_seed + (0 if key_rank is None else key_rank + 1) * 2**32 + number
-        return WrittenOutKernel(self.scale, block, self.window, hidden, self.dropout_p, seed % 2**63)
+        seed = mixed_seed(self.dropout_seed, -1 if key_rank is None else key_rank, number)
+        return WrittenOutKernel(self.scale, block, self.window, hidden, self.dropout_p, seed)
 
     def _hidden_in(self, rows: slice, row: int, block: Block, key_rank: int | None) -> Tensor:
         """[b or 1, a or 1, n or 1, m], the mask of one block."""
