@@ -90,10 +90,45 @@ def check_all(size: int, way: str, dtype: torch.dtype, all_groups: list[int]) ->
     return found
 
 
+def deviations(size: int, way: str, dtype: torch.dtype, groups: list[int]) -> dict[str, Errors]:
+    """Over the tokens of all ranks."""
+    by_rank = run_ranks(size, check_all, size, way, dtype, groups)
+    return {
+        name: {what: sum(found[name][what] ** 2 for found in by_rank) ** 0.5 for what in errors}
+        for name, errors in by_rank[0].items()
+    }
+
+
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("size", [2, 4])
 def test_equals_one_process(size: int, way: str) -> None:
     for groups in ([4, 1, 2], [1, 2, 4]):  # fewer groups than ranks among them
-        for rank, found in enumerate(run_ranks(size, check_all, size, way, torch.float32, groups)):
-            for name, errors in found.items():
-                assert max(errors.values()) < 1e-5, (rank, name, errors)
+        for name, errors in deviations(size, way, torch.float32, groups).items():
+            assert max(errors.values()) < 1e-5, (name, errors)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_bf16_rounds_as_often_as_one_process(way: str) -> None:
+    """Rounded to half a unit, 2**-9, are probabilities, score gradients, a block's result and the result; sums over
+    blocks and ranks are fp32, so that more ranks add nothing."""
+    for name, errors in deviations(4, way, torch.bfloat16, [2, 4, 1]).items():
+        assert max(errors.values()) < 4 * 2**-9, (name, errors)
+
+
+def check_empty_rank(way: str) -> None:
+    """The first rank's queries see nothing: their context and gradient are zero, not nan."""
+    start(2, way)
+    case = cases()["rows that see nothing"]
+    q, k, v = (torch.randn(S // 2, B, A, D, requires_grad=True) for _ in range(3))
+    assert case.mask is not None
+    context = core_of(case, way, "auto")(q, k, v, case.mask[:, :, own_tokens(case)[:, 0]], case.mask_type)
+    context.sum().backward()
+    assert all(bool(x.grad.isfinite().all()) for x in (q, k, v))
+    if dist.get_rank() == 0:
+        assert not context.any() and not q.grad.any()
+        assert k.grad.any() and v.grad.any()  # others see its keys
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_rank_that_sees_nothing(way: str) -> None:
+    run_ranks(2, check_empty_rank, way)
