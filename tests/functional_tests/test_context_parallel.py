@@ -5,6 +5,8 @@ Documents end anywhere, so that ranks and micro-batches have unlike many tokens 
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -51,15 +53,32 @@ def rows(tmp_path: Path, data: str, world_size: int, flags: str) -> list[dict[st
     return metrics(path)
 
 
-@pytest.fixture(scope="module", params=list(MODELS))
-def reference(request: pytest.FixtureRequest, documents: str, tmp_path_factory: pytest.TempPathFactory) -> tuple:
-    flags = MODELS[request.param]
-    return flags, rows(tmp_path_factory.mktemp("reference"), documents, 1, flags)
+FAST = [
+    ("documents", "cp2"),
+    ("documents", "cp4-every-way"),
+    ("documents", "tp2-sp-cp2-pp2"),
+    ("per-token", "cp2-dp2-distopt-recompute"),
+    ("per-token", "cp4-every-way"),
+    ("mask", "cp4-every-way"),
+]
+COMBINATIONS = [
+    pytest.param(model, layout, marks=[] if (model, layout) in FAST else [pytest.mark.slow])
+    for model in MODELS
+    for layout in LAYOUTS
+]
 
 
-@pytest.mark.parametrize("layout", list(LAYOUTS))
-def test_losses_equal_one_process(layout: str, reference: tuple, documents: str, tmp_path: Path) -> None:
-    flags, expected = reference
+@pytest.fixture(scope="module")
+def one_process(documents: str, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], list[dict[str, Any]]]:
+    """The rows of a model on one process, each model run once."""
+    return functools.cache(lambda model: rows(tmp_path_factory.mktemp("one"), documents, 1, MODELS[model]))
+
+
+@pytest.mark.parametrize(("model", "layout"), COMBINATIONS)
+def test_losses_equal_one_process(
+    model: str, layout: str, one_process: Callable[[str], list[dict[str, Any]]], documents: str, tmp_path: Path
+) -> None:
+    flags, expected = MODELS[model], one_process(model)
     world_size, parallel = LAYOUTS[layout]
     found = rows(tmp_path, documents, world_size, f"{flags} {parallel}")
     assert [row.keys() for row in found] == [row.keys() for row in expected]

@@ -18,11 +18,6 @@ LAYOUTS = {
     "tp2-sp": (2, "--tensor-model-parallel-size 2 --sequence-parallel"),
     "pp2": (2, "--pipeline-model-parallel-size 2"),
     "pp4": (4, "--pipeline-model-parallel-size 4"),
-    "cp2": (2, "--context-parallel-size 2"),
-    "tp2-sp-cp2-pp2": (
-        8,
-        "--tensor-model-parallel-size 2 --sequence-parallel --context-parallel-size 2 --pipeline-model-parallel-size 2",
-    ),
     "dp2": (2, ""),
     "dp2-distopt": (2, "--use-distributed-optimizer"),
     "tp2-pp2": (4, "--tensor-model-parallel-size 2 --pipeline-model-parallel-size 2"),

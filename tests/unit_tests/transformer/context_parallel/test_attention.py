@@ -102,9 +102,9 @@ def deviations(size: int, way: str, dtype: torch.dtype, groups: list[int]) -> di
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("size", [2, 4])
 def test_equals_one_process(size: int, way: str) -> None:
-    for groups in ([4, 1, 2], [1, 2, 4]):  # fewer groups than ranks among them
-        for name, errors in deviations(size, way, torch.float32, groups).items():
-            assert max(errors.values()) < 1e-5, (name, errors)
+    groups = [4, 1, 2] if size == 2 else [1, 2, 4]  # fewer groups than ranks among them
+    for name, errors in deviations(size, way, torch.float32, groups).items():
+        assert max(errors.values()) < 1e-5, (name, errors)
 
 
 @pytest.mark.parametrize("way", WAYS)
