@@ -34,7 +34,8 @@ class ModelParallelConfig:
     context_parallel_size: int = 1
     """Ranks that split the sequence of one sample."""
     hierarchical_context_parallel_sizes: list[int] | None = None
-    """Sizes of the nested context parallel groups; their product is the context parallel size."""
+    """Sizes of the nested context parallel groups of a2a+p2p: ranks that exchange heads, then ranks of the ring; their
+    product is the context parallel size."""
     expert_model_parallel_size: int = 1
     """Ranks that split the experts of a mixture-of-experts layer."""
     expert_tensor_parallel_size: int | None = None
