@@ -254,8 +254,8 @@ class TransformerConfig(ModelParallelConfig):
 
     # --- context parallelism ---
     cp_comm_type: str | list[str] | None = None
-    """How context parallel ranks meet each other's keys, for all layers or for each: p2p (a ring; the default), all_gather,
-    a2a (heads for tokens) or a2a+p2p (both, in nested groups)."""
+    """How context parallel ranks meet each other's keys, for all layers or for each: p2p (a ring, the default),
+    all_gather, a2a (heads for tokens) or a2a+p2p (both, in nested groups)."""
 
     # --- CUDA graphs ---
     enable_cuda_graph: bool = False
