@@ -90,6 +90,8 @@ class ModelParallelConfig:
     """Add weight gradients to the gradient buffer inside the matrix product, where a kernel for it exists."""
     async_tensor_model_parallel_allreduce: bool = False
     """No effect: the input gradient's all-reduce is always overlapped with the weight gradient."""
+    torch_compile: bool = False
+    """Compile what stands between matrix products and communication (torch.compile), once for all layers."""
     use_te_rng_tracker: bool = False
     """Keep random states the way Transformer Engine's CUDA graphs want them."""
     tp_comm_overlap: bool = False

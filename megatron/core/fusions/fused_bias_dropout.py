@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 from torch import Tensor
 
+from megatron.core.fusions.compiled import bias_dropout_add, region
 from megatron.core.fusions.dropout import dropout
 
 BiasDropoutAdd = Callable[[tuple[Tensor, Tensor | None], Tensor, float], Tensor]
@@ -26,10 +28,7 @@ def _bias_dropout_add(
 def bias_dropout_add_unfused(training: bool) -> BiasDropoutAdd:
     """The function (x_with_bias, residual, prob) -> residual + dropout(x + bias)."""
 
-    def bias_dropout_add(x_with_bias: tuple[Tensor, Tensor | None], residual: Tensor, prob: float) -> Tensor:
-        return _bias_dropout_add(x_with_bias, residual, prob, training)
-
-    return bias_dropout_add
+    return partial(_bias_dropout_add, training=training)
 
 
 def bias_dropout_add_fused_train(x_with_bias: tuple[Tensor, Tensor | None], residual: Tensor, prob: float) -> Tensor:
@@ -42,6 +41,18 @@ def bias_dropout_add_fused_inference(
 ) -> Tensor:
     """residual + x + bias: dropout is off."""
     return _bias_dropout_add(x_with_bias, residual, prob, False)
+
+
+def _bias_dropout_add_compiled(
+    x_with_bias: tuple[Tensor, Tensor | None], residual: Tensor, prob: float, training: bool
+) -> Tensor:
+    x, bias = x_with_bias
+    return region(bias_dropout_add)(x, bias, residual, prob, training)
+
+
+def get_compiled_bias_dropout_add(training: bool, fused: bool) -> BiasDropoutAdd:
+    """As `get_bias_dropout_add`, by a function that `torch.compile` makes."""
+    return partial(_bias_dropout_add_compiled, training=training)
 
 
 def get_bias_dropout_add(training: bool, fused: bool) -> BiasDropoutAdd:

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from megatron.core import device
+from megatron.core.fusions import compiled
+from megatron.core.fusions.compiled import region
 from megatron.core.fusions.fused_rms_norm import rms_norm
 from megatron.core.tensor_parallel.initialization import register_parameter_init
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -66,6 +68,10 @@ class FusedLayerNorm(nn.Module):
         return param
 
     def forward(self, input: Tensor) -> Tensor:
+        if self.config.torch_compile:
+            if self.bias is None:
+                return region(compiled.rms_norm)(input, self.weight, self.eps, self.zero_centered_gamma)
+            return region(compiled.layer_norm)(input, self.weight, self.bias, self.eps, self.zero_centered_gamma)
         if self.bias is None:
             output = rms_norm(input, self.weight, self.eps, self.zero_centered_gamma)
         elif input.dtype == self.weight.dtype:

@@ -13,13 +13,15 @@ from torch.distributed import ProcessGroup
 from torch.nn.functional import gelu, silu
 
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict, ShardedTensor, ShardedTensorFactory
+from megatron.core.fusions import compiled
+from megatron.core.fusions.compiled import region
 from megatron.core.fusions.fused_bias_geglu import bias_geglu_impl
 from megatron.core.fusions.fused_bias_gelu import bias_gelu_impl
 from megatron.core.fusions.fused_bias_swiglu import bias_swiglu_impl
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.core.transformer.utils import sharded_state_dict_default
+from megatron.core.transformer.utils import gelu_impl, sharded_state_dict_default
 
 Activation = Callable[[Tensor, "Tensor | None"], Tensor]
 
@@ -129,6 +131,11 @@ def choose_activation(config: TransformerConfig) -> Activation:
     With `bias_activation_fusion` gelu is its tanh approximation; without it, `config.activation_func` as it
     is.
     """
+    if config.torch_compile:
+        function = config.activation_func
+        if config.bias_activation_fusion and function is gelu:
+            function = gelu_impl
+        return region(compiled.activation(function, config.gated_linear_unit))
     if config.bias_activation_fusion:
         fused = {
             (gelu, False): bias_gelu_impl,

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from megatron.core.fusions.compiled import region, rotate
 from megatron.core.fusions.fused_rotary import RotatePairs
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.context_parallel.packed import places_in_documents
@@ -52,6 +53,7 @@ def _rotate(t: Tensor, freqs: Tensor, config: TransformerConfig, mscale: float) 
         rotary_interleaved=config.rotary_interleaved,
         multi_latent_attention=config.multi_latent_attention,
         mscale=mscale,
+        compiled=config.torch_compile,
     )
 
 
@@ -61,6 +63,7 @@ def _apply_rotary_pos_emb_bshd(
     rotary_interleaved: bool = False,
     multi_latent_attention: bool = False,
     mscale: float = 1.0,
+    compiled: bool = False,
 ) -> Tensor:
     """t [s, b, a, d] rotated by angles [s, 1 or b, 1, r]; latent attention sorts even before odd channels
     first."""
@@ -68,6 +71,8 @@ def _apply_rotary_pos_emb_bshd(
     angles = freqs[..., 0::2] if rotary_interleaved else freqs[..., : width // 2]
     if multi_latent_attention:
         t = torch.cat((t[..., :width:2], t[..., 1:width:2], t[..., width:]), dim=-1)
+    if compiled:
+        return region(rotate)(t, angles, mscale, rotary_interleaved)
     return RotatePairs.apply(t, angles.cos() * mscale, angles.sin() * mscale, rotary_interleaved)
 
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 from megatron.core.dist_checkpointing.utils import apply_prefix_mapping
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add, get_compiled_bias_dropout_add
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection, has_default_process_groups
 from megatron.core.tensor_parallel.random import CheckpointWithoutOutput, checkpoint
@@ -91,20 +92,24 @@ class TransformerLayer(MegatronModule, BaseTransformerLayer):
 
         self.input_layernorm = self._norm(submodules.input_layernorm)
         self.self_attention = self._attention(submodules.self_attention, groups)
-        self.self_attn_bda = build_module(submodules.self_attn_bda)
+        self.self_attn_bda = self._bias_dropout_add(submodules.self_attn_bda)
         self.pre_cross_attn_layernorm = self._norm(submodules.pre_cross_attn_layernorm)
         self.cross_attention = self._attention(submodules.cross_attention, groups)
-        self.cross_attn_bda = build_module(submodules.cross_attn_bda)
+        self.cross_attn_bda = self._bias_dropout_add(submodules.cross_attn_bda)
         self.pre_mlp_layernorm = self._norm(submodules.pre_mlp_layernorm)
         takes_group = get_module(submodules.mlp) is MLP
         self.mlp = build_module(submodules.mlp, config=config, **({"tp_group": groups.tp} if takes_group else {}))
-        self.mlp_bda = build_module(submodules.mlp_bda)
+        self.mlp_bda = self._bias_dropout_add(submodules.mlp_bda)
         self.recompute_norms = recomputes(config, "layernorm")
         self.recompute_mlp = recomputes(config, "mlp")
 
     def _norm(self, spec: Part) -> nn.Module:
         config = self.config
         return build_module(spec, config=config, hidden_size=config.hidden_size, eps=config.layernorm_epsilon)
+
+    def _bias_dropout_add(self, spec: Part) -> Any:
+        compiles = self.config.torch_compile and spec is get_bias_dropout_add
+        return get_compiled_bias_dropout_add if compiles else build_module(spec)
 
     def _attention(self, spec: Part, groups: ProcessGroupCollection) -> nn.Module:
         cp_comm_type = self.config.cp_comm_type

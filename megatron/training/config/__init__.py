@@ -95,7 +95,7 @@ FLAG_GROUPS: tuple[FlagGroup, ...] = (
                 tp_comm_overlap tp_comm_overlap_ag tp_comm_overlap_rs tp_comm_overlap_rs_dgrad
                 tp_comm_bulk_dgrad tp_comm_bulk_wgrad tp_comm_split_ag tp_comm_split_rs
                 tp_comm_bootstrap_backend
-                cpu_offloading cpu_offloading_num_layers cpu_offloading_activations cpu_offloading_weights
+                torch_compile cpu_offloading cpu_offloading_num_layers cpu_offloading_activations cpu_offloading_weights
             """,
             DistributedDataParallelConfig: "check_for_nan_in_grad check_for_large_grads",
             OptimizerConfig: """

@@ -7,6 +7,7 @@ import importlib.util
 import os
 
 from megatron.core.device import device_type
+from megatron.core.fusions.compiled import why_not_compilable
 from megatron.training.settings import refuse_unless, was_given
 
 POSITIVE = (
@@ -47,6 +48,13 @@ def require_sensible_intervals(args: argparse.Namespace) -> None:
     for name in NOT_NEGATIVE:
         value = getattr(args, name)
         refuse_unless(value >= 0, f"--{name.replace('_', '-')} ({value}) must not be negative")
+
+
+def require_compiler(args: argparse.Namespace) -> None:
+    """A compiler that is missing is named now, not by each rank in its first step."""
+    if args.torch_compile:
+        missing = why_not_compilable(device_type(), os.environ)
+        refuse_unless(missing is None, f"--torch-compile needs {missing}; or leave --torch-compile out")
 
 
 def require_profile_window(args: argparse.Namespace) -> None:
@@ -98,6 +106,7 @@ RUNTIME_RULES = (
     choose_distributed_backend,
     require_positive_seed,
     require_sensible_intervals,
+    require_compiler,
     require_profile_window,
     require_named_wandb_run,
     derive_metrics_file,

@@ -39,6 +39,7 @@ ADDED_FLAGS = {
     "--config",
     "--metrics-jsonl",
     "--no-progress-bar",
+    "--torch-compile",
     "--cpu-offloading",
     "--cpu-offloading-num-layers",
     "--no-cpu-offloading-activations",

@@ -38,6 +38,7 @@ FACTS = list(
 )
 ADDED_FIELDS = {
     "pipeline_schedule",
+    "torch_compile",
     "yarn_rotary_scaling_factor",
     "yarn_original_max_position_embeddings",
     "yarn_beta_fast",

@@ -1,0 +1,175 @@
+"""Compiled regions: the same numbers as without, one compilation for all layers, a clear word where none is possible.
+
+Most tests trace and differentiate the regions as `torch.compile` does but leave out the C++ (backend aot_eager).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from megatron.core import parallel_state
+from megatron.core.device import device_type
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.fusions import compiled
+from megatron.core.fusions.compiled import why_not_compilable
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.training.settings import ConfigurationError
+from tests.unit_tests.training.settings_for_tests import validated
+from tests.worker_pool import run_ranks
+
+LENGTH, BATCH = 16, 2
+GPT2 = {"bias_activation_fusion": True, "bias_dropout_fusion": True}
+LLAMA = {
+    "normalization": "RMSNorm",
+    "gated_linear_unit": True,
+    "activation_func": torch.nn.functional.silu,
+    "add_bias_linear": False,
+    "num_query_groups": 2,
+    "qk_layernorm": True,
+    "layernorm_zero_centered_gamma": True,
+}
+SELECTIVE = {"recompute_granularity": "selective", "recompute_modules": ["core_attn", "layernorm", "mlp"]}
+FULL = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 2}
+
+
+def train(layout: dict[str, Any], **settings: Any) -> list[Tensor]:
+    """Losses of two microbatches and all gradients, in `main_grad` of the data parallel buffers."""
+    model_parallel_cuda_manual_seed(1234)
+    config = TransformerConfig(
+        num_layers=3,
+        hidden_size=32,
+        num_attention_heads=4,
+        hidden_dropout=0.1,
+        attention_dropout=0.1,
+        gradient_accumulation_fusion=True,
+        **layout,
+        **settings,
+    )
+    spec = get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm)
+    bare = GPTModel(config, spec, 64, LENGTH, position_embedding_type="rope", share_embeddings_and_output_weights=True)
+    model = DistributedDataParallel(config, DistributedDataParallelConfig(), bare)
+    ids = torch.randint(0, 64, (BATCH, LENGTH + 1), generator=torch.Generator().manual_seed(1))
+    losses = []
+    for _ in range(2):
+        loss = model(ids[:, :-1], torch.arange(LENGTH).expand(BATCH, -1), None, labels=ids[:, 1:]).mean()
+        loss.backward()
+        losses.append(loss.detach())
+    return [torch.stack(losses), *(param.main_grad.clone() for param in bare.parameters())]
+
+
+@pytest.fixture
+def traced(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(compiled, "BACKEND", "aot_eager")
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize(
+    ("variant", "memory"),
+    [(GPT2, {}), (GPT2, FULL), (LLAMA, SELECTIVE)],
+    ids=["gpt2", "gpt2 full recompute", "llama selective recompute"],
+)
+def test_numbers_stay_with_dropout_and_recompute(variant: dict, memory: dict, traced: None) -> None:
+    torch.testing.assert_close(train({}, torch_compile=True, **variant, **memory), train({}, **variant))
+
+
+def test_numbers_stay_with_activations_on_the_host(traced: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("megatron.core.transformer.activation_offload.SMALLEST", 64)
+    away = {"cpu_offloading": True, "cpu_offloading_num_layers": 2}
+    torch.testing.assert_close(train({}, torch_compile=True, **GPT2, **away), train({}, **GPT2))
+
+
+def check_layout() -> None:
+    compiled.BACKEND = "aot_eager"
+    try:
+        parallel_state.initialize_model_parallel(2)
+        layout = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
+        expected = train(layout, **LLAMA)
+        torch.testing.assert_close(train(layout, torch_compile=True, **LLAMA, **SELECTIVE), expected)
+    finally:
+        compiled.BACKEND = "inductor"
+        torch._dynamo.reset()
+
+
+def test_numbers_stay_under_sequence_parallelism() -> None:
+    run_ranks(2, check_layout)
+
+
+def test_all_layers_share_one_compilation(traced: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    graphs: list[int] = []
+
+    def count(graph: Any, inputs: Any) -> Any:
+        graphs.append(len(list(graph.graph.nodes)))
+        return graph.forward
+
+    monkeypatch.setattr(compiled, "BACKEND", count)
+    compiled._compiled.cache_clear()
+    train({}, torch_compile=True, **GPT2)
+    assert len(graphs) == 4  # norm, bias-dropout-add, activation, rotation (of queries and keys); of three layers
+    train({}, torch_compile=True, **GPT2)
+    assert len(graphs) == 4
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rotation_is_that_of_the_eager_function(dtype: torch.dtype, interleaved: bool) -> None:
+    from megatron.core.fusions.fused_rotary import rotated
+
+    t, angles = torch.randn(6, 2, 4, 10).to(dtype), torch.randn(6, 1, 1, 4)
+    found = compiled.rotate(t, angles, 1.3, interleaved)
+    expected = rotated(t, angles.cos() * 1.3, angles.sin() * 1.3, interleaved)
+    assert found.dtype == dtype
+    torch.testing.assert_close(found, expected)
+
+
+WHY_NOT = why_not_compilable(device_type(), os.environ)
+
+
+@pytest.mark.skipif(WHY_NOT is not None, reason=f"torch.compile lacks {WHY_NOT}")
+def test_compiled_to_machine_code() -> None:
+    x, bias, residual = torch.randn(8, 2, 32), torch.randn(32), torch.randn(8, 2, 32)
+    results = []
+    for run in (compiled.bias_dropout_add, compiled.region(compiled.bias_dropout_add)):
+        torch.manual_seed(5)
+        leaf = x.clone().requires_grad_()
+        y = run(leaf, bias, residual, 0.25, True)
+        y.square().sum().backward()
+        results.append([y.detach(), leaf.grad])
+    torch.testing.assert_close(results[1], results[0])
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(WHY_NOT is not None, reason=f"torch.compile lacks {WHY_NOT}")
+@pytest.mark.parametrize("variant", [GPT2, LLAMA], ids=["gpt2", "llama"])
+def test_a_model_compiled_to_machine_code(variant: dict) -> None:
+    torch.testing.assert_close(train({}, torch_compile=True, **variant), train({}, **variant))
+
+
+# --- what is missing ---
+
+
+def test_a_missing_compiler_is_named_before_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(ConfigurationError, match=r"--torch-compile needs a C\+\+ compiler: no-such-compiler.*CXX"):
+        validated("--torch-compile")
+    validated()
+
+
+def test_missing_headers_and_triton_are_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(compiled.shutil, "which", lambda name: f"/usr/bin/{name}")
+    monkeypatch.setattr(compiled.sysconfig, "get_paths", lambda: {"include": str(tmp_path)})
+    assert "Python.h" in str(why_not_compilable("cpu", {}))
+    (tmp_path / "Python.h").touch()
+    assert why_not_compilable("cpu", {}) is None
+    monkeypatch.setattr(compiled, "find_spec", lambda name: None)
+    assert "triton" in str(why_not_compilable("cuda", {}))
