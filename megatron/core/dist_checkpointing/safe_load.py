@@ -68,6 +68,11 @@ def register_safe_class(cls: type, *other_paths: str) -> None:
         _registered[path] = cls
 
 
+def registered_class(path: str) -> Any:
+    """What `register_safe_class` was given for that path; None if nothing."""
+    return _registered.get(path)
+
+
 def _known_names() -> dict[str, Any]:
     """Dotted path in a file -> class or harmless function."""
     array = np.zeros(1)

@@ -23,6 +23,7 @@ from .mapping import (
     apply_factory_merges,
 )
 from .strategies import common as _common  # noqa: F401  # registers the default strategy
+from .strategies import safetensors as _safetensors  # noqa: F401  # registers the default strategy
 from .strategies import torch as _torch  # noqa: F401  # registers the default strategy
 from .strategies.async_utils import AsyncRequest
 from .strategies.background import BackgroundSaver
@@ -52,6 +53,8 @@ from .validation import (
 logger = logging.getLogger(__name__)
 
 CONTENT_METADATA = "content_metadata"
+COMMON_FORMATS = {"torch_dist": ("torch", 1), "safetensors": ("json", 1)}
+"""Format of tensors -> format of the common state, if nothing else is asked for."""
 
 
 # ---- saving ----
@@ -95,8 +98,8 @@ def save(
     if validate_access_integrity:
         check_before_saving(sharded, common, preprocess_common_before_consistancy_check)
     save_sharded = resolve_save_strategy(StrategyAction.SAVE_SHARDED, sharded_strategy, ("torch_dist", 1))
-    default_common = ("torch", 1) if save_sharded.backend != "safetensors" else ("json", 1)
-    save_common = resolve_save_strategy(StrategyAction.SAVE_COMMON, common_strategy, default_common)
+    beside = COMMON_FORMATS.get(save_sharded.backend, ("torch", 1))
+    save_common = resolve_save_strategy(StrategyAction.SAVE_COMMON, common_strategy, beside)
     assert isinstance(save_sharded, SaveShardedStrategy) and isinstance(save_common, SaveCommonStrategy)
     validate_sharded_objects_handling(save_sharded, save_common)
     attempt = _Attempt(directory, save_sharded, save_common)

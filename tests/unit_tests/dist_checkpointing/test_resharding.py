@@ -44,9 +44,9 @@ LAYOUTS = [
 ]
 
 
-def save_all(layout: Layout, directory: str) -> None:
+def save_all(layout: Layout, directory: str, backend: str = "torch_dist") -> None:
     rank = dist.get_rank()
-    strategy = FullyParallelSaveStrategyWrapper(get_default_save_sharded_strategy())
+    strategy = FullyParallelSaveStrategyWrapper(get_default_save_sharded_strategy(backend))
     dist_checkpointing.save(local_state(layout, rank), directory, strategy)
 
 
@@ -96,9 +96,9 @@ def load_each(layout: Layout, directories: dict[Layout, str]) -> None:
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> dict[Layout, str]:
     directories = {}
-    for layout in LAYOUTS:
+    for layout, backend in zip(LAYOUTS, itertools.cycle(["torch_dist", "safetensors"])):
         directory = tmp_path_factory.mktemp("checkpoint")
-        run_ranks(layout.size, save_all, layout, str(directory))
+        run_ranks(layout.size, save_all, layout, str(directory), backend)
         directories[layout] = str(directory)
     return directories
 
