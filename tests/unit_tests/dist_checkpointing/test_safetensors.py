@@ -25,7 +25,6 @@ from megatron.core.dist_checkpointing.strategies.json_state import (
 from megatron.core.enums import ModelType
 from tests.worker_pool import run_ranks
 
-
 register_safe_class(ModelType)
 
 
