@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for the progr
 from megatron.inference.sampling import SamplingParams
 from megatron.inference.text_generation import generate
 from megatron.training import get_args, get_model, get_tokenizer, initialize_megatron, print_rank_0
-from megatron.training.checkpointing import load_checkpoint
+from megatron.training.checkpoint_load import load_run
 from megatron.training.errors import exit_at_once_on_error
 from pretrain_gpt import model_provider
 
@@ -50,7 +50,7 @@ def write_texts() -> None:
     initialize_megatron(add_generation_arguments)
     args, tokenizer = get_args(), get_tokenizer()
     model = get_model(model_provider, wrap_with_ddp=False)
-    load_checkpoint(args, model, None, None)
+    load_run(args, model, None, None)
     continuations = generate(
         model,
         [tokenizer.tokenize(prompt) for prompt in args.prompts],

@@ -8,16 +8,17 @@ save removes.
 
 from __future__ import annotations
 
+import argparse
 import os
 import re
 import secrets
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 
 from megatron.core import parallel_state
-from megatron.core.dist_checkpointing import check_is_distributed_checkpoint
 from megatron.core.dist_checkpointing.collective import gather_from_all, together
-from megatron.core.dist_checkpointing.core import CheckpointingException
+from megatron.core.dist_checkpointing.core import CheckpointingException, maybe_load_config
 from megatron.core.dist_checkpointing.durable import sync_directory
 
 TRACKER_FNAME = "latest_checkpointed_iteration.txt"
@@ -47,6 +48,38 @@ def rank_directory_name(tensor_rank: int, pipeline_rank: int | None = None, expe
     return "_".join(places)
 
 
+@dataclass(frozen=True)
+class Place:
+    """A place in the model-parallel grid; what is None is this rank's own."""
+
+    tensor_rank: int | None = None
+    pipeline_rank: int | None = None
+    expert_rank: int | None = None
+    pipeline_parallel: bool | None = None
+    """Whether names have a pipeline rank; None: if there are several."""
+    expert_parallel: bool | None = None
+
+    def directory_name(self) -> str:
+        """Directory of this place in the `torch` format."""
+        ps = parallel_state
+        tensor, pipeline, expert = self.tensor_rank, self.pipeline_rank, self.expert_rank
+        with_pipeline, with_expert = self.pipeline_parallel, self.expert_parallel
+        if with_pipeline is None:
+            with_pipeline = ps.get_pipeline_model_parallel_world_size() > 1
+        if with_expert is None:
+            with_expert = ps.get_expert_model_parallel_world_size() > 1
+        if tensor is None:
+            tensor = ps.get_tensor_model_parallel_rank()
+        if with_pipeline and pipeline is None:
+            pipeline = ps.get_pipeline_model_parallel_rank()
+        if with_expert and expert is None:
+            expert = ps.get_expert_model_parallel_rank()
+        return rank_directory_name(tensor, pipeline if with_pipeline else None, expert if with_expert else None)
+
+
+OWN_PLACE = Place()
+
+
 def get_checkpoint_name(
     checkpoints_path: str | Path,
     iteration: int,
@@ -63,21 +96,13 @@ def get_checkpoint_name(
     base = Path(checkpoints_path) / iteration_name(iteration, release)
     if return_base_dir:
         return str(base)
-    ps = parallel_state
-    if pipeline_parallel is None:
-        pipeline_parallel = ps.get_pipeline_model_parallel_world_size() > 1
-    if expert_parallel is None:
-        expert_parallel = ps.get_expert_model_parallel_world_size() > 1
-    if tensor_rank is None:
-        tensor_rank = ps.get_tensor_model_parallel_rank()
-    if pipeline_parallel and pipeline_rank is None:
-        pipeline_rank = ps.get_pipeline_model_parallel_rank()
-    if expert_parallel and expert_rank is None:
-        expert_rank = ps.get_expert_model_parallel_rank()
-    directory = rank_directory_name(
-        tensor_rank, pipeline_rank if pipeline_parallel else None, expert_rank if expert_parallel else None
-    )
-    return str(base / directory / basename)
+    place = Place(tensor_rank, pipeline_rank, expert_rank, pipeline_parallel, expert_parallel)
+    return str(base / place.directory_name() / basename)
+
+
+def non_persistent_folder(args: argparse.Namespace, folder: str | Path) -> Path:
+    """Where checkpoints lie of which only the newest is kept, for a run whose others lie in `folder`."""
+    return Path(args.non_persistent_global_ckpt_dir or Path(folder) / "non_persistent")
 
 
 def find_first_rank_file(directory: Path) -> Path | None:
@@ -121,6 +146,12 @@ def checkpoint_exists(checkpoints_path: str | Path | None) -> bool:
     return checkpoints_path is not None and Path(get_checkpoint_tracker_filename(checkpoints_path)).is_file()
 
 
+def saved_iterations(checkpoints_path: Path) -> list[int]:
+    """Iterations of the checkpoints in a folder, in no order."""
+    names = (path.name for path in checkpoints_path.glob("iter_*"))
+    return [int(name[5:]) for name in names if re.fullmatch(r"iter_[0-9]{7,}", name)]
+
+
 def complete_directory(checkpoints_path: str | Path, iteration: int, release: bool) -> Path:
     """Directory of a checkpoint that is there, taking into account a save that died while it replaced one.
 
@@ -133,7 +164,7 @@ def complete_directory(checkpoints_path: str | Path, iteration: int, release: bo
         return directory
     if replaced.is_dir():
         return replaced
-    there = sorted(int(path.name[5:]) for path in Path(checkpoints_path).glob("iter_" + "[0-9]" * 7))
+    there = sorted(saved_iterations(Path(checkpoints_path)))
     raise CheckpointingException(
         f"there is no checkpoint {directory}; iterations in {checkpoints_path}: "
         f"{', '.join(map(str, there)) if there else 'none'}"
@@ -141,13 +172,14 @@ def complete_directory(checkpoints_path: str | Path, iteration: int, release: bo
 
 
 def detect_format(directory: Path) -> str:
-    """Format of the checkpoint in a directory: torch_dist, torch or torch_dcp.
+    """Format of the checkpoint in a directory: torch_dist, safetensors, torch or torch_dcp.
 
     Raises:
         CheckpointingException: none of them.
     """
-    if check_is_distributed_checkpoint(directory):
-        return "torch_dist"
+    config = maybe_load_config(directory)
+    if config is not None:
+        return config.sharded_backend
     if any(path.name.startswith("mp_rank_0") for path in directory.iterdir()):
         return "torch"
     if (directory / ".metadata").is_file():
@@ -164,13 +196,17 @@ def begin_checkpoint(checkpoints_path: Path, iteration: int) -> Path:
     """An empty directory to write a checkpoint into. Removes what interrupted saves have left."""
     checkpoints_path.mkdir(parents=True, exist_ok=True)
     for leftover in checkpoints_path.glob(f"iter_*{_UNFINISHED}*"):
-        shutil.rmtree(leftover)
+        shutil.rmtree(leftover, ignore_errors=True)  # it may be on its way out already
     for replaced in checkpoints_path.glob(f"iter_*{_REPLACED}"):
         _settle_replacement(replaced)
-    name = f"{iteration_name(iteration)}{_UNFINISHED}{secrets.token_hex(4)}"
-    directory = checkpoints_path / name
+    directory = unfinished_name(checkpoints_path, iteration)
     directory.mkdir()
     return directory
+
+
+def unfinished_name(checkpoints_path: Path, iteration: int) -> Path:
+    """A new name for a directory that no load looks at and that the next save removes."""
+    return checkpoints_path / f"{iteration_name(iteration)}{_UNFINISHED}{secrets.token_hex(4)}"
 
 
 def _settle_replacement(replaced: Path) -> None:
@@ -211,14 +247,3 @@ def write_tracker(checkpoints_path: Path, iteration: int) -> None:
 def discard_checkpoint(written: Path) -> None:
     """Remove the directory of a save that failed."""
     shutil.rmtree(written, ignore_errors=True)
-
-
-def sync_tree(directory: Path) -> None:
-    """Bring all files under a directory to the disk."""
-    for path in sorted(directory.rglob("*")):
-        if path.is_dir():
-            sync_directory(path)
-        else:
-            with open(path, "rb+") as file:
-                os.fsync(file.fileno())
-    sync_directory(directory)

@@ -7,6 +7,7 @@ distributed optimizer lies beside it in `distrib_optim.pt`.
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 from typing import Any
 
@@ -15,25 +16,21 @@ from torch import nn
 from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.collective import together
 from megatron.core.dist_checkpointing.core import CheckpointingException
+from megatron.core.dist_checkpointing.durable import FileRecord, checksum_of_file, sync_directory
+from megatron.core.dist_checkpointing.manifest import write_manifest
 from megatron.core.dist_checkpointing.safe_load import safe_torch_load
+from megatron.core.dist_checkpointing.strategies.sharded_files import gather_to_first
 from megatron.core.dist_checkpointing.strategies.torch_files import save_torch_file
+from megatron.training.checkpoint_data import stateful_part
 from megatron.training.checkpoint_paths import (
     DISTRIB_OPTIM_FNAME,
     MODEL_FNAME,
+    OWN_PLACE,
+    Place,
     find_first_rank_file,
-    rank_directory_name,
-    sync_tree,
 )
 from megatron.training.checkpoint_state import common_entries, plain_model, rng_states_of_replicas
 from megatron.training.train_state import TrainState
-
-
-def own_directory(directory: Path) -> Path:
-    """Where this model-parallel rank's files lie in a checkpoint."""
-    ps = parallel_state
-    pipeline = ps.get_pipeline_model_parallel_rank() if ps.get_pipeline_model_parallel_world_size() > 1 else None
-    expert = ps.get_expert_model_parallel_rank() if ps.get_expert_model_parallel_world_size() > 1 else None
-    return directory / rank_directory_name(ps.get_tensor_model_parallel_rank(), pipeline, expert)
 
 
 def save_torch(
@@ -43,26 +40,59 @@ def save_torch(
     model: list[nn.Module],
     optimizer: Any | None,
     scheduler: Any | None,
+    data_iterator: Any = None,
+    place: Place = OWN_PLACE,
 ) -> None:
-    """Write the files of all ranks. All ranks call this and either all succeed or all raise."""
-    own = own_directory(directory)
+    """Write the files of all ranks and their manifest. All ranks call this and either all succeed or all raise."""
+    own = directory / place.directory_name()
     writes = parallel_state.get_expert_data_parallel_rank() == 0
     with together(f"cannot write {directory}"):
-        if writes:
-            own.mkdir(exist_ok=True)
+        own.mkdir(exist_ok=True)
     with_optimizer = optimizer is not None and not args.no_save_optim
+    sharded = bool(with_optimizer and args.use_distributed_optimizer)
     with together(f"cannot write {directory}"):
-        if with_optimizer and args.use_distributed_optimizer:
+        if sharded:
             optimizer.save_parameter_state(str(own / DISTRIB_OPTIM_FNAME))  # type: ignore[union-attr]
     contents = {**common_entries(args, state, scheduler), **plain_model(model)}
     if with_optimizer:
         contents["optimizer"] = optimizer.state_dict()  # type: ignore[union-attr]
     if not args.no_save_rng:
         contents["rng_state"] = rng_states_of_replicas()
+    records: dict[Path, FileRecord] = {}
     with together(f"cannot write {directory}"):
         if writes:
-            save_torch_file(contents, own / MODEL_FNAME)
-            sync_tree(own)
+            records[own / MODEL_FNAME] = save_torch_file(contents, own / MODEL_FNAME)
+        if sharded and writes and (own / DISTRIB_OPTIM_FNAME).exists():
+            records[own / DISTRIB_OPTIM_FNAME] = record_of(own / DISTRIB_OPTIM_FNAME)
+        position = stateful_part(data_iterator)
+        if position is not None:
+            path = own / data_fname()
+            records[path] = save_torch_file({"dataloader_state_dict": position.state_dict()}, path)
+        if records:
+            sync_directory(own)
+    everything = gather_to_first({str(path.relative_to(directory)): record for path, record in records.items()})
+    with together(f"cannot complete {directory}"):
+        if everything is not None:
+            write_manifest(directory, {name: record for part in everything for name, record in part.items()})
+            sync_directory(directory)
+
+
+def data_fname() -> str:
+    """File with the position of this data parallel rank's iterator."""
+    return f"train_dataloader_dprank{parallel_state.get_data_parallel_rank():03d}.pt"
+
+
+def record_of(path: Path) -> FileRecord:
+    """Bring a file that somebody else has written to the disk; what it is."""
+    with open(path, "rb+") as file:
+        os.fsync(file.fileno())
+    return FileRecord(path.stat().st_size, checksum_of_file(path))
+
+
+def read_position(directory: Path) -> Any:
+    """Position of this data parallel rank's iterator; None if it was not saved."""
+    path = directory / OWN_PLACE.directory_name() / data_fname()
+    return read_file(path).get("dataloader_state_dict") if path.is_file() else None
 
 
 def read_first_rank(directory: Path) -> dict[str, Any]:
@@ -75,7 +105,7 @@ def read_first_rank(directory: Path) -> dict[str, Any]:
 
 def read_own(directory: Path) -> dict[str, Any]:
     """Content of this model-parallel rank's file."""
-    path = own_directory(directory) / MODEL_FNAME
+    path = directory / OWN_PLACE.directory_name() / MODEL_FNAME
     if not path.is_file():
         there = ", ".join(sorted(p.name for p in directory.glob("mp_rank_*")))
         raise CheckpointingException(
@@ -97,4 +127,4 @@ def load_torch_optimizer(directory: Path, args: argparse.Namespace, state_dict: 
     """Restore the optimizer from this rank's files."""
     optimizer.load_state_dict(state_dict["optimizer"])
     if args.use_distributed_optimizer:
-        optimizer.load_parameter_state(str(own_directory(directory) / DISTRIB_OPTIM_FNAME))
+        optimizer.load_parameter_state(str(directory / OWN_PLACE.directory_name() / DISTRIB_OPTIM_FNAME))

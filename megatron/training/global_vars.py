@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from megatron.core.num_microbatches_calculator import (
@@ -11,6 +11,7 @@ from megatron.core.num_microbatches_calculator import (
 )
 from megatron.core.timers import Timers
 from megatron.training.signal_handler import SignalHandler
+from megatron.training.train_state import TrainState
 
 if TYPE_CHECKING:
     from megatron.training.logging.trackers import Trackers
@@ -23,6 +24,7 @@ class _Globals:
     timers: Timers | None = None
     trackers: Trackers | None = None
     signal_handler: SignalHandler | None = None
+    train_state: TrainState = field(default_factory=TrainState)
 
 
 _globals = _Globals()
@@ -68,6 +70,16 @@ def get_wandb_writer() -> Any:
 def get_signal_handler() -> SignalHandler:
     """Notes SIGTERM with --exit-signal-handler."""
     return _get("signal_handler")
+
+
+def get_train_state() -> TrainState:
+    """Counters of the run: all zero until a checkpoint was loaded or training has begun."""
+    return _globals.train_state
+
+
+def set_train_state(state: TrainState) -> None:
+    """Make `state` the counters of the run; training keeps them up to date in place."""
+    _globals.train_state = state
 
 
 def set_args(args: Any) -> None:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 
 from megatron.core import device
 from megatron.core.num_microbatches_calculator import get_num_microbatches
 from megatron.core.utils import check_param_hashes_across_dp_replicas
-from megatron.training.checkpointing import save_checkpoint
+from megatron.training.checkpoint_save import save_run
 from megatron.training.evaluation import evaluate_and_print_results
 from megatron.training.global_vars import get_signal_handler, get_timers, get_trackers
 from megatron.training.initialize import print_datetime
@@ -30,6 +31,7 @@ def periodic_actions(run: Run) -> list[Action]:
         (bool(args.train_sync_interval), synchronize_device),
         (bool(args.check_weight_hash_across_dp_replicas_interval), compare_weights_of_replicas),
         (bool(args.manual_gc and args.manual_gc_interval), collect_garbage),
+        (bool(args.async_save), finish_saves),
         (args.exit_signal_handler, stop_on_signal),
         (bool(args.save and args.save_interval), save_now),
         (bool(args.exit_duration_in_mins), stop_after_minutes),
@@ -86,10 +88,19 @@ def collect_garbage(run: Run, result: StepResult) -> None:
         gc.collect()
 
 
+def finish_saves(run: Run, result: StepResult) -> None:
+    """Publish the checkpoint that is being written in the background once all ranks have written it."""
+    run.checkpoints.finish()
+
+
 def save_now(run: Run, result: StepResult) -> None:
-    """Save every `--save-interval` iterations."""
-    if run.state.iteration % run.args.save_interval == 0:
+    """Save every `--save-interval` iterations, and in between for a short while every
+    `--non-persistent-save-interval`."""
+    args, iteration = run.args, run.state.iteration
+    if iteration % args.save_interval == 0:
         save(run)
+    elif args.non_persistent_save_interval and iteration % args.non_persistent_save_interval == 0:
+        save(run, non_persistent=True)
 
 
 def stop_on_signal(run: Run, result: StepResult) -> None:
@@ -116,24 +127,52 @@ def stop_at_interval(run: Run, result: StepResult) -> None:
         raise StopTraining(f"exiting program at iteration {run.state.iteration}")
 
 
-def save(run: Run) -> None:
+def save(run: Run, *, non_persistent: bool = False) -> None:
     """Save a checkpoint unless this iteration is saved already, or nothing is to be saved."""
-    if not run.args.save or run.saved_iteration == run.state.iteration:
+    args = run.args
+    if not args.save or run.saved_iteration == run.state.iteration:
         return
     timers = get_timers()
     run.progress.clear()
+    name = "save-checkpoint-non-persistent" if non_persistent else "save-checkpoint"
+    if args.async_save and not non_persistent:
+        log_progress(run, "Saving async checkpoint")
     with interval_paused():
-        timers("save-checkpoint", log_level=0).start(barrier=True)
-        save_checkpoint(run.args, run.state, run.model, run.optimizer, run.scheduler)
-        run.saved_iteration = run.state.iteration
-        timers("save-checkpoint").stop()
-    report = timers.log(["save-checkpoint"])
+        timers(name, log_level=0).start(barrier=True)
+        save_run(
+            args,
+            run.state,
+            run.model,
+            run.optimizer,
+            run.scheduler,
+            run.checkpoints,
+            non_persistent=non_persistent,
+            data_iterator=run.train_data,
+            on_saved=_note_published(run, run.state.iteration, non_persistent),
+        )
+        if not non_persistent:
+            run.saved_iteration = run.state.iteration
+        timers(name).stop()
+    report = timers.log([name])
     if report:
         print(report, flush=True)
-    log_progress(run, "Saved checkpoint")
     trackers = get_trackers()
     if trackers is not None:
         trackers.flush()
+
+
+def _note_published(run: Run, iteration: int, non_persistent: bool) -> Callable[[Path], None]:
+    """What to do when a checkpoint is on the disk, perhaps some iterations later."""
+
+    def note(directory: Path) -> None:
+        if non_persistent:
+            return
+        if run.args.async_save:
+            log_finished(run, iteration)
+        else:
+            log_progress(run, "Saved checkpoint")
+
+    return note
 
 
 @contextmanager
@@ -154,6 +193,14 @@ def log_progress(run: Run, event: str) -> None:
         from megatron.training.logging.progress_file import append_saved
 
         append_saved(run, event)
+
+
+def log_finished(run: Run, iteration: int) -> None:
+    """Append a line about a checkpoint that was written in the background, with `--log-progress`."""
+    if run.args.log_progress and torch.distributed.get_rank() == 0:
+        from megatron.training.logging.progress_file import append_finished
+
+        append_finished(run.args, iteration)
 
 
 def grown_batch(run: Run, before: int) -> None:

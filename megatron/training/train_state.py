@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 
 @dataclass
@@ -19,3 +20,5 @@ class TrainState:
     """Samples that validations have taken from their data."""
     num_floating_point_operations_so_far: float = 0.0
     """Operations of the model, forward and backward, since the first iteration of the run."""
+    data_position: Any = field(default=None, compare=False, repr=False)
+    """Where a data iterator with a state of its own stood when it was saved, until that iterator is built."""

@@ -13,12 +13,13 @@ import torch
 from megatron.core.enums import ModelType
 from megatron.core.num_microbatches_calculator import get_num_microbatches, update_num_microbatches
 from megatron.core.utils import get_model_config
-from megatron.training.checkpointing import load_checkpoint
+from megatron.training.checkpoint_data import restore_position
+from megatron.training.checkpoint_load import load_run
 from megatron.training.errors import exit_at_once_on_error
 from megatron.training.evaluation import evaluate_and_print_results
 from megatron.training.failure.start import stop_failure_watch
 from megatron.training.flops import num_floating_point_operations
-from megatron.training.global_vars import get_args, get_timers, get_trackers
+from megatron.training.global_vars import get_args, get_timers, get_trackers, set_train_state
 from megatron.training.initialize import initialize_megatron, print_datetime, program_start
 from megatron.training.logging.progress import ProgressLine
 from megatron.training.logging.progress_file import append_start
@@ -98,7 +99,7 @@ def pretrain(
         else:
             _train_to_the_end(run)
         _evaluate_at_the_end(run)
-        _close()
+        _close(run)
 
 
 def set_up(
@@ -118,12 +119,15 @@ def set_up(
     model, optimizer, scheduler = setup_model_and_optimizer(model_provider, model_type)
     timers("model-and-optimizer-setup").stop()
     timers("load-checkpoint", log_level=0).start(barrier=True)
-    state = load_checkpoint(args, model, optimizer, scheduler) if _has_something_to_load(args) else TrainState()
+    state = load_run(args, model, optimizer, scheduler) if _has_something_to_load(args) else TrainState()
     timers("load-checkpoint").stop(barrier=True)
+    set_train_state(state)
     update_num_microbatches(state.consumed_train_samples, consistency_check=False)
     print_datetime("after model, optimizer, and learning rate scheduler are built")
     timers("train/valid/test-data-iterators-setup", log_level=0).start(barrier=True)
     iterators = build_train_valid_test_data_iterators(provider, state)
+    restore_position(iterators[0], state.data_position)
+    state.data_position = None
     timers("train/valid/test-data-iterators-setup").stop()
     print_datetime("after dataloaders are built")
     print_rank_0("done with setup ...")
@@ -160,7 +164,7 @@ def _train_to_the_end(run: Run) -> None:
         train(run)
     except StopTraining as stop:
         print_datetime(str(stop))
-        _close()
+        _close(run)
         sys.exit(0)
     print_datetime("after training is done")
     if run.state.iteration > run.first_iteration:
@@ -241,10 +245,11 @@ def _evaluate_at_the_end(run: Run) -> None:
             )
 
 
-def _close() -> None:
-    """Finish the trackers and leave the process groups."""
+def _close(run: Run) -> None:
+    """Finish saves and trackers, and leave the process groups."""
     from megatron.core import parallel_state
 
+    run.checkpoints.close()
     trackers = get_trackers()
     if trackers is not None:
         trackers.close()

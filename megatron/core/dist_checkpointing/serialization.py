@@ -271,9 +271,29 @@ def load(
     sharded_reader, common_reader = verify_checkpoint_and_load_strategy(
         checkpoint_dir, sharded_strategy, common_strategy
     )
-    mode = parse_strict_flag(strict)
+    state: StateDict = {}
     with together(f"cannot load {checkpoint_dir}"):
         state = common_reader.load_common(Path(checkpoint_dir))
+    mode = parse_strict_flag(strict)
+    loaded, missing, unexpected = load_into(
+        state, sharded_state_dict, Path(checkpoint_dir), sharded_reader, common_reader, mode, validate_access_integrity
+    )
+    if StrictHandling.requires_returning_mismatch_keys(mode):
+        return loaded, missing, unexpected
+    return loaded
+
+
+def load_into(
+    state: StateDict,
+    sharded_state_dict: ShardedStateDict,
+    checkpoint_dir: Path,
+    sharded_reader: LoadShardedStrategy,
+    common_reader: LoadCommonStrategy,
+    mode: StrictHandling = StrictHandling.ASSUME_OK_UNEXPECTED,
+    validate_access_integrity: bool = True,
+) -> tuple[StateDict, set[str], set[str]]:
+    """(`state`, the common values of a checkpoint, with the requested sharded ones; missing and unexpected names). All
+    ranks call this."""
     requested = build_factories(sharded_state_dict)
     factories, _ = extract_matching_values(
         sharded_state_dict, lambda value: isinstance(value, ShardedTensorFactory), return_lists_as_dicts=True
@@ -285,18 +305,15 @@ def load(
         validate_sharded_objects_handling(sharded_reader, common_reader)
     sharded, missing, unexpected = _match(sharded, checkpoint_dir, sharded_reader, mode, validate_access_integrity)
     merge(state, dict_list_map_outplace(lambda value: value.unwrap(), nonpersistent))
-    loaded = sharded_reader.load(sharded, Path(checkpoint_dir))
+    loaded = sharded_reader.load(sharded, checkpoint_dir)
     merge(state, loaded)
     _drop_not_loaded(factories, state)
-    state = apply_factory_merges(restore_lists(state, requested), factories)
-    if StrictHandling.requires_returning_mismatch_keys(mode):
-        return state, missing, unexpected
-    return state
+    return apply_factory_merges(restore_lists(state, requested), factories), missing, unexpected
 
 
 def _match(
     sharded: ShardedStateDict,
-    checkpoint_dir: str | Path,
+    checkpoint_dir: Path,
     reader: LoadShardedStrategy,
     mode: StrictHandling,
     validate_access_integrity: bool,
@@ -309,7 +326,7 @@ def _match(
     available: CkptShardedMetadata | None = None
     if explicit:
         with together(f"cannot load {checkpoint_dir}"):
-            available = reader.load_sharded_metadata(Path(checkpoint_dir))
+            available = reader.load_sharded_metadata(checkpoint_dir)
     return validate_integrity_and_strict_load(sharded, mode, validate_access_integrity, local, everywhere, available)
 
 

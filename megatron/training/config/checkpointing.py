@@ -14,6 +14,10 @@ class CheckpointConfig:
     """Folder to save checkpoints to."""
     save_interval: int | None = None
     """Steps between checkpoints."""
+    save_retain_interval: int | None = None
+    """Keep the checkpoints of multiples of this many steps, and remove others as newer ones are saved."""
+    save_keep_last: int | None = None
+    """Keep this many of the newest checkpoints, and remove older ones as newer ones are saved."""
     no_save_optim: bool | None = None
     """Leave the optimizer's state out of checkpoints."""
     no_save_rng: bool | None = None
@@ -52,8 +56,10 @@ class CheckpointConfig:
     """Write asynchronous checkpoints from one process that stays."""
     auto_detect_ckpt_format: bool = False
     """Recognise the format of the checkpoint that is loaded."""
-    ckpt_format: Literal["torch", "torch_dist", "zarr", "torch_dcp"] = "torch_dist"
-    """Format of checkpoints; torch_dist loads into any parallel layout."""
+    ckpt_format: Literal["torch", "torch_dist", "zarr", "torch_dcp", "safetensors"] = "torch_dist"
+    """Format of checkpoints; torch_dist and safetensors load into any parallel layout."""
+    ckpt_verify: Literal["checksums", "sizes"] = "checksums"
+    """What of a checkpoint's files is compared with its manifest before it is loaded."""
     ckpt_convert_format: Literal["torch", "torch_dist", "zarr"] | None = None
     """Convert the loaded checkpoint to this format and stop."""
     ckpt_convert_save: str | None = None
@@ -64,6 +70,8 @@ class CheckpointConfig:
     """Share saving among data parallel ranks."""
     async_save: bool | None = None
     """Write checkpoints while training goes on."""
+    async_strategy: Literal["mcore", "thread", "nvrx"] = "mcore"
+    """Who writes them: a process beside each rank, a thread in it, or the package nvidia_resiliency_ext."""
     ckpt_fully_parallel_load: bool = False
     """Share reading among data parallel ranks, who then exchange what they read."""
     ckpt_assume_constant_structure: bool = False

@@ -42,6 +42,11 @@ def append_saved(run: Any, event: str) -> None:
     )
 
 
+def append_finished(args: Any, iteration: int) -> None:
+    """Note that a checkpoint written in the background is complete."""
+    _append(args, f"Saved async checkpoint\tIteration: {iteration}")
+
+
 def _first_start(args: Any) -> tuple[datetime.datetime, float]:
     """When the first of the latest consecutive jobs of this world size started, and the operations done before."""
     start: tuple[datetime.datetime, float] | None = None

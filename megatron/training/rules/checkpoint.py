@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
+import os
 
 from megatron.training.settings import refuse_unless, warn
 
@@ -26,8 +26,8 @@ def require_load_for_checkpoint_args(args: argparse.Namespace) -> None:
     if args.use_checkpoint_args:
         refuse_unless(args.load, "--use-checkpoint-args needs --load, the folder of the checkpoint")
         refuse_unless(
-            args.non_persistent_ckpt_type != "local",
-            "--use-checkpoint-args does not work with --non-persistent-ckpt-type local",
+            args.non_persistent_ckpt_type not in ("local", "in_memory"),
+            f"--use-checkpoint-args does not work with --non-persistent-ckpt-type {args.non_persistent_ckpt_type}",
         )
 
 
@@ -37,21 +37,18 @@ CHECKPOINT_SOURCE_RULES = (require_conversion_paths, require_load_for_checkpoint
 # --- formats and folders --------------------------------------------------------------------------
 
 
-def require_known_non_persistent_type(args: argparse.Namespace) -> None:
-    """Short-lived checkpoints lie in a shared folder or on the nodes' disks; the latter need a package."""
+def require_place_of_local_checkpoints(args: argparse.Namespace) -> None:
+    """Checkpoints on the nodes' own disks need a folder there; those in memory lie in a file system in memory."""
     kind = args.non_persistent_ckpt_type
-    refuse_unless(
-        kind in ("global", "local", None),
-        f"--non-persistent-ckpt-type {kind} does not exist; use global or local",
-    )
     if kind == "local":
-        refuse_unless(
-            importlib.util.find_spec("nvidia_resiliency_ext"),
-            "--non-persistent-ckpt-type local needs the package nvidia_resiliency_ext",
-        )
         refuse_unless(
             args.non_persistent_local_ckpt_dir,
             "--non-persistent-ckpt-type local needs --non-persistent-local-ckpt-dir",
+        )
+    if kind == "in_memory":
+        refuse_unless(
+            os.path.isdir("/dev/shm"),
+            "--non-persistent-ckpt-type in_memory needs /dev/shm; use local with a folder on the node",
         )
 
 
@@ -96,11 +93,32 @@ def warn_of_unshared_save(args: argparse.Namespace) -> None:
 
 
 def require_dist_format_for_async_save(args: argparse.Namespace) -> None:
-    """Only torch_dist can be written in the background."""
+    """Only sharded formats can be written in the background."""
     if args.async_save:
         refuse_unless(
-            args.ckpt_format == "torch_dist",
-            f"--async-save needs --ckpt-format torch_dist, found {args.ckpt_format}",
+            args.ckpt_format in ("torch_dist", "safetensors"),
+            f"--async-save needs --ckpt-format torch_dist or safetensors, found {args.ckpt_format}",
+        )
+
+
+def require_known_retention(args: argparse.Namespace) -> None:
+    """What is to be kept must be among what is saved."""
+    every, last = args.save_retain_interval, args.save_keep_last
+    refuse_unless(last is None or last >= 1, f"--save-keep-last ({last}) must keep at least one checkpoint")
+    if every is not None:
+        refuse_unless(
+            args.save_interval and every > 0 and every % args.save_interval == 0,
+            f"--save-retain-interval ({every}) must be a multiple of --save-interval ({args.save_interval})",
+        )
+
+
+def require_non_persistent_place(args: argparse.Namespace) -> None:
+    """Steps between short-lived checkpoints say nothing without a place for them, nor a place without steps."""
+    interval, kind = args.non_persistent_save_interval, args.non_persistent_ckpt_type
+    if interval is not None:
+        refuse_unless(
+            kind is not None and args.save and interval > 0,
+            f"--non-persistent-save-interval {interval} needs --non-persistent-ckpt-type and --save",
         )
 
 
@@ -108,7 +126,16 @@ def require_replication_fits(args: argparse.Namespace) -> None:
     """Copies are made of checkpoints on the nodes' disks, a number of ranks apart."""
     if args.replication:
         refuse_unless(args.replication_jump is not None, "--replication needs --replication-jump")
-        refuse_unless(args.non_persistent_ckpt_type == "local", "--replication needs --non-persistent-ckpt-type local")
+        refuse_unless(
+            args.non_persistent_ckpt_type in ("local", "in_memory"),
+            f"--replication needs --non-persistent-ckpt-type local or in_memory, found {args.non_persistent_ckpt_type}",
+        )
+        jump, factor = args.replication_jump, args.replication_factor
+        refuse_unless(
+            jump >= 1 and factor >= 2 and args.world_size % (jump * factor) == 0,
+            f"--replication-jump ({jump}) times --replication-factor ({factor}, at least 2) must divide the "
+            f"{args.world_size} ranks",
+        )
     elif args.replication_jump is not None:
         warn(args, f"--replication-jump ({args.replication_jump}) has no effect without --replication")
         args.replication_jump = None
@@ -122,13 +149,15 @@ def prepare_upcycling(args: argparse.Namespace) -> None:
 
 
 CHECKPOINT_RULES = (
-    require_known_non_persistent_type,
+    require_place_of_local_checkpoints,
     derive_use_dist_ckpt,
     require_fsdp_for_torch_dcp,
     require_save_interval,
     require_dist_format_without_gloo,
     warn_of_unshared_save,
     require_dist_format_for_async_save,
+    require_known_retention,
+    require_non_persistent_place,
     require_replication_fits,
     prepare_upcycling,
 )

@@ -28,6 +28,10 @@ UNDOCUMENTED = [fact for fact in FACTS if fact["tier"] == "C"]
 REPLACED = ("batch_size", "warmup", "model_parallel_size", "checkpoint_activations")
 
 ADDED_FLAGS = {
+    "--save-keep-last",
+    "--save-retain-interval",
+    "--async-strategy",
+    "--ckpt-verify",
     "--window-size",
     "--yarn-rotary-scaling-factor",
     "--yarn-original-max-position-embeddings",
@@ -45,7 +49,7 @@ ADDED_FLAGS = {
     "--no-cpu-offloading-activations",
     "--cpu-offloading-weights",
 }
-ADDED_CHOICES = {"position_embedding_type": {"yarn"}}
+ADDED_CHOICES = {"position_embedding_type": {"yarn"}, "ckpt_format": {"safetensors"}}
 
 
 @pytest.fixture(scope="module")

@@ -400,14 +400,9 @@ def test_refusal_on_several_ranks(rule: Any, flags: str, world_size: int, messag
 UNBUILT: list[tuple[Any, dict[str, Any], str]] = [
     (checkpoint.require_conversion_paths, {"ckpt_convert_format": "torch"}, "needs --load"),
     (
-        checkpoint.require_known_non_persistent_type,
-        {"non_persistent_ckpt_type": "in_memory"},
-        "use global or local",
-    ),
-    (
-        checkpoint.require_known_non_persistent_type,
+        checkpoint.require_place_of_local_checkpoints,
         {"non_persistent_ckpt_type": "local"},
-        "nvidia_resiliency_ext|--non-persistent-local-ckpt-dir",
+        "needs --non-persistent-local-ckpt-dir",
     ),
     (checkpoint.require_fsdp_for_torch_dcp, {"ckpt_format": "torch_dcp"}, "needs --use-torch-fsdp2"),
     (
@@ -415,11 +410,23 @@ UNBUILT: list[tuple[Any, dict[str, Any], str]] = [
         {"async_save": True, "ckpt_format": "torch"},
         "needs --ckpt-format torch_dist",
     ),
+    (checkpoint.require_known_retention, {"save_keep_last": 0}, "at least one"),
+    (checkpoint.require_known_retention, {"save_interval": 3, "save_retain_interval": 4}, "must be a multiple"),
+    (
+        checkpoint.require_non_persistent_place,
+        {"non_persistent_save_interval": 4},
+        "needs --non-persistent-ckpt-type and --save",
+    ),
     (checkpoint.require_replication_fits, {"replication": True}, "needs --replication-jump"),
     (
         checkpoint.require_replication_fits,
         {"replication": True, "replication_jump": 2},
         "needs --non-persistent-ckpt-type local",
+    ),
+    (
+        checkpoint.require_replication_fits,
+        {"replication": True, "replication_jump": 3, "non_persistent_ckpt_type": "local", "world_size": 8},
+        "must divide the 8 ranks",
     ),
     (checkpoint.prepare_upcycling, {"moe_use_upcycling": True}, "needs --save"),
     (

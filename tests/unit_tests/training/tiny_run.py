@@ -25,7 +25,9 @@ from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed, set_i
 from megatron.core.transformer.enums import AttnBackend
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.training.checkpointing import load_checkpoint, save_checkpoint
+from megatron.training.checkpoint_context import CheckpointContext
+from megatron.training.checkpoint_load import load_run
+from megatron.training.checkpoint_save import save_run
 from megatron.training.train_state import TrainState
 
 VOCAB, LENGTH, BATCH = 48, 8, 8
@@ -74,6 +76,15 @@ class Plan:
                 ("finetune", "exit_on_missing_checkpoint", "auto_detect_ckpt_format", "ckpt_fully_parallel_load"), False
             ),
             **dict.fromkeys(("no_save_optim", "no_save_rng", "no_load_optim", "no_load_rng", "ckpt_step")),
+            **dict.fromkeys(("save_keep_last", "save_retain_interval", "async_save", "use_persistent_ckpt_worker")),
+            **dict.fromkeys(("non_persistent_ckpt_type", "non_persistent_global_ckpt_dir")),
+            "non_persistent_local_ckpt_dir": None,
+            "non_persistent_local_ckpt_algo": "fully_parallel",
+            "replication": False,
+            "world_size": self.size,
+            "async_strategy": "mcore",
+            "ckpt_assume_constant_structure": False,
+            "ckpt_verify": "checksums",
             "pretrained_checkpoint": None,
             "vocab_file": None,
         }
@@ -108,6 +119,7 @@ class TinyRun:
             self.optimizer, 0.0, 1e-2, 1e-3, 16, 160, "cosine", 0.1, 0.1, 160, "constant", False, False
         )
         self.state = TrainState()
+        self.checkpoints = CheckpointContext()
 
     def _build_model(self) -> nn.Module:
         plan, half = self.plan, self.plan.dtype != torch.float32
@@ -183,15 +195,23 @@ class TinyRun:
 
         return model(ids[:, :-1].contiguous(), positions, None, labels=ids[:, 1:].contiguous()), loss_func
 
-    def save(self, folder: str, **changes: Any) -> None:
+    def save(self, folder: str, *, non_persistent: bool = False, data_iterator: Any = None, **changes: Any) -> None:
         """Write a checkpoint."""
-        args = self.plan.arguments(folder, **changes)
-        save_checkpoint(args, self.state, self.model, self.optimizer, self.scheduler)
+        save_run(
+            self.plan.arguments(folder, **changes),
+            self.state,
+            self.model,
+            self.optimizer,
+            self.scheduler,
+            self.checkpoints,
+            non_persistent=non_persistent,
+            data_iterator=data_iterator,
+        )
 
     def load(self, folder: str, **changes: Any) -> None:
         """Continue from the latest checkpoint."""
         args = self.plan.arguments(folder, **changes)
-        self.state = load_checkpoint(args, self.model, self.optimizer, self.scheduler)
+        self.state = load_run(args, self.model, self.optimizer, self.scheduler)
 
     def weights(self) -> dict[str, Tensor]:
         """Copies of this rank's parameters."""

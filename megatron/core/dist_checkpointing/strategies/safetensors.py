@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import struct
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -235,10 +236,8 @@ class SafetensorsLoadShardedStrategy(ShardedFilesLoadStrategy):
         for key in {o.unique_key for o in objects}:
             place = catalog.objects[key]
             path = directory / place.file
-            found[key] = decode(
-                _parse(read_bytes(place, directory), f"{key} in {path}"),
-                lambda name, path=path: read_tensor(path, name),
-            )
+            text = _parse(read_bytes(place, directory), f"{key} in {path}")
+            found[key] = decode(text, partial(read_tensor, path))
         return found
 
 
