@@ -17,6 +17,8 @@ from enum import Enum
 
 import numpy
 
+from megatron.core.datasets.spilled_array import SpilledArray
+
 MAGIC = b"MMIDIDX\x00\x00"
 VERSION = 1
 HEADER = struct.Struct("<9sQBQQ")
@@ -151,7 +153,13 @@ class Index:
                     f"before it add up to byte {starts[bad]}"
                 )
             position = int(ends[-1])
+            self.release_memory()
         return position
+
+    def release_memory(self) -> None:
+        """Count the pages read so far as free again; those that are read once more come from the page cache."""
+        if hasattr(mmap, "MADV_DONTNEED"):
+            self._buffer.madvise(mmap.MADV_DONTNEED)
 
     def _check_documents(self) -> None:
         indices = self.document_indices
@@ -193,21 +201,25 @@ def naming(path: str) -> Iterator[None]:
 def write_index(
     path: str,
     dtype: type[numpy.number],
-    sequence_lengths: numpy.ndarray,
-    document_indices: numpy.ndarray,
-    sequence_modes: numpy.ndarray | None,
+    sequence_lengths: SpilledArray,
+    document_indices: SpilledArray,
+    sequence_modes: SpilledArray | None,
 ) -> None:
     """Write an index file of sequences without gaps between them, and wait until it is on the disk."""
-    lengths = sequence_lengths.astype("<i4")
-    ends = numpy.cumsum(lengths, dtype=numpy.int64) * DType.size(dtype)
-    pointers = numpy.concatenate([numpy.zeros(min(1, len(ends)), numpy.int64), ends[:-1]])
     with naming(path), open(path, "wb") as file:
         code = DType.code_from_dtype(dtype)
-        file.write(HEADER.pack(MAGIC, VERSION, code, len(lengths), len(document_indices)))
-        file.write(lengths.data)
-        file.write(pointers.astype("<i8").data)
-        file.write(document_indices.astype("<i8").data)
-        if sequence_modes is not None:
-            file.write(sequence_modes.astype(numpy.int8).data)
+        file.write(HEADER.pack(MAGIC, VERSION, code, len(sequence_lengths), len(document_indices)))
+        for lengths in sequence_lengths.chunks():
+            file.write(lengths.astype("<i4").data)
+        position = 0
+        for lengths in sequence_lengths.chunks():
+            ends = position + numpy.cumsum(lengths, dtype=numpy.int64) * DType.size(dtype)
+            pointers = numpy.concatenate([[position], ends[:-1]])
+            file.write(pointers.astype("<i8").data)
+            position = int(ends[-1])
+        for indices in document_indices.chunks():
+            file.write(indices.astype("<i8").data)
+        for modes in sequence_modes.chunks() if sequence_modes is not None else ():
+            file.write(modes.data)
         file.flush()
         os.fsync(file.fileno())

@@ -6,7 +6,7 @@ import fcntl
 import os
 import shutil
 import time
-from array import array
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -16,10 +16,12 @@ import numpy
 import torch
 
 from megatron.core.datasets.index_file import DType, Index, get_bin_path, get_idx_path, naming, write_index
+from megatron.core.datasets.spilled_array import SpilledArray
 
 PARTIAL = ".partial"
 """Suffix of files that are still being written; a killed writer leaves only these behind."""
 
+_COPIED_ROWS, _COPIED_BYTES = 1 << 18, 1 << 22
 _LOCK_PATIENCE = 3.0  # seconds; processes that a killed writer had started may outlive it by a second
 
 
@@ -42,9 +44,11 @@ class IndexedDatasetBuilder:
         self.multimodal = multimodal
         self._file = _open_for_writing(bin_path + PARTIAL)
         self._idx_path: str | None = None
-        self._sequence_lengths = array("i")
-        self._sequence_modes = array("b")
-        self._document_indices = array("q", [0])
+        folder = os.path.dirname(bin_path) or "."
+        self._sequence_lengths = SpilledArray("i", folder)
+        self._sequence_modes = SpilledArray("b", folder)
+        self._document_indices = SpilledArray("q", folder)
+        self._document_indices.append(0)
 
     @property
     def num_sequences(self) -> int:
@@ -71,26 +75,31 @@ class IndexedDatasetBuilder:
     def add_documents(
         self,
         tensor: torch.Tensor | numpy.ndarray,
-        lengths: list[int],
-        sequence_counts: list[int],
-        modes: list[int] | None = None,
+        lengths: numpy.ndarray | list[int],
+        sequence_counts: numpy.ndarray | list[int],
+        modes: numpy.ndarray | list[int] | None = None,
     ) -> None:
         """Append several documents; `sequence_counts` says how many of the `lengths` belong to each."""
         tokens = self._stored(tensor)
-        modes = [0] * len(lengths) if modes is None else modes
-        if sum(lengths) != tokens.size or sum(sequence_counts) != len(lengths) or len(modes) != len(lengths):
-            raise ValueError(
-                f"{tokens.size} tokens, {len(lengths)} lengths that sum to {sum(lengths)}, {len(modes)} "
-                f"modes and documents of {sum(sequence_counts)} sequences do not fit together"
-            )
+        self._check_counts(tokens.size, lengths, sequence_counts, modes)
         with naming(self.bin_path):
             self._file.write(tokens.data)
-        first = self.num_sequences
-        self._append_sequences(lengths, modes)
-        self._document_indices.extend((first + numpy.cumsum(sequence_counts, dtype=numpy.int64)).tolist())
+        self._append_documents(lengths, sequence_counts, modes)
+
+    def add_documents_of_file(
+        self,
+        path: str,
+        lengths: numpy.ndarray | list[int],
+        sequence_counts: numpy.ndarray | list[int],
+        modes: numpy.ndarray | list[int] | None = None,
+    ) -> None:
+        """As `add_documents`, with tokens that lie in a file, in the type of this dataset."""
+        self._check_counts(os.path.getsize(path) // DType.size(self.dtype), lengths, sequence_counts, modes)
+        self._copy(path)
+        self._append_documents(lengths, sequence_counts, modes)
 
     def add_index(self, path_prefix: str) -> None:
-        """Append all documents of another dataset of the same dtype."""
+        """Append all documents of another dataset of the same dtype, in bounded memory."""
         index = Index(get_idx_path(path_prefix), self.multimodal)
         if index.dtype != self.dtype:
             raise ValueError(
@@ -104,12 +113,17 @@ class IndexedDatasetBuilder:
                 f"{index.num_bin_bytes}"
             )
         first = self.num_sequences
-        self._sequence_lengths.frombytes(index.sequence_lengths.astype(numpy.int32).tobytes())
-        self._document_indices.frombytes((index.document_indices[1:] + first).astype(numpy.int64).tobytes())
-        if index.sequence_modes is not None:
-            self._sequence_modes.frombytes(index.sequence_modes.tobytes())
-        with open(get_bin_path(path_prefix), "rb") as source, naming(self.bin_path):
-            shutil.copyfileobj(source, self._file, 1 << 24)
+        for rows in _pieces_of(index.sequence_lengths, index):
+            self._sequence_lengths.extend(rows)
+        for rows in _pieces_of(index.document_indices[1:], index):
+            self._document_indices.extend(rows + first)
+        for rows in () if index.sequence_modes is None else _pieces_of(index.sequence_modes, index):
+            self._sequence_modes.extend(rows)
+        self._copy(get_bin_path(path_prefix))
+
+    def _copy(self, path: str) -> None:
+        with open(path, "rb") as source, naming(self.bin_path):
+            shutil.copyfileobj(source, self._file, _COPIED_BYTES)
 
     def finalize(self, idx_path: str) -> None:
         """Publish the dataset under its names."""
@@ -118,11 +132,9 @@ class IndexedDatasetBuilder:
 
     def complete(self, idx_path: str) -> None:
         """Write all that is left to write, still under temporary names: what can fail, fails here."""
-        modes = numpy.frombuffer(self._sequence_modes, numpy.int8) if self.multimodal else None
-        lengths = numpy.frombuffer(self._sequence_lengths, numpy.intc)
-        documents = numpy.frombuffer(self._document_indices, numpy.int64)
         self._idx_path = idx_path
-        write_index(idx_path + PARTIAL, self.dtype, lengths, documents, modes)
+        modes = self._sequence_modes if self.multimodal else None
+        write_index(idx_path + PARTIAL, self.dtype, self._sequence_lengths, self._document_indices, modes)
         with naming(self.bin_path):
             self._file.flush()
             os.fsync(self._file.fileno())
@@ -156,7 +168,32 @@ class IndexedDatasetBuilder:
     ) -> None:
         self.abort()
 
-    def _append_sequences(self, lengths: list[int], modes: list[int]) -> None:
+    def _check_counts(
+        self,
+        num_tokens: int,
+        lengths: numpy.ndarray | list[int],
+        sequence_counts: numpy.ndarray | list[int],
+        modes: numpy.ndarray | list[int] | None,
+    ) -> None:
+        num_modes = len(lengths) if modes is None else len(modes)
+        length_sum, count_sum = int(numpy.sum(lengths)), int(numpy.sum(sequence_counts))
+        if length_sum != num_tokens or count_sum != len(lengths) or num_modes != len(lengths):
+            raise ValueError(
+                f"{num_tokens} tokens, {len(lengths)} lengths that sum to {length_sum}, {num_modes} "
+                f"modes and documents of {count_sum} sequences do not fit together"
+            )
+
+    def _append_documents(
+        self,
+        lengths: numpy.ndarray | list[int],
+        sequence_counts: numpy.ndarray | list[int],
+        modes: numpy.ndarray | list[int] | None,
+    ) -> None:
+        first = self.num_sequences
+        self._append_sequences(lengths, [0] * len(lengths) if modes is None else modes)
+        self._document_indices.extend(first + numpy.cumsum(sequence_counts, dtype=numpy.int64))
+
+    def _append_sequences(self, lengths: numpy.ndarray | list[int], modes: numpy.ndarray | list[int]) -> None:
         self._sequence_lengths.extend(lengths)
         if self.multimodal:
             self._sequence_modes.extend(modes)
@@ -175,6 +212,13 @@ class IndexedDatasetBuilder:
                     f"{limits.max}"
                 )
         return numpy.ascontiguousarray(tokens.astype(self.dtype))
+
+
+def _pieces_of(rows: numpy.ndarray, index: Index) -> Iterator[numpy.ndarray]:
+    """Some rows of an index at a time; their memory is given back."""
+    for begin in range(0, len(rows), _COPIED_ROWS):
+        yield rows[begin : begin + _COPIED_ROWS]
+        index.release_memory()
 
 
 def _open_for_writing(path: str) -> BinaryIO:

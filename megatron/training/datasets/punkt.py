@@ -114,8 +114,7 @@ class PunktSplitter:
         if _INITIAL.match(token):
             return not self._is_abbreviation(token) and not self._goes_on_after_initial(following)
         if _ELLIPSIS.match(token) or self._is_abbreviation(token):
-            if token != ".":
-                return self._starts_sentence(following) is True or self._is_frequent_start(following)
+            return self._starts_sentence(following) is True or self._is_frequent_start(following)
         if _kind_of(token) == "##number##":
             return self._starts_sentence(following) is not False
         return not token.endswith("..")

@@ -12,8 +12,10 @@ from pathlib import Path
 import pytest
 
 from megatron.core.datasets.indexed_dataset import IndexedDataset
-from megatron.training.datasets.json_lines import InputError, InputFiles
-from megatron.training.datasets.preprocessing import DocumentEncoder, preprocess
+from megatron.training.datasets.encoding import DocumentEncoder
+from megatron.training.datasets.input_files import InputFiles
+from megatron.training.datasets.json_lines import InputError
+from megatron.training.datasets.preprocessing import Output, preprocess
 from megatron.training.tokenizer.gpt2_bpe_tokenizer import GPT2BPETokenizer
 from megatron.training.tokenizer.null_tokenizer import NullTokenizer
 from tests.unit_tests.tokenizer.vocabularies import SENTENCES, write_bpe
@@ -70,9 +72,10 @@ def test_gzip_and_patterns(tmp_path: Path) -> None:
     run_tool(f"{tmp_path}/*.jsonl*", tmp_path / "out")
     assert documents(f"{tmp_path}/out_text_document") == [[[1]], [[0]]]
     data = (tmp_path / "a.jsonl.gz").read_bytes()
-    (tmp_path / "a.jsonl.gz").write_bytes(data[:-5])
-    with pytest.raises(InputError, match=r"a\.jsonl\.gz: damaged gzip file"):
-        run_tool(f"{tmp_path}/a.jsonl.gz", tmp_path / "out")
+    for damaged in (data[:-5], data[:-14] + b"\xff\xff" + data[-12:], data[:-8] + bytes(8)):
+        (tmp_path / "a.jsonl.gz").write_bytes(damaged)
+        with pytest.raises(InputError, match=r"a\.jsonl\.gz: damaged gzip file"):
+            run_tool(f"{tmp_path}/a.jsonl.gz", tmp_path / "out")
 
 
 @pytest.fixture(scope="module")
@@ -87,15 +90,16 @@ def files_of(prefix: Path) -> tuple[bytes, bytes]:
 def test_any_number_of_workers_writes_the_same_bytes(
     tmp_path: Path, bpe_files: tuple[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("megatron.training.datasets.json_lines._BLOCK_BYTES", 2000)
+    monkeypatch.setattr("megatron.training.datasets.input_files._BLOCK_BYTES", 2000)
     texts = [sentence * (i % 7) for i, sentence in enumerate(SENTENCES * 10)]
     path = write_lines(tmp_path / "in.jsonl", [{"text": text} for text in texts])
     tokenizer = GPT2BPETokenizer(*bpe_files)
     encoder = DocumentEncoder(tokenizer, ["text"], append_eod=True)
     for workers in (1, 3):
         stream = io.StringIO()
-        count = preprocess(InputFiles(path), str(tmp_path / f"w{workers}"), encoder, workers, 50, stream)
-        assert count == 200
+        output = Output(str(tmp_path / f"w{workers}"), ("text",))
+        counts = preprocess(InputFiles(path), output, encoder, workers, 50, stream)
+        assert (counts.documents, counts.bad_lines) == (200, 0)
         lines = stream.getvalue().splitlines()
         assert lines[-1].startswith("Processed 200 documents (") and lines[-1].endswith(" MB/s).")
         assert 4 <= len(lines) <= 6
@@ -112,7 +116,7 @@ def test_progress_on_a_terminal(tmp_path: Path) -> None:
     path = write_lines(tmp_path / "in.jsonl", [{"text": "1"}] * 5)
     stream = Terminal()
     encoder = DocumentEncoder(NullTokenizer(10), ["text"], append_eod=False)
-    preprocess(InputFiles(path), str(tmp_path / "out"), encoder, 1, 1000, stream)
+    preprocess(InputFiles(path), Output(str(tmp_path / "out"), ("text",)), encoder, 1, 1000, stream)
     first, last = stream.getvalue().split("\r")[1:]
     assert "100%, 0:00 left" in first and last.startswith("Processed 5 documents (")
 
@@ -186,7 +190,7 @@ def test_bad_lines_are_named_and_nothing_changes(tmp_path: Path, line: bytes, me
 
 
 def test_line_numbers_are_right_in_every_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("megatron.training.datasets.json_lines._BLOCK_BYTES", 30)
+    monkeypatch.setattr("megatron.training.datasets.input_files._BLOCK_BYTES", 30)
     for bad in range(1, 20, 3):
         lines = [GOOD] * 20
         lines[bad - 1] = b'{"text": "\xff"}\n'
@@ -199,8 +203,9 @@ def test_paths_that_cannot_be_used(tmp_path: Path) -> None:
     path = write_lines(tmp_path / "in.jsonl", [{"text": "1"}])
     with pytest.raises(FileNotFoundError, match="no input file /nowhere/x.jsonl"):
         run_tool("/nowhere/x.jsonl", tmp_path / "out")
-    with pytest.raises(IsADirectoryError, match="is a directory: give a file"):
-        run_tool(str(tmp_path), tmp_path / "out")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FileNotFoundError, match=r"empty holds no file that ends with \.jsonl"):
+        run_tool(str(tmp_path / "empty"), tmp_path / "out")
     with pytest.raises(OSError, match="in.jsonl"):
         run_tool(path, Path(path) / "out")  # below a file
 
@@ -208,7 +213,14 @@ def test_paths_that_cannot_be_used(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--split-sentences"], "--split-sentences is not built yet"),
+        (["--only", "0"], "--only has no effect without --partitions"),
+        (["--ray-address", "auto"], "--ray-address has no effect without --partitions"),
+        (["--partition-by", "files"], "--partition-by files has no effect without --partitions"),
+        (["--partitions", "2", "--only", "2"], "--only 2: choose split, merge or a partition from 0 to 1"),
+        (["--partitions", "2", "--only", "0", "--ray-address", "x"], "choose one"),
+        (["--input", "-", "--resume"], "--resume: standard input"),
+        (["--input", "-", "-"], "names standard input .* twice"),
+        (["--input", "-", "--workers", "2", "--partitions", "2", "--keep-sequential"], "reads the input twice"),
         (["--keep-newlines"], "--keep-newlines has no effect without --split-sentences"),
         (["--workers", "0"], "--workers must be at least 1, got 0"),
         (["--partitions", "2"], r"--workers \(1\) must be a multiple of --partitions \(2\)"),
@@ -246,7 +258,7 @@ def test_the_program_says_what_is_wrong_and_fails(tmp_path: Path) -> None:
 
 def test_a_killed_program_leaves_nothing_that_looks_complete(tmp_path: Path) -> None:
     path = tmp_path / "in.jsonl"
-    path.write_bytes(b'{"text": "%s"}\n' % b" ".join([b"12"] * 3000) * 300)
+    path.write_bytes(b'{"text": "%s"}\n' % b" ".join([b"12"] * 3000) * 500)
     os.mkfifo(tmp_path / "pipe")  # never ends: the program waits in the middle of its work
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     command = program(str(tmp_path / "pipe"), tmp_path / "out", "--workers", "2", "--log-interval", "1")
@@ -261,4 +273,4 @@ def test_a_killed_program_leaves_nothing_that_looks_complete(tmp_path: Path) -> 
         running.wait()
     assert sorted(entry.name for entry in tmp_path.glob("out*")) == ["out_text_document.bin.partial"]
     run_tool(str(path), tmp_path / "out")
-    assert len(documents(f"{tmp_path}/out_text_document")) == 300
+    assert len(documents(f"{tmp_path}/out_text_document")) == 500
