@@ -10,13 +10,15 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
-from typing import BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 
 import numpy
-import torch
 
 from megatron.core.datasets.index_file import DType, Index, get_bin_path, get_idx_path, naming, write_index
 from megatron.core.datasets.spilled_array import SpilledArray
+
+if TYPE_CHECKING:  # preparing data starts without torch
+    import torch
 
 PARTIAL = ".partial"
 """Suffix of files that are still being written; a killed writer leaves only these behind."""

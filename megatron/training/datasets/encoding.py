@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy
 
-from megatron.core.datasets.indexed_dataset import DType
+from megatron.core.datasets.index_file import DType
 from megatron.core.datasets.megatron_tokenizer import MegatronTokenizer
 from megatron.training.datasets.input_files import Block
 from megatron.training.datasets.json_lines import InputError

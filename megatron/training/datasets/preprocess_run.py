@@ -16,7 +16,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from megatron.core.datasets.indexed_dataset import get_bin_path, get_idx_path
+from megatron.core.datasets.index_file import get_bin_path, get_idx_path
 from megatron.training.datasets.encoding import DocumentEncoder
 from megatron.training.datasets.input_files import STANDARD_INPUT, InputFiles
 from megatron.training.datasets.partitions import InputNames, assign_files, read_json, write_json, write_partitions

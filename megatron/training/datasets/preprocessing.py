@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, TextIO
 
-from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder, get_bin_path, get_idx_path
+from megatron.core.datasets.index_file import get_bin_path, get_idx_path
+from megatron.core.datasets.indexed_dataset_builder import IndexedDatasetBuilder
 from megatron.training.datasets.encoding import DocumentEncoder, EncodedBlock
 from megatron.training.datasets.input_files import InputFiles
 from megatron.training.datasets.progress import Progress
