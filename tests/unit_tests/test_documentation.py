@@ -21,7 +21,8 @@ ELSEWHERE = {
 def known_flags() -> set[str]:
     """Flags of training, and those that a program under tools/ or benchmarks/ adds itself."""
     flags = {name for action in build_parser()._actions for name in action.option_strings}
-    for program in [*ROOT.glob("tools/*.py"), *ROOT.glob("benchmarks/*.py")]:
+    tokenizer_flags = ROOT / "megatron/training/tokenizer/flags.py"
+    for program in [*ROOT.glob("tools/*.py"), *ROOT.glob("benchmarks/*.py"), tokenizer_flags]:
         flags |= set(re.findall(r'"(--[a-z][\w-]*)"', program.read_text()))
     return flags | ELSEWHERE
 
