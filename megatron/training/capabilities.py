@@ -40,7 +40,6 @@ ARGUMENTS_NOT_BUILT: dict[str, str] = {
     "sample_rate": "retrieval with two encoders",
     "relative_attention_num_buckets": "relative positions",
     "relative_attention_max_distance": "relative positions",
-    "check_for_spiky_loss": "detection of faulty results",
     "result_rejected_tracker_filename": "detection of faulty results",
     "record_memory_history": "the record of memory allocations",
     "memory_snapshot_path": "the record of memory allocations",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from megatron.core.collectives import all_reduce
 from megatron.core.num_microbatches_calculator import get_num_microbatches
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.training.global_vars import get_args, get_timers
+from megatron.training.nan_check import FiniteCheck, begin_step, can_replay, replay
 
 Reports = list[dict[str, Tensor]]
 
@@ -60,22 +62,32 @@ def train_step(
     optimizer: Any,
     opt_param_scheduler: Any,
     config: Any,
+    finite: FiniteCheck | None = None,
 ) -> StepResult:
-    """Run one iteration and advance optimizer and schedule."""
+    """Run one iteration and advance optimizer and schedule.
+
+    Raises:
+        NonFiniteLoss: `finite` is given and a loss or gradient of any rank is not; on all ranks, before the step.
+    """
     args, timers = get_args(), get_timers()
     for chunk in model:
         chunk.zero_grad_buffer()  # type: ignore[operator]
     optimizer.zero_grad()
-    reports = get_forward_backward_func()(
+    if finite is not None:
+        forward_step_func = finite.watching(forward_step_func)
+        begin_step(data_iterator)
+    run = partial(
+        get_forward_backward_func(),
         forward_step_func=forward_step_func,
-        data_iterator=data_iterator,
         model=model,
         num_microbatches=get_num_microbatches(),
         seq_length=args.seq_length,
         micro_batch_size=args.micro_batch_size,
         decoder_seq_length=args.decoder_seq_length,
-        forward_only=False,
     )
+    reports = run(data_iterator=data_iterator, forward_only=False)
+    if finite is not None:
+        finite.agree(model, stages_of(model), lambda: run_again(run, data_iterator))
     timers("optimizer", log_level=1).start(barrier=args.barrier_with_L1_time)
     success, grad_norm, num_zeros = optimizer.step()
     timers("optimizer").stop()
@@ -84,3 +96,17 @@ def train_step(
         opt_param_scheduler.step(increment=samples)
     losses = {name: float(value) for name, value in reduce_reports(reports).items()}
     return StepResult(losses, not success, grad_norm, None if num_zeros is None else int(num_zeros))
+
+
+def stages_of(model: list[nn.Module]) -> list[int]:
+    """Where each chunk of this rank stands in the order of the forward pass."""
+    stages = parallel_state.get_pipeline_model_parallel_world_size()
+    return [parallel_state.get_pipeline_model_parallel_rank() + stages * chunk for chunk in range(len(model))]
+
+
+def run_again(run: Callable[..., Any], data_iterator: Any) -> bool:
+    """The forward pass of the step once more; whether its batches are still there. All ranks come here together."""
+    can_run = can_replay(data_iterator)
+    if can_run:
+        run(data_iterator=replay(data_iterator), forward_only=True)
+    return can_run

@@ -23,7 +23,7 @@ from megatron.training.global_vars import get_args, get_timers, get_trackers, se
 from megatron.training.initialize import initialize_megatron, print_datetime, program_start
 from megatron.training.logging.progress import ProgressLine
 from megatron.training.logging.progress_file import append_start
-from megatron.training.nan_check import checked_forward_step
+from megatron.training.nan_check import FiniteCheck
 from megatron.training.periodic import grown_batch, periodic_actions, save
 from megatron.training.profiling import Profiler
 from megatron.training.run import Action, Run, StopTraining
@@ -177,6 +177,7 @@ def train(run: Run, more_actions: Sequence[Action] = ()) -> None:
     for chunk in run.model:
         chunk.train()
     actions = [*periodic_actions(run), *more_actions]
+    finite = _finite_check(run)
     if args.manual_gc:
         gc.disable()
         gc.collect()
@@ -189,8 +190,10 @@ def train(run: Run, more_actions: Sequence[Action] = ()) -> None:
             if state.iteration + 1 in args.iterations_to_skip:
                 _skip_iteration(run)
                 continue
+            if finite is not None:
+                finite.iteration = state.iteration + 1
             result = train_step(
-                _forward_step_of(run), run.train_data, run.model, run.optimizer, run.scheduler, run.config
+                run.forward_step_func, run.train_data, run.model, run.optimizer, run.scheduler, run.config, finite
             )
             state.iteration += 1
             state.consumed_train_samples += run.batch_size
@@ -201,10 +204,14 @@ def train(run: Run, more_actions: Sequence[Action] = ()) -> None:
     get_timers()("interval-time").stop()
 
 
-def _forward_step_of(run: Run) -> Callable[..., Any]:
-    if not run.args.check_for_nan_in_loss_and_grad:
-        return run.forward_step_func
-    return checked_forward_step(run.forward_step_func, rank(), run.state.iteration + 1)
+def _finite_check(run: Run) -> FiniteCheck | None:
+    args = run.args
+    if not (args.check_for_nan_in_loss_and_grad or args.check_for_spiky_loss):
+        return None
+    check = FiniteCheck(rank(), args.check_for_nan_in_loss_and_grad, args.check_for_spiky_loss)
+    for chunk in run.model:
+        chunk.report_bad_gradients_to(check.complain)  # type: ignore[operator]
+    return check
 
 
 def _update_batch_size(run: Run) -> None:

@@ -9,7 +9,7 @@ all-reduced across instances.
 from __future__ import annotations
 
 import enum
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,7 +21,7 @@ from torch.distributed import ProcessGroup
 from megatron.core import device
 from megatron.core.collectives import InFlight, start_all_gather, start_all_reduce, start_reduce_scatter
 from megatron.core.distributed.distributed_data_parallel_config import DistributedDataParallelConfig
-from megatron.core.distributed.gradient_checks import LargeNormWarning, require_finite_gradients
+from megatron.core.distributed.gradient_checks import LargeNormWarning, check_finite_gradients, refuse
 from megatron.core.distributed.param_and_grad_buffer import _ParamAndGradBucket, _ParamAndGradBuffer
 from megatron.core.utils import get_pg_size
 
@@ -49,6 +49,8 @@ class _ParamAndGradBucketGroup:
     buckets: list[_ParamAndGradBucket]
     weights: Weights = Weights.WHOLE
     large_norms: LargeNormWarning = field(default_factory=LargeNormWarning)
+    complain: Callable[[str], None] = refuse
+    """Is told about gradients that are not finite."""
 
     _reducing: list[InFlight] | None = None
     """Collectives inside the instance; None while no reduction is under way."""
@@ -104,7 +106,8 @@ class _ParamAndGradBucketGroup:
 
     def _check(self, bucket: _ParamAndGradBucket) -> None:
         if self.ddp_config.check_for_nan_in_grad:
-            require_finite_gradients(bucket.grad_data, bucket.params, self.buffer.param_to_name)
+            names = self.buffer.param_to_name
+            check_finite_gradients(bucket.grad_data, bucket.params, names, self.complain)
         if self.ddp_config.check_for_large_grads:
             self.large_norms.look_at(bucket.grad_data)
 

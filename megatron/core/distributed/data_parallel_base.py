@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -40,6 +40,9 @@ class _BaseDataParallel(torch.nn.Module):
 
     def scale_gradients(self, scaling_factor: float) -> None:
         """Multiply all gradients in place."""
+
+    def report_bad_gradients_to(self, complain: Callable[[str], None]) -> None:
+        """Tell `complain` about gradients that are not finite, instead of raising; only where they are checked."""
 
     def zero_grad_buffer(self) -> None:
         """Zero all gradients; call at the start of every step."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -164,6 +164,10 @@ class DistributedDataParallel(_BaseDataParallel):
     def finish_grad_sync(self) -> None:
         """Wait for the reduction of every bucket, launching what has not been."""
         self.grad_reducer.finish()
+
+    def report_bad_gradients_to(self, complain: Callable[[str], None]) -> None:
+        for bucket_group in self.bucket_groups:
+            bucket_group.complain = complain
 
     # --- weights ---
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -17,15 +17,24 @@ NORMS_REMEMBERED = 100
 LARGE_NORM_FACTOR = 10.0
 
 
-def require_finite_gradients(grads: Tensor, params: Sequence[Parameter], names: Mapping[Parameter, str]) -> None:
-    """Raise for the first parameter, in the order of the forward pass, whose gradient is not finite.
+def refuse(complaint: str) -> None:
+    """What is done about gradients that are not finite where nobody has said otherwise.
+
+    Raises:
+        RuntimeError: always. Other ranks may wait for this one then; a program that has several says otherwise.
+    """
+    raise RuntimeError(complaint)
+
+
+def check_finite_gradients(
+    grads: Tensor, params: Sequence[Parameter], names: Mapping[Parameter, str], complain: Callable[[str], None]
+) -> None:
+    """Complain about the first parameter, in the order of the forward pass, whose gradient is not finite.
 
     Args:
         grads: the bucket.
         params: its parameters, in the order of the buffer, last used first.
-
-    Raises:
-        RuntimeError: naming the parameter and this rank.
+        complain: is told the parameter and this rank.
     """
     # One pass and no temporary: the sum of finite gradients is finite short of 1e38.
     if torch.isfinite(grads.sum(dtype=torch.float32)):
@@ -33,10 +42,11 @@ def require_finite_gradients(grads: Tensor, params: Sequence[Parameter], names: 
     for param in reversed(params):
         bad = ~torch.isfinite(param.main_grad)  # type: ignore[attr-defined]
         if bad.any():
-            raise RuntimeError(
+            complain(
                 f"gradient of {names[param]} has {int(bad.sum())} NaN or infinite "
                 f"values of {param.numel()} on rank {_global_rank()}, before the data-parallel reduction"
             )
+            return
 
 
 @dataclass

@@ -67,7 +67,7 @@ def _pass_on(x: Tensor, group: ProcessGroup) -> InFlight:
         dist.P2POp(dist.isend, x, following, group=group),
         dist.P2POp(dist.irecv, received, preceding, group=group),
     ]
-    return InFlight(received, _All(dist.batch_isend_irecv(operations), x))
+    return InFlight(received, _All(dist.batch_isend_irecv(operations), x), "exchange of pieces", group)
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron.core.activity import communicating
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.random import checkpoint
@@ -283,7 +284,8 @@ class SelfAttention(Attention):
             if get_pg_size(group) == 1:
                 continue
             everyone = [torch.empty_like(mine) for _ in range(get_pg_size(group))]
-            dist.all_gather(everyone, mine, group=group)
+            with communicating("all-gather", group, of="norms of query and key heads"):
+                dist.all_gather(everyone, mine, group=group)
             if not all(torch.equal(mine, other) for other in everyone):
                 raise RuntimeError(
                     f"layer {self.layer_number}: the norms of query and key heads differ between {axis} ranks"

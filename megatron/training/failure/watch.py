@@ -192,9 +192,11 @@ class FailureWatch:
         elif self.rank in blamed:
             stack = f". Its Python stack:\n{main_stack()}" if error is None else f"\n{self._text}"
             text = f"[rank {self.rank}] stopping: {reason}{stack}"
+        elif is_own_fault and reason.endswith(summary_of(error)):
+            text = f"[rank {self.rank}] stopping: {reason}, as here\n"
         else:
             doing = f"waited: {state.wait}" if state.wait else f"was at {state.at}"
-            also = f"\n[rank {self.rank}] failed too: {summary_of(error)}" if error is not None and is_own_fault else ""
+            also = f"\n[rank {self.rank}] failed too: {summary_of(error)}" if is_own_fault else ""
             text = f"[rank {self.rank}] stopping: {reason}. Rank {self.rank} {doing}{also}\n"
         end_process(1, text, self._linger)
 
@@ -204,7 +206,7 @@ class FailureWatch:
             self.hub[0].linger()
 
 
-def summary_of(error: BaseException) -> str:
+def summary_of(error: BaseException | None) -> str:
     """Type and message of an exception, the latter cut to a line."""
     first, *more = str(error).strip().splitlines() or [""]
     return f"{type(error).__name__}: {first[:300]}{' …' if more or len(first) > 300 else ''}"

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -9,13 +12,21 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from megatron.training import nan_check
 from megatron.training.nan_check import (
+    FiniteCheck,
     NonFiniteLoss,
+    Origin,
     RememberingIterator,
-    checked_forward_step,
+    begin_step,
+    can_replay,
+    explain,
     first_nonfinite_module,
     first_nonfinite_parameter,
+    replay,
 )
+from tests.functional_tests.program import TINY, run_program
+from tests.worker_pool import run_ranks
 
 
 class Divide(nn.Module):
@@ -92,63 +103,183 @@ def forward_step(batches: Iterator[Tensor], model: nn.Module) -> Any:
     return model(next(batches)), mean_loss
 
 
-def run(model: nn.Module, batches: list[Tensor], forward: Any = forward_step) -> list[Any]:
-    """Loss of each batch, as a schedule computes it."""
-    step, data = checked_forward_step(forward, rank=3, iteration=17), RememberingIterator(iter(batches))
-    results = []
-    for _ in batches:
-        output, loss_function = step(data, model)
-        results.append(loss_function(output))
+def losses_of(
+    check: FiniteCheck, model: nn.Module, batches: Iterator[Tensor], forward: Any = forward_step
+) -> list[Any]:
+    """What the loss function gives for each batch, as a schedule computes it."""
+    step, results = check.watching(forward), []
+    with contextlib.suppress(StopIteration):
+        while True:
+            output, loss_function = step(batches, model)
+            results.append(loss_function(output))
     return results
+
+
+def stop_message(model: nn.Module, batches: list[Tensor], forward: Any = forward_step) -> str:
+    """What a run on one rank that has to stop says."""
+    check = FiniteCheck(rank=0, iteration=17)
+    data = RememberingIterator(iter(batches))
+    begin_step(data)
+    losses_of(check, model, data, forward)
+
+    def run_again() -> bool:
+        can_run = can_replay(data)
+        if can_run:
+            losses_of(check, model, replay(data), forward)
+        return can_run
+
+    with pytest.raises(NonFiniteLoss) as stop:
+        check.agree([model], [0], run_again)
+    return str(stop.value)
+
+
+def on_one_rank(function: Any, *args: Any) -> Any:
+    return run_ranks(1, function, *args)[0]
 
 
 def test_finite_losses_pass_unchanged() -> None:
     model, x = Model(), torch.ones(2, 3)
-    ((loss, tokens, report),) = run(model, [x])
+    ((loss, tokens, report),) = losses_of(FiniteCheck(rank=0), model, iter([x]))
     assert torch.equal(loss, model(x).sum())
     assert int(tokens) == 6
     assert torch.equal(report["lm loss"], model(x).mean())
 
 
-def test_a_bad_parameter_is_named() -> None:
-    model = Model()
-    spoil(model, "layers.1.linear.weight", "layers.2.linear.bias")
-    message = (
-        r"rank 3: the loss of iteration 17 is nan; the first parameter that is not finite is "
-        r"layers\.1\.linear\.weight\. \(--no-check-for-nan-in-loss-and-grad continues regardless\.\)"
+def test_where_it_began() -> None:
+    bad_weight, bad_module, bad_loss, too_large = on_one_rank(several_stops)
+    assert bad_weight == (
+        "rank 0: the loss of iteration 17 is nan; the first parameter that is not finite is layers.1.linear.weight, on "
+        "rank 0. (--no-check-for-nan-in-loss-and-grad continues regardless.)"
     )
-    with pytest.raises(NonFiniteLoss, match=message):
-        run(model, [torch.ones(2, 3)])
+    # only the second batch overflows: the whole step is run again
+    assert "all parameters are finite; the first output that is not comes from layers.1.divide, on rank 0" in bad_module
+    assert "outputs are finite: the loss function or the backward pass made it" in bad_loss
+    assert "all parameters are finite; the step was too large to be kept and run again" in too_large
 
 
-def test_a_bad_module_is_named_though_its_batch_is_consumed() -> None:
-    """Only the second batch overflows: that one must be run again."""
-    model = Model()
-    model.layers[1].divide.by = 1e-30
+def several_stops() -> list[str]:
+    spoilt = Model()
+    spoil(spoilt, "layers.1.linear.weight", "layers.2.linear.bias")
+    overflows = Model()
+    overflows.layers[1].divide.by = 1e-30
     with torch.no_grad():
-        model.layers[0].linear.bias.fill_(0.0)
-    overflowing = torch.full((2, 3), 3e37)
-    with pytest.raises(
-        NonFiniteLoss, match=r"all parameters are finite; the first output that is not comes from layers\.1\.divide"
-    ):
-        run(model, [torch.zeros(2, 3), overflowing])
+        overflows.layers[0].linear.bias.fill_(0.0)
+    overflowing = [torch.zeros(2, 3), torch.full((2, 3), 3e37)]
+
+    def bad_loss(batches: Iterator[Tensor], model: nn.Module) -> Any:
+        return model(next(batches)), lambda output: output.sum() / 0
+
+    stops = [
+        stop_message(spoilt, [torch.ones(2, 3)]),
+        stop_message(overflows, overflowing),
+        stop_message(Model(), [torch.ones(2, 3)], bad_loss),
+    ]
+    before, nan_check.MOST_BYTES_KEPT = nan_check.MOST_BYTES_KEPT, 40
+    try:
+        stops.append(stop_message(overflows, overflowing))
+    finally:
+        nan_check.MOST_BYTES_KEPT = before
+    return stops
 
 
-def test_a_bad_loss_function_is_named() -> None:
-    def bad_loss(output: Tensor) -> Tensor:
-        return output.sum() / 0
+def test_earliest_stage_is_the_origin() -> None:
+    """Rank 3, on the last stage, sees the loss; rank 0 and 1 hold the first stage."""
+    complaint = ("rank 3: the loss of iteration 2 is nan",)
+    origins = [
+        Origin(3, 1, complaint, module="module.final_norm"),
+        Origin(2, 1, (), module="module.decoder.layers.0"),
+        Origin(1, 0, (), module="module.decoder.layers.1"),
+        Origin(0, 0, ()),
+    ]
+    assert explain(origins) == (
+        f"{complaint[0]}; all parameters are finite; the first output that is not comes from "
+        "module.decoder.layers.1, on rank 1"
+    )
+    with_parameter = [*origins, Origin(4, 1, (), parameter="output_layer.weight")]
+    assert "the first parameter that is not finite is output_layer.weight, on rank 4" in explain(with_parameter)
 
-    def forward(batches: Iterator[Tensor], model: nn.Module) -> Any:
-        return model(next(batches)), bad_loss
 
-    with pytest.raises(NonFiniteLoss, match="outputs are finite: the loss function itself made it"):
-        run(Model(), [torch.ones(2, 3)], forward)
-
-
-def test_the_last_batch_can_be_had_again() -> None:
-    batches = RememberingIterator(iter("abc"))
+def test_a_step_is_kept_until_the_next_begins() -> None:
+    batches = RememberingIterator(iter("abcde"))
     assert iter(batches) is batches
-    assert [next(batches), next(batches)] == ["a", "b"]
-    assert list(batches.replay()) == ["b"]
-    assert list(batches) == ["c"]
-    assert list(batches.replay()) == ["c"]
+    assert next(batches) == "a" and batches.kept is None  # nobody asked for it
+    batches.begin_step()
+    assert [next(batches), next(batches)] == ["b", "c"]
+    assert list(batches.replay()) == list(batches.replay()) == ["b", "c"]
+    batches.begin_step()
+    assert next(batches) == "d" and list(batches.replay()) == ["d"]
+
+
+def test_steps_that_are_too_large_are_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nan_check, "MOST_BYTES_KEPT", 100)
+    batches = RememberingIterator(iter([{"tokens": torch.zeros(10)}] * 5))
+    batches.begin_step()
+    next(batches), next(batches)
+    assert batches.kept is not None and batches.bytes_kept == 80
+    next(batches)
+    assert batches.kept is None
+    batches.begin_step()
+    next(batches)
+    assert batches.kept is not None
+
+
+def test_spikes_are_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    check = FiniteCheck(rank=5, checks_finite=False, checks_spikes=True)
+
+    def see(loss: float) -> None:
+        def forward(batches: Iterator[Tensor], model: nn.Module) -> Any:
+            return torch.full((4,), loss), mean_loss  # a mean of `loss` a token
+
+        check.iteration += 1
+        _, loss_function = check.watching(forward)(None, Model())
+        loss_function(torch.full((4,), loss))
+
+    for i in range(nan_check.LOSSES_REMEMBERED):
+        see(1e6 if i == 0 else 1.0)  # no judgement before so many are known
+    check.first_losses[0] = 2.0
+    see(19.0)
+    see(float("nan"))
+    assert not caplog.records
+    see(20.0)
+    assert "spiky loss: 2.000000E+01 in iteration 103 on rank 5" in caplog.text
+
+
+# --- on several ranks -----------------------------------------------------------------------------
+
+
+def spoiled_run(flags: str, victim: int) -> str:
+    """Train; a weight of one rank is spoilt before its third step."""
+    from megatron.training import training
+
+    original, calls = training.train_step, itertools.count()
+
+    def train_step(forward: Any, data: Any, model: Any, *args: Any) -> Any:
+        if next(calls) == 2 and torch.distributed.get_rank() == victim:
+            with torch.no_grad():
+                dict(model[0].named_parameters())["module.decoder.layers.0.mlp.linear_fc1.weight"][0] = float("nan")
+        return original(forward, data, model, *args)
+
+    training.train_step = train_step
+    try:
+        return run_program("pretrain_gpt.py", [*TINY, "--train-iters", "9", *flags.split()])
+    except RuntimeError as error:
+        return str(error.__cause__)
+    finally:
+        training.train_step = original
+
+
+@pytest.mark.parametrize(
+    "world_size, flags, victim",
+    [
+        (2, "", 1),  # data parallel: only one replica is bad
+        (2, "--pipeline-model-parallel-size 2", 0),  # seen on the last stage, made on the first
+        (2, "--context-parallel-size 2", 1),
+        (4, "--tensor-model-parallel-size 2 --use-distributed-optimizer --overlap-grad-reduce", 2),
+    ],
+)
+def test_all_ranks_stop_with_one_message(world_size: int, flags: str, victim: int) -> None:
+    messages = run_ranks(world_size, spoiled_run, flags, victim)
+    assert len(set(messages)) == 1
+    assert "of iteration 3" in messages[0]
+    name = r"module\.decoder\.layers\.0\.mlp\.linear_fc1\.weight"
+    assert re.search(rf"first parameter that is not finite is {name}, on rank {victim}\b", messages[0])
