@@ -28,7 +28,7 @@ from megatron.training.utils import (
 )
 
 
-def model_provider(pre_process: bool = True, post_process: bool = True) -> GPTModel:
+def model_provider(pre_process: bool = True, post_process: bool = True, vp_stage: int | None = None) -> GPTModel:
     """This pipeline stage of the model that the flags describe."""
     args = get_args()
     print_rank_0("building GPT model ...")
@@ -53,6 +53,7 @@ def model_provider(pre_process: bool = True, post_process: bool = True) -> GPTMo
         rope_scaling=args.use_rope_scaling,
         rope_scaling_factor=args.rope_scaling_factor,
         seq_len_interpolation_factor=args.rotary_seq_len_interpolation_factor,
+        vp_stage=vp_stage,
         true_vocab_size=get_tokenizer().vocab_size,
     )
 

@@ -7,7 +7,7 @@ V of them, its model chunks 0 .. V-1.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 PlacementShape = Literal["loop", "v"]
 
@@ -56,3 +56,17 @@ class Placement:
     def last_rank(self) -> int:
         """The rank that holds the end of the model, where the loss is."""
         return self.holder_of(self.num_stages - 1).rank
+
+
+def placement_shape(pipeline_schedule: str) -> PlacementShape:
+    """How a schedule wants the virtual stages to lie."""
+    return "v" if pipeline_schedule == "zb-v" else "loop"
+
+
+def placement_of(config: Any) -> Placement:
+    """Which rank holds which virtual stage of a model with this `ModelParallelConfig`."""
+    return Placement(
+        config.pipeline_model_parallel_size,
+        config.virtual_pipeline_model_parallel_size or 1,
+        placement_shape(config.pipeline_schedule),
+    )

@@ -78,15 +78,16 @@ def last_logits(model: list[nn.Module], windows: Sequence[Sequence[int]], vocab_
 def share_next_tokens(next_tokens: Tensor | None, num_rows: int) -> list[int]:
     """The sampled tokens on every rank of the model: one broadcast over its tensor x pipeline group.
 
-    The last rank of that group decides for all: it is in the last stage, and no two ranks can ever disagree
-        on a draw.
+    One rank of the last stage decides for all, so that no two ranks can ever disagree on a draw.
     """
     device = current_device()
     group = parallel_state.get_model_parallel_group()
+    tp_size = parallel_state.get_tensor_model_parallel_world_size()
+    source = parallel_state.stage_placement().last_rank * tp_size + tp_size - 1
     shared = torch.empty(num_rows, dtype=torch.int64, device=device)
     if next_tokens is not None:
         shared.copy_(next_tokens)
-    torch.distributed.broadcast(shared, group=group, group_src=group.size() - 1)
+    torch.distributed.broadcast(shared, group=group, group_src=source)
     return shared.tolist()
 
 

@@ -30,7 +30,7 @@ GROUPS_NOT_BUILT: dict[str, str] = {
 }
 """Whole headings of --help that wait for their capability."""
 
-BUILT_WITHIN_GROUPS = frozenset({"qk_layernorm", "qk_l2_norm", "data_sharding"})
+BUILT_WITHIN_GROUPS = frozenset({"delay_wgrad_compute", "qk_layernorm", "qk_l2_norm", "data_sharding"})
 """What works although it stands under such a heading."""
 
 ARGUMENTS_NOT_BUILT: dict[str, str] = {
@@ -58,14 +58,6 @@ ARGUMENTS_NOT_BUILT: dict[str, str] = {
     "high_priority_stream_groups": "process groups with priority",
     "use_sharp": "reduction in the network",
     "nccl_communicator_config_path": "NCCL settings per process group",
-    "num_layers_per_virtual_pipeline_stage": "the interleaved pipeline schedule",
-    "num_virtual_stages_per_pipeline_rank": "the interleaved pipeline schedule",
-    "microbatch_group_size_per_vp_stage": "the interleaved pipeline schedule",
-    "wgrad_deferral_limit": "postponed embedding gradients",
-    "defer_embedding_wgrad_compute": "postponed embedding gradients",
-    "delay_wgrad_compute": "separate weight gradients",
-    "pipeline_model_parallel_layout": "pipeline layouts",
-    "overlap_p2p_comm_warmup_flush": "overlapped pipeline traffic",
     "use_torch_fsdp2": "fully sharded data parallelism",
     "torch_fsdp2_reshard_after_forward": "fully sharded data parallelism",
     "gradient_reduce_div_fusion": "fully sharded data parallelism",

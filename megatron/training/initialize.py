@@ -17,6 +17,7 @@ import torch.distributed as dist
 from megatron.core import device, parallel_state, tensor_parallel
 from megatron.core.collectives import all_reduce
 from megatron.core.host_memory import keep_freed_memory
+from megatron.core.stage_placement import placement_shape
 from megatron.core.tensor_parallel.initialization import set_initialization_seed
 from megatron.training.arguments import parse_args, validate_args
 from megatron.training.checkpointing import load_args_from_checkpoint
@@ -143,6 +144,7 @@ def _initialize_model_parallel(
         num_distributed_optimizer_instances=args.num_distributed_optimizer_instances,
         expert_tensor_parallel_size=args.expert_tensor_parallel_size,
         distributed_timeout_minutes=args.distributed_timeout_minutes,
+        virtual_pipeline_shape=placement_shape(args.pipeline_schedule),
         order="tp-cp-ep-pp-dp" if args.use_tp_pp_dp_mapping else "tp-cp-ep-dp-pp",
         get_embedding_ranks=get_embedding_ranks,
         get_position_embedding_ranks=get_position_embedding_ranks,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
@@ -28,6 +29,8 @@ from megatron.training.train_state import TrainState
 from megatron.training.utils import print_rank_0
 
 DatasetProvider = Callable[[list[int]], tuple[Any, Any, Any]]
+Batches = Iterator[Any] | list[Iterator[Any]] | None
+"""Microbatches of one data set: one iterator, or one for each of several model chunks; None where nothing is read."""
 
 
 def get_model(
@@ -35,36 +38,70 @@ def get_model(
     model_type: ModelType = ModelType.encoder_or_decoder,
     wrap_with_ddp: bool = True,
 ) -> list[nn.Module]:
-    """This rank's part of the model, ready to train: built, moved, cast, wrapped. A list of one chunk."""
+    """This rank's model chunks, ready to train: built, moved, cast, wrapped; one without virtual pipeline stages."""
     args = get_args()
-    model: nn.Module = model_provider_func(
-        pre_process=parallel_state.is_pipeline_first_stage(),
-        post_process=parallel_state.is_pipeline_last_stage(),
-    )
-    for param in model.parameters():
-        set_defaults_if_not_set_tensor_model_parallel_attributes(param)
+    model = _build_chunks(model_provider_func)
+    for chunk in model:
+        for param in chunk.parameters():
+            set_defaults_if_not_set_tensor_model_parallel_attributes(param)
     _print_size(model)
-    model.to(device.current_device())
-    config = get_model_config(model)
-    if args.fp16 or args.bf16:
-        model = Float16Module(config, model)
-    if wrap_with_ddp:
-        num_parameters = sum(param.numel() for param in model.parameters())
-        replicas = parallel_state.get_data_parallel_world_size(with_context_parallel=True)
-        ddp_config = ddp_config_from_args(args, num_parameters=num_parameters, dp_cp_size=replicas)
-        model = DistributedDataParallel(config=config, ddp_config=ddp_config, module=model)
-        if args.data_parallel_random_init:
-            model.broadcast_params()
-    return [model]
+    num_parameters = sum(param.numel() for chunk in model for param in chunk.parameters())
+    for i, chunk in enumerate(model):
+        chunk.to(device.current_device())
+        if args.fp16 or args.bf16:
+            chunk = Float16Module(get_model_config(chunk), chunk)
+        if wrap_with_ddp:
+            chunk = _wrap_with_ddp(chunk, num_parameters, is_first_chunk=i == 0)
+        model[i] = chunk
+    return model
 
 
-def _print_size(model: nn.Module) -> None:
+def _build_chunks(model_provider_func: Callable[..., nn.Module]) -> list[nn.Module]:
+    num_chunks = parallel_state.get_virtual_pipeline_model_parallel_world_size()
+    if num_chunks is None:
+        return [
+            model_provider_func(
+                pre_process=parallel_state.is_pipeline_first_stage(),
+                post_process=parallel_state.is_pipeline_last_stage(),
+            )
+        ]
+    takes_stage = "vp_stage" in inspect.signature(model_provider_func).parameters
+    model = []
+    for chunk in range(num_chunks):
+        parallel_state.set_virtual_pipeline_model_parallel_rank(chunk)
+        model.append(
+            model_provider_func(
+                pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=chunk),
+                post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=chunk),
+                **({"vp_stage": chunk} if takes_stage else {}),
+            )
+        )
+    return model
+
+
+def _wrap_with_ddp(chunk: nn.Module, num_parameters: int, *, is_first_chunk: bool) -> nn.Module:
+    args = get_args()
+    replicas = parallel_state.get_data_parallel_world_size(with_context_parallel=True)
+    ddp_config = ddp_config_from_args(args, num_parameters=num_parameters, dp_cp_size=replicas)
+    wrapped = DistributedDataParallel(
+        config=get_model_config(chunk),
+        ddp_config=ddp_config,
+        module=chunk,
+        # Only the first chunk is the last in backward: the others' traffic hides behind it as a whole.
+        disable_bucketing=not is_first_chunk,
+    )
+    if args.data_parallel_random_init:
+        wrapped.broadcast_params()
+    return wrapped
+
+
+def _print_size(model: list[nn.Module]) -> None:
     if parallel_state.get_data_parallel_rank(with_context_parallel=True) == 0:
         place = (
             parallel_state.get_tensor_model_parallel_rank(),
             parallel_state.get_pipeline_model_parallel_rank(),
         )
-        count = sum(param.numel() for param in model.parameters())
+        count = sum(param.numel() for chunk in model for param in chunk.parameters())
         print(f" > number of parameters on (tensor, pipeline) model parallel rank {place}: {count}", flush=True)
 
 
@@ -159,7 +196,7 @@ def build_train_valid_test_datasets(provider: DatasetProvider) -> tuple[Any, Any
 
 def build_train_valid_test_data_iterators(
     provider: DatasetProvider, state: TrainState
-) -> tuple[Iterator[Any] | None, Iterator[Any] | None, Iterator[Any] | None]:
+) -> tuple[Batches, Batches, Batches]:
     """Iterators over microbatches of this data parallel rank, from where `state` stands; None where nothing is read."""
     args = get_args()
     print_rank_0("> building train, validation, and test datasets ...")
@@ -175,7 +212,7 @@ def build_train_valid_test_data_iterators(
     )
 
 
-def data_presence(iterators: tuple[Iterator[Any] | None, ...]) -> tuple[bool, bool]:
+def data_presence(iterators: tuple[Batches, ...]) -> tuple[bool, bool]:
     """Whether there is validation and test data, as rank 0 (which always reads) sees it. Communicates: broadcast."""
     present = torch.tensor([it is not None for it in iterators[1:]], dtype=torch.int32, device=device.current_device())
     torch.distributed.broadcast(present, src=0)
@@ -183,7 +220,16 @@ def data_presence(iterators: tuple[Iterator[Any] | None, ...]) -> tuple[bool, bo
     return has_validation, has_test
 
 
-def _iterate(dataset: Any, consumed_samples: int) -> Iterator[Any] | None:
+def _iterate(dataset: Any, consumed_samples: int) -> Batches:
+    """Every chunk reads the same microbatches, each at its own time; those that need no data never start to."""
+    num_chunks = parallel_state.get_virtual_pipeline_model_parallel_world_size()
+    if num_chunks is None:
+        return _microbatches(dataset, consumed_samples)
+    iterators = [_microbatches(dataset, consumed_samples) for _ in range(num_chunks)]
+    return None if any(iterator is None for iterator in iterators) else iterators  # type: ignore[return-value]
+
+
+def _microbatches(dataset: Any, consumed_samples: int) -> Iterator[Any] | None:
     args = get_args()
     if dataset is None or parallel_state.get_tensor_model_parallel_rank() != 0:
         return None
@@ -204,9 +250,11 @@ def _iterate(dataset: Any, consumed_samples: int) -> Iterator[Any] | None:
     )
     if loader is None:
         return None
-    return RememberingIterator(_forever(loader) if args.dataloader_type == "cyclic" else iter(loader))
+    return RememberingIterator(_read(loader, forever=args.dataloader_type == "cyclic"))
 
 
-def _forever(loader: Any) -> Iterator[Any]:
-    while True:
+def _read(loader: Any, forever: bool) -> Iterator[Any]:
+    """Its batches; processes that load them start with the first."""
+    yield from loader
+    while forever:
         yield from loader

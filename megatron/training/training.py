@@ -224,8 +224,9 @@ def _update_batch_size(run: Run) -> None:
 def _skip_iteration(run: Run) -> None:
     """Read and drop the data of an iteration listed in `--iterations-to-skip`."""
     for _ in range(get_num_microbatches()):
-        if run.train_data is not None:
-            next(run.train_data)
+        for iterator in run.train_data if isinstance(run.train_data, list) else [run.train_data]:
+            if iterator is not None:
+                next(iterator)
     run.state.iteration += 1
     run.state.consumed_train_samples += run.batch_size
     run.state.skipped_train_samples += run.batch_size

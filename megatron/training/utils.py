@@ -30,8 +30,12 @@ def rank() -> int:
 
 
 def is_last_rank() -> bool:
-    """Whether this is the rank that logs."""
-    return not dist.is_initialized() or dist.get_rank() == dist.get_world_size() - 1
+    """Whether this is the rank that logs: the last of those that have the loss."""
+    if not parallel_state.model_parallel_is_initialized():
+        return not dist.is_initialized() or dist.get_rank() == dist.get_world_size() - 1
+    groups = parallel_state.get_process_groups()
+    is_last_replica = all(get_pg_rank(g) == get_pg_size(g) - 1 for g in (groups.tp, groups.cp, groups.dp))
+    return is_last_replica and parallel_state.is_pipeline_last_stage(ignore_virtual=True)
 
 
 def print_rank_0(message: str) -> None:
@@ -74,8 +78,8 @@ def get_batch_on_this_tp_rank(data_iterator: Iterator[dict[str, Tensor]] | None)
     """
     args = get_args()
     keys = batch_keys(
-        parallel_state.is_pipeline_first_stage(),
-        parallel_state.is_pipeline_last_stage(),
+        parallel_state.is_pipeline_first_stage(ignore_virtual=False),
+        parallel_state.is_pipeline_last_stage(ignore_virtual=False),
         args.reset_attention_mask,
     )
     shape = (args.micro_batch_size, args.seq_length)

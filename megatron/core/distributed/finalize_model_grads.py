@@ -12,8 +12,9 @@ from torch.distributed import ProcessGroup
 from megatron.core import device
 from megatron.core.collectives import all_reduce, broadcast
 from megatron.core.process_groups_config import ProcessGroupCollection, default_process_groups
+from megatron.core.stage_placement import Placement, placement_shape
 from megatron.core.timers import timed
-from megatron.core.utils import get_attr_wrapped_model, get_model_config, get_pg_rank, get_pg_size
+from megatron.core.utils import get_attr_wrapped_model, get_model_config, get_pg_size
 
 
 def finalize_model_grads(
@@ -93,23 +94,37 @@ def _position_embedding(chunk: nn.Module) -> nn.Parameter | None:
 def _reduce_shared_grads(
     model: list[nn.Module], group: ProcessGroup | None, find: Callable[[nn.Module], nn.Parameter | None]
 ) -> None:
-    """Sum the gradients of a parameter of which several stages hold a copy."""
-    if group is None or get_pg_size(group) == 1:
+    """Sum the gradients of a parameter of which several stages, on this rank or others, hold a copy."""
+    if group is None:
         return
-    chunk = model[0] if get_pg_rank(group) == 0 else model[-1]
+    copies = list(dict.fromkeys(copy for chunk in model for copy in _found(find, chunk)))
+    grads = [grad for copy in copies if (grad := _gradient(copy)) is not None]
+    if not grads:
+        return
+    total, *others = grads
+    for grad in others:
+        total.add_(grad)
+    if get_pg_size(group) > 1:
+        all_reduce(total, group=group, what="gradients of tied embeddings")
+    for grad in others:
+        grad.copy_(total)
+
+
+def _found(find: Callable[[nn.Module], nn.Parameter | None], chunk: nn.Module) -> list[nn.Parameter]:
     try:
-        shared = find(chunk)
+        param = find(chunk)
     except RuntimeError:  # a model without such an embedding
-        return
-    if shared is not None and (grad := _gradient(shared)) is not None:
-        all_reduce(grad, group=group, what="gradients of tied embeddings")
+        return []
+    return [] if param is None else [param]
 
 
 def _divide_by_tokens(model: list[nn.Module], num_tokens: Tensor, groups: ProcessGroupCollection) -> None:
     """Divide every gradient by the tokens of the whole batch, which the last stage knows."""
+    shape = placement_shape(get_model_config(model[0]).pipeline_schedule)
+    last_rank = Placement(get_pg_size(groups.pp), len(model), shape).last_rank
     total = num_tokens.to(device.current_device(), torch.int64).clone()  # whatever type the last stage counts in
     if get_pg_size(groups.pp) > 1:
-        broadcast(total, group_src=get_pg_size(groups.pp) - 1, group=groups.pp, what="number of tokens")
+        broadcast(total, group_src=last_rank, group=groups.pp, what="number of tokens")
     if get_pg_size(groups.dp_cp) > 1:
         all_reduce(total, group=groups.dp_cp, what="number of tokens")
     scaling = 1.0 / max(float(total), 1.0)

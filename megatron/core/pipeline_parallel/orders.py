@@ -25,7 +25,7 @@ from megatron.core.pipeline_parallel.schedule import (
     WeightGrad,
 )
 from megatron.core.pipeline_parallel.zero_bubble import zero_bubble_h1, zero_bubble_v
-from megatron.core.stage_placement import Placement
+from megatron.core.stage_placement import Placement, placement_shape
 
 ScheduleName = Literal["gpipe", "1f1b", "interleaved", "zb-h1", "zb-v"]
 
@@ -47,7 +47,7 @@ class ScheduleRequest:
     @property
     def placement(self) -> Placement:
         """Which rank holds which virtual stage."""
-        return Placement(self.num_ranks, self.num_chunks, "v" if self.name == "zb-v" else "loop")
+        return Placement(self.num_ranks, self.num_chunks, placement_shape(self.name))
 
     @property
     def turn(self) -> int:

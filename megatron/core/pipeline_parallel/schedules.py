@@ -183,6 +183,8 @@ def plan_for(config: Any, request: ScheduleRequest) -> PipelinePlan:
 
 
 def _one_for_each(value: Any, count: int, what: str) -> list[Any]:
+    if value is None:
+        return [None] * count
     values = list(value) if isinstance(value, (list, tuple)) else [value]
     if len(values) != count:
         raise ValueError(f"{len(values)} {what} for {count} model chunks; give a list with one for each")

@@ -32,6 +32,7 @@ from megatron.core.tensor_parallel.mappings import (
 )
 from megatron.core.tensor_parallel.overlap import ColumnParallelOverlap, OverlapPlan, RowParallelOverlap, overlap_plan
 from megatron.core.tensor_parallel.utils import VocabUtility
+from megatron.core.tensor_parallel.weight_grad_queue import WeightGradQueue
 from megatron.core.utils import (
     divide,
     get_pg_rank,
@@ -180,6 +181,8 @@ class ColumnParallelLinear(_TensorParallelModule):
         stride: number of matrices stacked in W that are cut each on its own.
         skip_bias_add: return b instead of adding it, for fusing the addition with what follows.
         skip_weight_param_allocation: have no W; `forward` is given one (tied embeddings).
+        weight_grad_queue: where backward leaves the product of W's gradient, for `config.wgrad_deferral_limit`
+            microbatches (0: all); whoever handed it over runs it.
     """
 
     sharded_axes = {"weight": 0, "bias": 0}
@@ -203,8 +206,12 @@ class ColumnParallelLinear(_TensorParallelModule):
         tp_comm_buffer_name: str | None = None,
         disable_grad_reduce: bool = False,
         tp_group: ProcessGroup | None = None,
+        weight_grad_queue: WeightGradQueue | None = None,
     ) -> None:
         super().__init__(config, tp_group, is_expert)
+        if embedding_activation_buffer is not None or grad_output_buffer is not None:
+            raise NotImplementedError("inputs and gradients of postponed products go into one weight_grad_queue")
+        self.weight_grad_queue = weight_grad_queue
         if self.sequence_parallel:
             self.overlap = overlap_plan(config, tp_comm_buffer_name)
         self.input_size, self.output_size = input_size, output_size
@@ -248,6 +255,7 @@ class ColumnParallelLinear(_TensorParallelModule):
                 allreduce_dgrad=reduce_grad and not self.sequence_parallel,
                 sequence_parallel=self.sequence_parallel,
                 tp_group=self.tp_group,
+                weight_grad_queue=self.weight_grad_queue,
             )
         gather = self.gather_output if runtime_gather_output is None else runtime_gather_output
         if gather:

@@ -14,7 +14,7 @@ from torch.distributed import ProcessGroup
 from megatron.core.collectives import InFlight, all_reduce, start_all_gather, start_all_reduce, start_reduce_scatter
 from megatron.core.tensor_parallel.gemm import linear, matmul, weight_gradient
 from megatron.core.tensor_parallel.mappings import _gather_first_dim, gather_from_sequence_parallel_region
-from megatron.core.tensor_parallel.weight_grad_queue import PostponedProduct, active_queue
+from megatron.core.tensor_parallel.weight_grad_queue import PostponedProduct, WeightGradQueue, postpone
 from megatron.core.utils import get_pg_size, get_tensor_model_parallel_group_if_none
 
 
@@ -31,8 +31,10 @@ class LinearWithGradAccumulationAndAsyncCommunication(torch.autograd.Function):
         allreduce_dgrad: bool,
         sequence_parallel: bool,
         group: ProcessGroup | None,
+        weight_grad_queue: WeightGradQueue | None = None,
     ) -> Tensor:
         ctx.save_for_backward(x, weight)
+        ctx.queue = weight_grad_queue
         ctx.weight = weight  # the parameter object itself, which carries `main_grad`
         ctx.has_bias, ctx.fused_accumulation = bias is not None, fused_accumulation
         ctx.allreduce_dgrad, ctx.sequence_parallel, ctx.group = allreduce_dgrad, sequence_parallel, group
@@ -43,8 +45,10 @@ class LinearWithGradAccumulationAndAsyncCommunication(torch.autograd.Function):
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         needs_dx, needs_dw, needs_db = ctx.needs_input_grad[:3]
-        if needs_dw and _postponed(ctx, grad_output, x):
-            needs_dw = False
+        if needs_dw:
+            gather_from = ctx.group if ctx.sequence_parallel else None
+            product = PostponedProduct(ctx.weight, grad_output, x, gather_from, ctx.fused_accumulation)
+            needs_dw = not postpone(product, ctx.queue)
         # x was not stored whole: it is fetched while dx is being computed, which is exchanged while dW is.
         whole_x = start_all_gather(x, ctx.group) if ctx.sequence_parallel and needs_dw else InFlight(x, None)
         dx = InFlight(grad_output, None)
@@ -55,17 +59,7 @@ class LinearWithGradAccumulationAndAsyncCommunication(torch.autograd.Function):
             dw = weight_gradient(ctx.weight, grad_output, whole_x.wait(), ctx.fused_accumulation)
         if ctx.has_bias and needs_db:
             db = grad_output.reshape(-1, grad_output.size(-1)).sum(0)
-        return dx.wait() if needs_dx else None, dw, db, None, None, None, None
-
-
-def _postponed(ctx: Any, grad_output: Tensor, x: Tensor) -> bool:
-    """Whether dW has been left to whoever splits backward."""
-    queue = active_queue()
-    if queue is None or not ctx.weight.is_leaf:
-        return False
-    group = ctx.group if ctx.sequence_parallel else None
-    queue.add(PostponedProduct(ctx.weight, grad_output, x, group, ctx.fused_accumulation))
-    return True
+        return dx.wait() if needs_dx else None, dw, db, None, None, None, None, None
 
 
 def _start_exchange(dx: Tensor, ctx: Any) -> InFlight:
@@ -85,6 +79,7 @@ def linear_with_grad_accumulation_and_async_allreduce(
     wgrad_deferral_limit: int | None = 0,
     async_grad_allreduce: bool | None = None,
     tp_group: ProcessGroup | None = None,
+    weight_grad_queue: WeightGradQueue | None = None,
 ) -> Tensor:
     """x Wᵀ + b.
 
@@ -94,12 +89,13 @@ def linear_with_grad_accumulation_and_async_allreduce(
         gradient_accumulation_fusion: add dW to `weight.main_grad` instead of returning it.
         allreduce_dgrad: all-reduce dx over the group, overlapped with the computation of dW.
         sequence_parallel: all-gather x, reduce-scatter dx, overlapped likewise.
+        weight_grad_queue: backward leaves the product dW here as long as there is room.
 
     Raises:
-        NotImplementedError: a buffer for deferred weight gradients is given.
+        NotImplementedError: `grad_output_buffer` is given, in whose place there is `weight_grad_queue`.
     """
     if grad_output_buffer is not None:
-        raise NotImplementedError("deferred weight gradients of the output layer are not built yet")
+        raise NotImplementedError("grad_output_buffer: give a weight_grad_queue, which holds the inputs too")
     if async_grad_allreduce is not None:
         allreduce_dgrad = async_grad_allreduce
     if allreduce_dgrad and sequence_parallel:
@@ -114,6 +110,7 @@ def linear_with_grad_accumulation_and_async_allreduce(
         allreduce_dgrad and many,
         sequence_parallel and many,
         group,
+        weight_grad_queue,
     )
 
 

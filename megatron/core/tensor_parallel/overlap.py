@@ -19,6 +19,7 @@ from torch.distributed import ProcessGroup
 from megatron.core.collectives import InFlight, start_all_gather, start_reduce_scatter
 from megatron.core.model_parallel_config import ModelParallelConfig
 from megatron.core.tensor_parallel.gemm import matmul, matmul_into, weight_gradient
+from megatron.core.tensor_parallel.weight_grad_queue import PostponedProduct, postpone
 from megatron.core.utils import divide, get_pg_rank, get_pg_size
 
 
@@ -152,6 +153,8 @@ class ColumnParallelOverlap(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         plan, (needs_dx, needs_dw) = ctx.plan, ctx.needs_input_grad[:2]
+        if needs_dw:
+            needs_dw = not postpone(PostponedProduct(ctx.weight, dy, x, ctx.group, ctx.accumulate))
         whole_x = start_all_gather(x, ctx.group) if needs_dw else InFlight(x, None)
         if not plan.gather_behind_dx:
             whole_x.wait()
@@ -188,5 +191,7 @@ class RowParallelOverlap(torch.autograd.Function):
         else:
             whole_dy = start_all_gather(dy, ctx.group).wait()
             dx = matmul(whole_dy, weight)
-        dw = weight_gradient(ctx.weight, whole_dy, x, ctx.accumulate) if ctx.needs_input_grad[1] else None
+        dw, product = None, PostponedProduct(ctx.weight, whole_dy, x, None, ctx.accumulate)
+        if ctx.needs_input_grad[1] and not postpone(product):
+            dw = weight_gradient(ctx.weight, whole_dy, x, ctx.accumulate)
         return dx, dw, None, None, None

@@ -41,7 +41,14 @@ class PostponedProduct:
 class WeightGradQueue:
     """Products that backward left for later, in the order in which it came to them."""
 
+    limit: int = 0
+    """Most products that it takes; 0 is any number."""
     _products: deque[PostponedProduct] = field(default_factory=deque)
+
+    @property
+    def has_room(self) -> bool:
+        """Whether it takes another product."""
+        return not self.limit or len(self._products) < self.limit
 
     def __len__(self) -> int:
         return len(self._products)
@@ -115,6 +122,13 @@ def deferring_weight_grads(queue: WeightGradQueue) -> Iterator[WeightGradQueue]:
         _active = before
 
 
-def active_queue() -> WeightGradQueue | None:
-    """Where weight gradients are to be left now; None to compute them at once."""
-    return _active
+def postpone(product: PostponedProduct, queue: WeightGradQueue | None = None) -> bool:
+    """Leave a product in the layer's own `queue` if that has room, else in that of whoever splits this backward.
+
+    False if there is neither, or the weight is itself computed from others: then the product has to be made now.
+    """
+    chosen = queue if queue is not None and queue.has_room else _active
+    if chosen is None or not product.weight.is_leaf:
+        return False
+    chosen.add(product)
+    return True

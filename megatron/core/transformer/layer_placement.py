@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from megatron.core.stage_placement import Placement, PlacementShape
+from megatron.core.stage_placement import placement_of
 from megatron.core.transformer.enums import LayerType
 from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -20,12 +20,6 @@ class LayerRange(NamedTuple):
 
     offset: int
     num_layers: int
-
-
-def placement_of(config: TransformerConfig) -> Placement:
-    """Which rank holds which virtual stage."""
-    shape: PlacementShape = "v" if config.pipeline_schedule == "zb-v" else "loop"
-    return Placement(config.pipeline_model_parallel_size, config.virtual_pipeline_model_parallel_size or 1, shape)
 
 
 def layers_of_chunk(config: TransformerConfig, pp_rank: int, vp_stage: int | None = None) -> LayerRange:

@@ -127,7 +127,7 @@ FLAG_GROUPS: tuple[FlagGroup, ...] = (
                 tensor_model_parallel_size pipeline_model_parallel_size context_parallel_size
                 num_layers_in_first_pipeline_stage num_layers_in_last_pipeline_stage
                 account_for_embedding_in_pipeline_split account_for_loss_in_pipeline_split
-                pipeline_model_parallel_layout microbatch_group_size_per_vp_stage
+                pipeline_model_parallel_layout pipeline_schedule microbatch_group_size_per_vp_stage
                 overlap_p2p_comm overlap_p2p_comm_warmup_flush defer_embedding_wgrad_compute
                 wgrad_deferral_limit init_model_with_meta_device cp_comm_type
                 hierarchical_context_parallel_sizes

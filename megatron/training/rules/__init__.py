@@ -16,10 +16,11 @@ from megatron.training.rules.batch import BATCH_RULES, TRAINING_LENGTH_RULES
 from megatron.training.rules.checkpoint import CHECKPOINT_RULES, CHECKPOINT_SOURCE_RULES
 from megatron.training.rules.data import DATA_RULES
 from megatron.training.rules.family import FAMILY_RULES
-from megatron.training.rules.layout import LAYOUT_RULES, PIPELINE_CHUNK_RULES
+from megatron.training.rules.layout import LAYOUT_RULES
 from megatron.training.rules.model import MODEL_RULES
 from megatron.training.rules.nearest import suggestions, variant
 from megatron.training.rules.objects import require_valid_library_configs
+from megatron.training.rules.pipeline import PIPELINE_CHUNK_RULES
 from megatron.training.rules.precision import PRECISION_RULES
 from megatron.training.rules.replaced import REPLACED_RULES
 from megatron.training.rules.runtime import RUNTIME_RULES

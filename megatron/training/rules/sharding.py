@@ -133,15 +133,6 @@ def require_bucket_settings_fit(args: argparse.Namespace) -> None:
         refuse_unless(value is None or value > 0, f"--{name.replace('_', '-')} ({value}) must be positive")
 
 
-def require_delayed_wgrad_fits(args: argparse.Namespace) -> None:
-    """Weight gradients can be taken apart only in layers that offer it, and before they are reduced."""
-    if args.delay_wgrad_compute:
-        refuse_unless(
-            args.transformer_impl == "transformer_engine" and not args.overlap_grad_reduce,
-            "--delay-wgrad-compute needs --transformer-impl transformer_engine and excludes --overlap-grad-reduce",
-        )
-
-
 SHARDING_RULES = (
     imply_overlap_of_sharding,
     require_overlap_param_gather_fits,
@@ -151,5 +142,4 @@ SHARDING_RULES = (
     require_fp8_gather_fits,
     require_offloaded_optimizer_fits,
     require_bucket_settings_fit,
-    require_delayed_wgrad_fits,
 )

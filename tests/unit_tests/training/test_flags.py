@@ -32,6 +32,7 @@ ADDED_FLAGS = {
     "--save-retain-interval",
     "--async-strategy",
     "--ckpt-verify",
+    "--pipeline-schedule",
     "--window-size",
     "--yarn-rotary-scaling-factor",
     "--yarn-original-max-position-embeddings",

@@ -15,6 +15,7 @@ from megatron.training.rules import (
     data,
     layout,
     model,
+    pipeline,
     precision,
     replaced,
     runtime,
@@ -335,13 +336,13 @@ def test_refusal(rule: Any, flags: str, message: str, base: str) -> None:
 
 SEVERAL_RANKS = [
     (
-        layout.require_layers_fit_stages,
+        pipeline.require_layers_fit_stages,
         "--pipeline-model-parallel-size 3",
         3,
         r"--num-layers 4 \(counted as 4\) does not divide by --pipeline-model-parallel-size 3",
     ),
     (
-        layout.require_layers_fit_stages,
+        pipeline.require_layers_fit_stages,
         "--pipeline-model-parallel-size 2 --account-for-loss-in-pipeline-split",
         2,
         "counted as 5",
@@ -442,29 +443,104 @@ UNBUILT: list[tuple[Any, dict[str, Any], str]] = [
     ),
     (layout.require_sequence_parallel_for_overlap, {"tp_comm_overlap": True}, "needs --sequence-parallel"),
     (
-        layout.require_one_way_to_chunks,
+        pipeline.require_one_way_to_chunks,
         {"num_layers_per_virtual_pipeline_stage": 1, "num_virtual_stages_per_pipeline_rank": 2},
         "exclude each other",
     ),
     (
-        layout.derive_chunks_from_layout,
+        pipeline.derive_chunks_from_layout,
         {"pipeline_model_parallel_layout": "Et|tt|tL", "pipeline_model_parallel_size": 2},
         "has 3 stages",
     ),
     (
-        layout.derive_chunks_from_layer_count,
+        pipeline.derive_chunks_from_layer_count,
         {"num_layers_per_virtual_pipeline_stage": 3, "pipeline_model_parallel_size": 2},
         "do not divide over --pipeline-model-parallel-size 2 into chunks",
     ),
     (
-        layout.derive_chunks_from_layer_count,
+        pipeline.derive_chunks_from_layer_count,
         {"num_layers_per_virtual_pipeline_stage": 1, "decoder_first_pipeline_num_layers": 1},
         "use --num-virtual-stages-per-pipeline-rank",
     ),
     (
-        layout.require_stages_for_chunks,
-        {"virtual_pipeline_model_parallel_size": 2, "pipeline_model_parallel_size": 2},
-        "of at least 3, found 2",
+        pipeline.require_stages_for_chunks,
+        {"virtual_pipeline_model_parallel_size": 2, "pipeline_model_parallel_size": 1},
+        "of at least 2, found 1",
+    ),
+    (
+        pipeline.derive_chunks_of_schedule,
+        {"pipeline_schedule": "zb-h1", "pipeline_model_parallel_size": 1},
+        "--pipeline-schedule zb-h1 needs --pipeline-model-parallel-size of at least 2",
+    ),
+    (
+        pipeline.derive_chunks_of_schedule,
+        {
+            "pipeline_schedule": "1f1b",
+            "pipeline_model_parallel_size": 2,
+            "virtual_pipeline_model_parallel_size": 2,
+        },
+        "--pipeline-schedule 1f1b needs one model chunk on each rank .*, found 2",
+    ),
+    (
+        pipeline.derive_chunks_of_schedule,
+        {
+            "pipeline_schedule": "zb-v",
+            "pipeline_model_parallel_size": 2,
+            "virtual_pipeline_model_parallel_size": 4,
+        },
+        r"--pipeline-schedule zb-v needs 2 model chunks on each rank \(its default\), found 4",
+    ),
+    (
+        pipeline.derive_chunks_of_schedule,
+        {"pipeline_schedule": "interleaved", "pipeline_model_parallel_size": 2},
+        "needs several model chunks on each rank .*, found 1",
+    ),
+    (
+        pipeline.require_layers_fit_chunks,
+        {"virtual_pipeline_model_parallel_size": 3, "pipeline_model_parallel_size": 2, "num_layers": 8},
+        "8 layers do not divide by 2 x 3, .* numbers that divide: 1, 2, 4; --pipeline-model-parallel-layout",
+    ),
+    (
+        pipeline.require_microbatches_for_interleaving,
+        {
+            "virtual_pipeline_model_parallel_size": 2,
+            "pipeline_model_parallel_size": 4,
+            "global_batch_size": 6,
+            "micro_batch_size": 2,
+        },
+        "3 microbatches .* no turn may have fewer than the 4 stages; 4 microbatches would work, --global-batch-size 8",
+    ),
+    (
+        pipeline.require_microbatches_for_interleaving,
+        {
+            "virtual_pipeline_model_parallel_size": 2,
+            "pipeline_model_parallel_size": 4,
+            "microbatch_group_size_per_vp_stage": 6,
+            "global_batch_size": 27,
+            "micro_batch_size": 1,
+            "data_parallel_size": 3,
+        },
+        "9 microbatches .*; 6 microbatches or 10 microbatches would work, --global-batch-size 18 or 30",
+    ),
+    (
+        pipeline.require_microbatches_for_interleaving,
+        {
+            "virtual_pipeline_model_parallel_size": 2,
+            "pipeline_model_parallel_size": 2,
+            "global_batch_size": 8,
+            "micro_batch_size": 1,
+            "rampup_batch_size": ["2", "1", "100"],
+        },
+        "3 microbatches .* would work",
+    ),
+    (
+        pipeline.require_microbatches_for_interleaving,
+        {
+            "virtual_pipeline_model_parallel_size": 2,
+            "pipeline_model_parallel_size": 4,
+            "microbatch_group_size_per_vp_stage": 3,
+        },
+        r"--microbatch-group-size-per-virtual-pipeline-stage \(3\) must be at least --pipeline-model-parallel-size",
     ),
     (
         data.require_sequence_divides_over_ranks,
@@ -523,7 +599,6 @@ UNBUILT: list[tuple[Any, dict[str, Any], str]] = [
         {"optimizer_cpu_offload": True},
         "needs --use-precision-aware-optimizer",
     ),
-    (sharding.require_delayed_wgrad_fits, {"delay_wgrad_compute": True}, "needs --transformer-impl"),
     (model.require_position_settings, {"position_embedding_type": "mrope"}, "needs --mrope-section"),
     (model.require_position_settings, {"position_embedding_type": "relative"}, "needs --transformer-impl"),
     (model.derive_num_experts, {"num_experts": 2, "spec": ["local"]}, "--spec exclude each other"),

@@ -12,7 +12,7 @@ import torch
 from megatron.core.transformer.enums import AttnBackend
 from megatron.training.arguments import core_transformer_config_from_args, validate_args
 from megatron.training.library_configs import bucket_size, ddp_config_from_args, optimizer_config_from_args
-from megatron.training.rules import apply_rules, layout, model, precision, runtime, sharding
+from megatron.training.rules import apply_rules, layout, model, pipeline, precision, runtime, sharding
 from megatron.training.settings import ConfigurationError
 from tests.unit_tests.training.settings_for_tests import REAL_DATA, SAMPLES, parsed, validated, varied
 
@@ -92,11 +92,13 @@ def test_checking_twice_changes_nothing() -> None:
         ({"num_virtual_stages_per_pipeline_rank": 3}, 3),
         ({"pipeline_model_parallel_layout": "Et|t|t|tL"}, 2),
         ({"pipeline_model_parallel_layout": "Ett|ttL"}, None),
+        ({"pipeline_model_parallel_layout": "E|(t|)*4,L"}, 3),
+        ({"pipeline_schedule": "zb-v"}, 2),
     ],
 )
 def test_model_chunks_of_a_stage(values: dict[str, Any], chunks: int | None) -> None:
     args = varied(pipeline_model_parallel_size=2, **values)
-    apply_rules(args, layout.PIPELINE_CHUNK_RULES[:4])
+    apply_rules(args, pipeline.PIPELINE_CHUNK_RULES[:5])
     assert args.virtual_pipeline_model_parallel_size == chunks
 
 

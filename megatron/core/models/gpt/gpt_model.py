@@ -20,6 +20,7 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.initialization import deferred_initialization, initialize_parameters
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear
+from megatron.core.tensor_parallel.weight_grad_queue import WeightGradQueue
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlock, TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -87,6 +88,10 @@ class GPTModel(LanguageModule):
         self.rotary_percent, self.rotary_base = rotary_percent, rotary_base
         self.model_type = ModelType.encoder_or_decoder
         self.input_tensor: Tensor | None = None
+        self.output_weight_grads: WeightGradQueue | None = None
+        """Products of the output layer's backward that wait for the pipeline's drain phase."""
+        if post_process and config.defer_embedding_wgrad_compute:
+            self.output_weight_grads = WeightGradQueue(config.wgrad_deferral_limit)
         with deferred_initialization():
             if pre_process:
                 self.embedding = LanguageModelEmbedding(
@@ -119,6 +124,7 @@ class GPTModel(LanguageModule):
                     skip_bias_add=False,
                     gather_output=not parallel_output,
                     skip_weight_param_allocation=pre_process and share_embeddings_and_output_weights,
+                    weight_grad_queue=self.output_weight_grads,
                     tp_group=self.model_comm_pgs.tp,
                 )
         self.setup_embeddings_and_output_layer()
