@@ -16,7 +16,6 @@ FIELDS_NOT_BUILT: dict[str, str] = {
     "tp_comm_atomic_ag": "atomic kernels of the vendor's user buffers",
     "tp_comm_atomic_rs": "atomic kernels of the vendor's user buffers",
     "num_microbatches_with_partial_activation_checkpoints": "partial recompute by microbatch",
-    "init_model_with_meta_device": "construction on the meta device",
     "use_te_rng_tracker": "Transformer Engine",
     "fp8": "fp8",
     "fp8_param": "fp8",
@@ -31,9 +30,9 @@ FIELDS_NOT_BUILT: dict[str, str] = {
     "symmetric_ar_type": "the inference engine",
     "use_precision_aware_optimizer": "low-precision optimizer states",
     "optimizer_cpu_offload": "the offloaded optimizer",
-    "use_custom_fsdp": "fully sharded data parallelism",
-    "data_parallel_sharding_strategy": "fully sharded data parallelism",
-    "fsdp_double_buffer": "fully sharded data parallelism",
+    "use_custom_fsdp": "fully sharded data parallelism other than torch's (TorchFullyShardedDataParallel)",
+    "data_parallel_sharding_strategy": "fully sharded data parallelism other than torch's",
+    "fsdp_double_buffer": "fully sharded data parallelism other than torch's",
     "nccl_ub": "registered NCCL buffers",
 }
 """Field of a core configuration class -> what it would switch on. A row goes when its capability arrives."""

@@ -58,11 +58,9 @@ ARGUMENTS_NOT_BUILT: dict[str, str] = {
     "high_priority_stream_groups": "process groups with priority",
     "use_sharp": "reduction in the network",
     "nccl_communicator_config_path": "NCCL settings per process group",
-    "use_torch_fsdp2": "fully sharded data parallelism",
-    "torch_fsdp2_reshard_after_forward": "fully sharded data parallelism",
-    "gradient_reduce_div_fusion": "fully sharded data parallelism",
-    "suggested_communication_unit_size": "fully sharded data parallelism",
-    "keep_fp8_transpose_cache_when_using_custom_fsdp": "fully sharded data parallelism",
+    "gradient_reduce_div_fusion": "fully sharded data parallelism other than torch's",
+    "suggested_communication_unit_size": "fully sharded data parallelism other than torch's",
+    "keep_fp8_transpose_cache_when_using_custom_fsdp": "fully sharded data parallelism other than torch's",
     "ckpt_convert_format": "conversion of checkpoints",
     "ckpt_convert_save": "conversion of checkpoints",
     "load_model_opt_format": "quantization and distillation",
@@ -127,7 +125,7 @@ def capabilities_not_built() -> dict[str, tuple[Used, str]]:
     for flag in all_flags().values():
         capability = (
             ARGUMENTS_NOT_BUILT.get(flag.dest)
-            or (FIELDS_NOT_BUILT.get(flag.field) if flag.dest not in _ON_BY_DEFAULT else None)
+            or (FIELDS_NOT_BUILT.get(flag.field) if flag.dest not in _SETTLED_BY_RULES else None)
             or (GROUPS_NOT_BUILT.get(flag.group) if flag.dest not in BUILT_WITHIN_GROUPS else None)
         )
         if capability is not None and flag.dest not in WHEN_GIVEN_NOT_BUILT:
@@ -135,8 +133,8 @@ def capabilities_not_built() -> dict[str, tuple[Used, str]]:
     return rows | VALUES_NOT_BUILT
 
 
-_ON_BY_DEFAULT = frozenset({"overlap_p2p_comm"})
-"""Fields that programs switch on and a rule switches off again while nothing uses them."""
+_SETTLED_BY_RULES = frozenset({"overlap_p2p_comm", "use_custom_fsdp", "data_parallel_sharding_strategy"})
+"""Fields that the library does not have, and programs may be given: a rule puts what does the same in their place."""
 
 
 def refuse_capabilities_not_built(args: argparse.Namespace) -> None:

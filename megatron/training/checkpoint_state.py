@@ -97,7 +97,7 @@ def bare(module: nn.Module) -> nn.Module:
 def sharded_model(model: list[nn.Module], metadata: dict[str, Any]) -> dict[str, Any]:
     """Description of the parameters of every chunk."""
     return {
-        key: bare(chunk).sharded_state_dict(metadata=metadata)  # type: ignore[operator]
+        key: chunk.sharded_state_dict(metadata=metadata)  # type: ignore[operator]
         for key, chunk in zip(model_keys(model), model)
     }
 
@@ -115,7 +115,7 @@ def plain_model(model: list[nn.Module]) -> dict[str, Any]:
 def load_model(model: list[nn.Module], state_dict: dict[str, Any], strict: bool) -> None:
     """Copy loaded parameters into the model."""
     for key, chunk in zip(model_keys(model), model):
-        bare(chunk).load_state_dict(state_dict[key], strict=strict)
+        chunk.load_state_dict(state_dict[key], strict=strict)
 
 
 # ---- random numbers ----

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.functional import relu, silu
 
 from megatron.core.distributed.distributed_data_parallel_config import DistributedDataParallelConfig
+from megatron.core.distributed.torch_fully_sharded_data_parallel_config import TorchFullyShardedDataParallelConfig
 from megatron.core.optimizer.optimizer_config import OptimizerConfig
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 from megatron.training.config.spellings import SPELLINGS, Spelling
@@ -100,6 +101,9 @@ def ddp_config_from_args(
     """
     values = values_for(DistributedDataParallelConfig, args)
     values["bucket_size"] = bucket_size(args, num_parameters, dp_cp_size)
+    if args.use_torch_fsdp2:
+        reshard = args.torch_fsdp2_reshard_after_forward
+        return TorchFullyShardedDataParallelConfig(**values, reshard_after_forward=reshard)
     return DistributedDataParallelConfig(**values)
 
 

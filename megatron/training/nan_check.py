@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from megatron.core import device
 from megatron.core.activity import communicating
 from megatron.core.collectives import all_reduce
+from megatron.core.distributed.torch_fully_sharded_data_parallel import local_part
 
 logger = logging.getLogger(__name__)
 
@@ -98,7 +99,7 @@ def _bytes_of(batch: Any) -> int:
 def first_nonfinite_parameter(model: nn.Module) -> str | None:
     """Name of the first parameter that holds a nan or infinity."""
     for name, param in model.named_parameters():
-        if not bool(torch.isfinite(param).all()):
+        if not bool(torch.isfinite(local_part(param)).all()):
             return name
     return None
 

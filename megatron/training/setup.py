@@ -13,12 +13,14 @@ from torch import nn
 from megatron.core import device, parallel_state
 from megatron.core.distributed import (
     DistributedDataParallel,
+    TorchFullyShardedDataParallel,
     finalize_model_grads,
 )
 from megatron.core.enums import ModelType
 from megatron.core.optimizer import get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.tensor_parallel import set_defaults_if_not_set_tensor_model_parallel_attributes
+from megatron.core.tensor_parallel.initialization import materialize_parameters
 from megatron.core.transformer.module import Float16Module
 from megatron.core.utils import get_model_config
 from megatron.training.datasets.data_samplers import build_pretraining_data_loader
@@ -46,12 +48,16 @@ def get_model(
             set_defaults_if_not_set_tensor_model_parallel_attributes(param)
     _print_size(model)
     num_parameters = sum(param.numel() for chunk in model for param in chunk.parameters())
+    shards_parameters = wrap_with_ddp and args.use_torch_fsdp2
     for i, chunk in enumerate(model):
-        chunk.to(device.current_device())
+        if not args.init_model_with_meta_device:
+            chunk.to(device.current_device())
+        elif not shards_parameters:  # who shards them allocates this rank's part only
+            materialize_parameters(chunk, getattr(chunk, "global_parameter_name", str))
         if args.fp16 or args.bf16:
             chunk = Float16Module(get_model_config(chunk), chunk)
         if wrap_with_ddp:
-            chunk = _wrap_with_ddp(chunk, num_parameters, is_first_chunk=i == 0)
+            chunk = _wrap_in_data_parallel(chunk, num_parameters, is_first_chunk=i == 0)
         model[i] = chunk
     return model
 
@@ -79,16 +85,19 @@ def _build_chunks(model_provider_func: Callable[..., nn.Module]) -> list[nn.Modu
     return model
 
 
-def _wrap_with_ddp(chunk: nn.Module, num_parameters: int, *, is_first_chunk: bool) -> nn.Module:
-    args = get_args()
+def _wrap_in_data_parallel(chunk: nn.Module, num_parameters: int, *, is_first_chunk: bool) -> nn.Module:
+    """`chunk` in the form of data parallelism that the flags ask for."""
+    args, config = get_args(), get_model_config(chunk)
     replicas = parallel_state.get_data_parallel_world_size(with_context_parallel=True)
     ddp_config = ddp_config_from_args(args, num_parameters=num_parameters, dp_cp_size=replicas)
+    if args.use_torch_fsdp2:
+        return TorchFullyShardedDataParallel(config, ddp_config, chunk)
     wrapped = DistributedDataParallel(
-        config=get_model_config(chunk),
+        config=config,
         ddp_config=ddp_config,
         module=chunk,
         # Only the first chunk is the last in backward: the others' traffic hides behind it as a whole.
-        disable_bucketing=not is_first_chunk,
+        disable_bucketing=not is_first_chunk or args.overlap_param_gather_with_optimizer_step,
     )
     if args.data_parallel_random_init:
         wrapped.broadcast_params()

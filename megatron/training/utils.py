@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from megatron.core import device, parallel_state
 from megatron.core.collectives import all_reduce, broadcast
 from megatron.core.datasets.utils import get_blend_from_list
-from megatron.core.distributed import DistributedDataParallel
+from megatron.core.distributed import DistributedDataParallel, TorchFullyShardedDataParallel
 from megatron.core.utils import get_batch_on_this_cp_rank, get_pg_rank, get_pg_size, unwrap_model
 from megatron.core.vocabulary_padding import without_padding
 from megatron.training.global_vars import get_args
@@ -181,11 +181,22 @@ def calc_params_l2_norm(model: list[nn.Module] | nn.Module, force_create_fp32_co
     chunks = model if isinstance(model, list) else [model]
     gather_weights(chunks)
     for chunk in chunks:
-        for param in chunk.parameters():
+        for param, piece, start in _own_pieces(chunk):
             if param_is_not_tensor_parallel_duplicate(param) and not _is_shared_copy(param):
-                total += without_padding(param, param).float().square().sum(dtype=torch.float64)
+                total += without_padding(param, piece, start).float().square().sum(dtype=torch.float64)
     all_reduce(total, group=parallel_state.get_model_parallel_group())
+    if isinstance(chunks[0], TorchFullyShardedDataParallel):
+        all_reduce(total, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
     return float(total.sqrt())
+
+
+def _own_pieces(chunk: nn.Module) -> Iterator[tuple[Tensor, Tensor, int]]:
+    """(parameter, what this rank has of it, where that begins in the flattened parameter)."""
+    if isinstance(chunk, TorchFullyShardedDataParallel):
+        chunk.reshard()
+        yield from ((one.param, one.local, one.first_element) for one in chunk.rows)
+    else:
+        yield from ((param, param, 0) for param in chunk.parameters())
 
 
 def gather_weights(model: list[nn.Module]) -> None:

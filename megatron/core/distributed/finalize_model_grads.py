@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
+from torch.distributed.tensor import DTensor
 
 from megatron.core import device
 from megatron.core.collectives import all_reduce, broadcast
@@ -42,7 +43,8 @@ def finalize_model_grads(
 
 
 def _gradient(param: nn.Parameter) -> Tensor | None:
-    return param.main_grad if hasattr(param, "main_grad") else param.grad
+    grad = param.main_grad if hasattr(param, "main_grad") else param.grad
+    return grad.to_local() if isinstance(grad, DTensor) else grad  # fully sharded: the rows that this rank keeps
 
 
 def _trained(model: list[nn.Module]) -> Iterator[tuple[str, nn.Parameter]]:

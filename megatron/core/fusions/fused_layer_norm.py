@@ -5,11 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from megatron.core import device
 from megatron.core.fusions import compiled
 from megatron.core.fusions.compiled import region
 from megatron.core.fusions.fused_rms_norm import rms_norm
-from megatron.core.tensor_parallel.initialization import register_parameter_init
+from megatron.core.tensor_parallel.initialization import parameter_device, register_parameter_init
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 
@@ -62,7 +61,7 @@ class FusedLayerNorm(nn.Module):
 
     def _parameter(self, init_method: object) -> nn.Parameter:
         config = self.config
-        param = nn.Parameter(torch.empty(self.hidden_size, dtype=config.params_dtype, device=device.current_device()))
+        param = nn.Parameter(torch.empty(self.hidden_size, dtype=config.params_dtype, device=parameter_device(config)))
         param.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
         register_parameter_init(param, init_method, perform_initialization=config.perform_initialization)  # type: ignore[arg-type]
         return param

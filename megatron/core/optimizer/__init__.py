@@ -10,7 +10,9 @@ import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
 from megatron.core.distributed.distributed_data_parallel import DistributedDataParallel
+from megatron.core.distributed.torch_fully_sharded_data_parallel import TorchFullyShardedDataParallel
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.optimizer.fsdp_optimizer import FullyShardedOptimizer
 from megatron.core.optimizer.grad_scaler import ConstantGradScaler, DynamicGradScaler, MegatronGradScaler
 from megatron.core.optimizer.megatron_optimizer import InitStateFn
 from megatron.core.optimizer.optimizer import (
@@ -133,6 +135,9 @@ def _build(
         if get_pg_size(data_parallel_group) > 1 and grad_pgs.intra_dist_opt is None:
             raise ValueError("grad_comm_pgs lacks intra_dist_opt, over which the distributed optimizer sums norms")
         optimizer.grad_stats_parallel_group = grad_pgs.intra_dist_opt
+    elif isinstance(model_chunks[0], TorchFullyShardedDataParallel):
+        optimizer = FullyShardedOptimizer(inner, config, init_state_fn, model_chunks)
+        optimizer.grad_stats_parallel_group = model_pgs.tp_dp_cp
     else:
         if config.fp16 or config.bf16:
             optimizer = Float16OptimizerWithFloat16Params(inner, config, scaler, init_state_fn)

@@ -22,6 +22,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
+from megatron.core import device
+from megatron.core.model_parallel_config import ModelParallelConfig
 from megatron.core.utils import get_pg_rank, get_pg_size
 
 BLOCK_ELEMENTS = 1 << 20
@@ -101,7 +103,7 @@ def register_parameter_init(
         perform_initialization,
     )
     param.init_spec = spec  # type: ignore[attr-defined]
-    if not _deferred and perform_initialization:
+    if not _deferred and perform_initialization and not param.is_meta:
         _copy_shard(param, _draw(spec, spec.full_shape(param.shape), None), spec)
 
 
@@ -118,15 +120,63 @@ def initialize_parameters(
     """
     if _deferred:
         return
-    seed = seed if seed is not None else _seed if _seed is not None else torch.initial_seed()
     for name, param in module.named_parameters():
         spec = getattr(param, "init_spec", None)
         if spec is not None and spec.enabled and not param.is_meta:
-            _fill(param, spec, seed, global_name(name))
+            _fill(param, spec, _resolved(seed), global_name(name))
+
+
+def _resolved(seed: int | None) -> int:
+    return seed if seed is not None else _seed if _seed is not None else torch.initial_seed()
+
+
+def parameter_device(config: ModelParallelConfig) -> torch.device:
+    """Where layers allocate their parameters: nowhere (the meta device) if others are to do it later."""
+    is_later = getattr(config, "init_model_with_meta_device", False)
+    return torch.device("meta") if is_later else device.current_device()
+
+
+def materialize_parameters(module: nn.Module, global_name: Callable[[str], str] = lambda name: name) -> None:
+    """Give parameters that are on the meta device memory, and the values that they would have had from the start.
+
+    They stay the same objects. Arguments as of `initialize_parameters`.
+
+    Raises:
+        ValueError: nobody has registered how a parameter is filled.
+    """
+    for name, param in module.named_parameters():
+        if param.is_meta:
+            require_init_spec(name, param)
+            real = nn.Parameter(torch.zeros_like(param, device=device.current_device()), param.requires_grad)
+            real.__dict__.update(param.__dict__)
+            torch.utils.swap_tensors(param, real)
+    initialize_parameters(module, global_name)
+
+
+def require_init_spec(name: str, param: Tensor) -> None:
+    """Raise for a parameter whose values only its own constructor knows."""
+    if not hasattr(param, "init_spec"):
+        raise ValueError(
+            f"{name} cannot be built on the meta device (init_model_with_meta_device): its initial values are not "
+            "registered by register_parameter_init"
+        )
+
+
+def initial_value(
+    shape: torch.Size, dtype: torch.dtype, spec: ParameterInit, name: str, seed: int | None = None
+) -> Tensor:
+    """What a parameter of global name `name` starts with, [this rank's tensor parallel shard] on the CPU.
+
+    Zero where its initialisation is switched off.
+    """
+    value = torch.zeros(shape, dtype=dtype)
+    if spec.enabled:
+        _fill(value, spec, _resolved(seed), name)
+    return value
 
 
 @torch.no_grad()
-def _fill(param: nn.Parameter, spec: ParameterInit, seed: int, name: str) -> None:
+def _fill(param: Tensor, spec: ParameterInit, seed: int, name: str) -> None:
     shape = spec.full_shape(param.shape)
     if not getattr(spec.init_method, "blockwise", False):
         _copy_shard(param, _draw(spec, shape, _derived_seed(seed, name, 0)), spec)
@@ -161,7 +211,7 @@ def _draw(spec: ParameterInit, shape: list[int], seed: int | None) -> Tensor:
 
 
 @torch.no_grad()
-def _copy_shard(param: nn.Parameter, full: Tensor, spec: ParameterInit) -> None:
+def _copy_shard(param: Tensor, full: Tensor, spec: ParameterInit) -> None:
     if spec.partition_dim < 0 or spec.size == 1:
         param.copy_(full)
         return
@@ -170,13 +220,13 @@ def _copy_shard(param: nn.Parameter, full: Tensor, spec: ParameterInit) -> None:
         param.narrow(spec.partition_dim, target, length).copy_(part)
 
 
-def _overlaps(param: nn.Parameter, spec: ParameterInit, start: int, stop: int) -> bool:
+def _overlaps(param: Tensor, spec: ParameterInit, start: int, stop: int) -> bool:
     if spec.partition_dim != 0:
         return True
     return any(s < stop and start < s + length for s, _, length in spec.local_ranges(param.shape))
 
 
-def _copy_rows(param: nn.Parameter, rows: Tensor, spec: ParameterInit, start: int) -> None:
+def _copy_rows(param: Tensor, rows: Tensor, spec: ParameterInit, start: int) -> None:
     """Copy what this rank holds of full rows `[start, start + len(rows))`."""
     if spec.partition_dim == 0:
         for source, target, length in spec.local_ranges(param.shape):

@@ -14,9 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from megatron.core import device
 from megatron.core.model_parallel_config import ModelParallelConfig
-from megatron.core.tensor_parallel.initialization import register_parameter_init
+from megatron.core.tensor_parallel.initialization import parameter_device, register_parameter_init
 from megatron.core.tensor_parallel.linear import (
     LinearWithFrozenWeight,
     LinearWithGradAccumulationAndAsyncCommunication,
@@ -103,7 +102,7 @@ def _sharded_parameter(
     is_expert: bool = False,
 ) -> nn.Parameter:
     """This rank's shard; `partition_dim` -1 for a parameter that all ranks hold whole."""
-    param = nn.Parameter(torch.empty(shape, dtype=config.params_dtype, device=device.current_device()))
+    param = nn.Parameter(torch.empty(shape, dtype=config.params_dtype, device=parameter_device(config)))
     set_tensor_model_parallel_attributes(param, partition_dim >= 0, partition_dim, stride)
     param.allreduce = not (is_expert and config.expert_model_parallel_size > 1)  # type: ignore[attr-defined]
     register_parameter_init(

@@ -6,7 +6,8 @@ import argparse
 import os
 
 from megatron.core.device import device_type
-from megatron.training.settings import refuse_unless
+from megatron.training.config.flags import all_flags
+from megatron.training.settings import refuse_unless, warn
 
 
 def imply_overlap_of_sharding(args: argparse.Namespace) -> None:
@@ -68,10 +69,20 @@ def require_torch_fsdp_fits(args: argparse.Namespace) -> None:
         not in ("torch_dist", "torch_dcp"),
         "tied embeddings (pass --untie-embeddings-and-output-weights)": (not args.untie_embeddings_and_output_weights),
         "--fp16": args.fp16,
+        "--data-parallel-random-init": args.data_parallel_random_init,
+        "--check-for-large-grads": args.check_for_large_grads,
+        "--check-weight-hash-across-dp-replicas-interval": bool(args.check_weight_hash_across_dp_replicas_interval),
     }
     found = [name for name, conflict in conflicts.items() if conflict]
     refuse_unless(not found, f"--use-torch-fsdp2 does not work with {', '.join(found)}")
     refuse_single_connection(args, "--use-torch-fsdp2")
+    without_effect = (
+        *("overlap_grad_reduce", "ddp_bucket_size", "ddp_num_buckets", "ddp_average_in_collective"),
+        "ddp_pad_buckets_for_high_nccl_busbw",
+    )
+    given = [all_flags()[name].names[0] for name in without_effect if getattr(args, name)]
+    if given:
+        warn(args, f"{' '.join(given)} has no effect with --use-torch-fsdp2, which has its own units of communication")
 
 
 def require_custom_fsdp_fits(args: argparse.Namespace) -> None:
@@ -80,18 +91,39 @@ def require_custom_fsdp_fits(args: argparse.Namespace) -> None:
         return
     refuse_unless(args.use_distributed_optimizer, "--use-custom-fsdp needs --use-distributed-optimizer")
     strategy = args.data_parallel_sharding_strategy
-    if strategy in ("optim_grads", "optim_grads_params"):
+    refuse_unless(
+        strategy in ("optim", "optim_grads_params"),
+        f"--use-custom-fsdp with --data-parallel-sharding-strategy {strategy} "
+        + (
+            "shards nothing: leave both out"
+            if strategy == "no_shard"
+            else "is not built: use optim, or optim_grads_params, which splits the weights, too"
+        ),
+    )
+    if strategy == "optim_grads_params":
         refuse_unless(
             not args.gradient_accumulation_fusion,
             f"--data-parallel-sharding-strategy {strategy} needs --no-gradient-accumulation-fusion",
         )
-    if strategy == "optim_grads_params":
         refuse_unless(
             args.check_weight_hash_across_dp_replicas_interval is None,
             "--check-weight-hash-across-dp-replicas-interval compares whole weights, which "
             "--data-parallel-sharding-strategy optim_grads_params does not keep",
         )
     refuse_single_connection(args, "--use-custom-fsdp")
+
+
+def choose_form_of_custom_fsdp(args: argparse.Namespace) -> None:
+    """The public flags for a fully sharded data parallelism of its own mean what others do here: splitting optimizer
+    state is the distributed optimizer, splitting weights is torch's FSDP2."""
+    if not args.use_custom_fsdp:
+        if args.data_parallel_sharding_strategy != "no_shard":
+            warn(args, "--data-parallel-sharding-strategy has no effect without --use-custom-fsdp, but for overlap")
+        return
+    if args.data_parallel_sharding_strategy == "optim_grads_params":
+        args.use_torch_fsdp2 = True
+        args.use_distributed_optimizer = args.overlap_grad_reduce = args.overlap_param_gather = False
+    args.use_custom_fsdp, args.data_parallel_sharding_strategy = False, "no_shard"
 
 
 def refuse_single_connection(args: argparse.Namespace, flag: str) -> None:
@@ -137,8 +169,9 @@ SHARDING_RULES = (
     imply_overlap_of_sharding,
     require_overlap_param_gather_fits,
     require_instances_fit,
-    require_torch_fsdp_fits,
     require_custom_fsdp_fits,
+    choose_form_of_custom_fsdp,
+    require_torch_fsdp_fits,
     require_fp8_gather_fits,
     require_offloaded_optimizer_fits,
     require_bucket_settings_fit,

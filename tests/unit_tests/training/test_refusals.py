@@ -580,6 +580,20 @@ UNBUILT: list[tuple[Any, dict[str, Any], str]] = [
             "use_distributed_optimizer": True,
             "data_parallel_sharding_strategy": "optim_grads",
         },
+        "optim_grads is not built: use optim, .* or optim_grads_params",
+    ),
+    (
+        sharding.require_custom_fsdp_fits,
+        {"use_custom_fsdp": True, "use_distributed_optimizer": True},
+        "no_shard shards nothing: leave both out",
+    ),
+    (
+        sharding.require_custom_fsdp_fits,
+        {
+            "use_custom_fsdp": True,
+            "use_distributed_optimizer": True,
+            "data_parallel_sharding_strategy": "optim_grads_params",
+        },
         "needs --no-gradient-accumulation-fusion",
     ),
     (

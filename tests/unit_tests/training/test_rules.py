@@ -108,6 +108,21 @@ def test_sharded_gradients_are_overlapped() -> None:
     assert args.overlap_grad_reduce and args.overlap_param_gather
 
 
+@pytest.mark.parametrize(("strategy", "fsdp2"), [("optim", False), ("optim_grads_params", True)])
+def test_custom_fsdp_becomes_what_does_the_same_here(strategy: str, fsdp2: bool) -> None:
+    args = varied(
+        use_custom_fsdp=True,
+        use_distributed_optimizer=True,
+        data_parallel_sharding_strategy=strategy,
+        gradient_accumulation_fusion=False,
+        untie_embeddings_and_output_weights=True,
+    )
+    apply_rules(args, sharding.SHARDING_RULES)
+    assert args.use_torch_fsdp2 is fsdp2 and args.use_distributed_optimizer is not fsdp2
+    assert not args.use_custom_fsdp and args.data_parallel_sharding_strategy == "no_shard"
+    assert not args.overlap_param_gather
+
+
 # --- rules that depend on the device --------------------------------------------------------------
 
 
@@ -147,7 +162,7 @@ def test_determinism_on_cuda_needs_an_algorithm(on_cuda: pytest.MonkeyPatch) -> 
 
 def test_fsdp_on_cuda_refuses_one_connection(on_cuda: pytest.MonkeyPatch) -> None:
     on_cuda.setenv("CUDA_DEVICE_MAX_CONNECTIONS", "1")
-    args = varied(use_custom_fsdp=True, use_distributed_optimizer=True)
+    args = varied(use_custom_fsdp=True, use_distributed_optimizer=True, data_parallel_sharding_strategy="optim")
     with pytest.raises(ConfigurationError, match="CUDA_DEVICE_MAX_CONNECTIONS to be unset or above 1"):
         apply_rules(args, (sharding.require_custom_fsdp_fits,))
 

@@ -8,9 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from megatron.core import device
 from megatron.core.fusions.dropout import dropout
-from megatron.core.tensor_parallel.initialization import register_parameter_init
+from megatron.core.tensor_parallel.initialization import parameter_device, register_parameter_init
 from megatron.core.tensor_parallel.layers import VocabParallelEmbedding
 from megatron.core.tensor_parallel.mappings import scatter_to_sequence_parallel_region
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
@@ -73,7 +72,7 @@ class LanguageModelEmbedding(MegatronModule):
     def _whole_table(self, rows: int) -> nn.Embedding:
         config = self.config
         table = nn.Embedding.from_pretrained(
-            torch.empty(rows, config.hidden_size, dtype=config.params_dtype, device=device.current_device()),
+            torch.empty(rows, config.hidden_size, dtype=config.params_dtype, device=parameter_device(config)),
             freeze=False,
         )
         assert config.init_method is not None
