@@ -41,6 +41,22 @@ OPTIONS: dict[str, tuple[str, int, str]] = {
         2,
         f"{OVERLAPPED} --ddp-pad-buckets-for-high-nccl-busbw --ddp-average-in-collective",
     ),
+    "gather-late-zero-bubble": (
+        "fp32",
+        4,
+        f"{OVERLAPPED} --pipeline-model-parallel-size 2 --pipeline-schedule zb-h1 --no-align-grad-reduce",
+    ),
+    "gather-late-chunks": (
+        "fp32",
+        4,
+        f"{OVERLAPPED} --pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1",
+    ),
+    "gather-while-updating": (
+        "fp32",
+        4,
+        f"{OVERLAPPED} --pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1 "
+        "--overlap-param-gather-with-optimizer-step --ckpt-format torch",
+    ),
     "bf16-gather-late": ("bf16", 2, OVERLAPPED),
     "per-token-gather-late": ("per-token", 2, OVERLAPPED),
     "instances": ("fp32", 4, f"{OVERLAPPED} --num-distributed-optimizer-instances 2"),
@@ -83,6 +99,12 @@ RESUMED = {
     "gather-late-bf16-torch": (2, f"{OVERLAPPED} --bf16", "torch"),
     "gather-late-pp2": (4, f"{OVERLAPPED} --pipeline-model-parallel-size 2", "torch_dist"),
     "instances": (4, f"{OVERLAPPED} --num-distributed-optimizer-instances 2", "torch"),
+    "gather-while-updating": (
+        4,
+        f"{OVERLAPPED} --pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1 "
+        "--overlap-param-gather-with-optimizer-step",
+        "torch",
+    ),
     "reduce-early-bf16-grads": (2, f"{BUCKETS} --bf16 --grad-reduce-in-bf16", "torch_dist"),
 }
 

@@ -3,7 +3,7 @@ arXiv:1910.02054, section 5.3; PyTorch FSDP, arXiv:2304.11277)."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,19 +17,12 @@ from megatron.core import device
 from megatron.core.distributed.data_parallel_base import _BaseDataParallel
 from megatron.core.distributed.distributed_data_parallel_config import DistributedDataParallelConfig
 from megatron.core.distributed.fsdp_shards import ParamRows, describe_rows, own_rows, rows_with_values
-from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
-from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.process_groups_config import ProcessGroupCollection, default_process_groups
 from megatron.core.tensor_parallel.initialization import initial_value, require_init_spec
-from megatron.core.tensor_parallel.layers import ColumnParallelLinear
-from megatron.core.transformer.transformer_layer import TransformerLayer
 from megatron.core.utils import get_pg_size
 
 if TYPE_CHECKING:
     from megatron.core.transformer.transformer_config import TransformerConfig
-
-UNITS: tuple[type[nn.Module], ...] = (TransformerLayer, LanguageModelEmbedding, RotaryEmbedding, ColumnParallelLinear)
-"""Modules whose weights travel together, unless they are part of another one."""
 
 
 class TorchFullyShardedDataParallel(_BaseDataParallel):
@@ -49,8 +42,9 @@ class TorchFullyShardedDataParallel(_BaseDataParallel):
             `TorchFullyShardedDataParallelConfig`) whether weights are freed between forward and backward.
         module: the model; on the meta device it gets memory and its initial values here, one parameter at a
             time.
-        sub_modules_to_wrap: classes of the units; default `UNITS`. A module may name more classes in an attribute
-            `_fsdp_modules`.
+        sub_modules_to_wrap: classes of the units; default those with an attribute `fsdp_unit`: transformer layers,
+            the embedding, column-parallel linear layers (that are not part of another unit). A module may name more
+            classes in an attribute `_fsdp_modules`.
         process_group: ranks to cut over; default data × context parallel.
     """
 
@@ -59,7 +53,7 @@ class TorchFullyShardedDataParallel(_BaseDataParallel):
         config: TransformerConfig,
         ddp_config: DistributedDataParallelConfig,
         module: nn.Module,
-        sub_modules_to_wrap: Collection[type[nn.Module]] = UNITS,
+        sub_modules_to_wrap: Collection[type[nn.Module]] | None = None,
         process_group: ProcessGroup | None = None,
     ) -> None:
         super().__init__(config, module)
@@ -75,7 +69,11 @@ class TorchFullyShardedDataParallel(_BaseDataParallel):
         module.float()  # what is kept; it has been rounded to the type of computing already
 
         named_by_modules = (unit for m in module.modules() for unit in getattr(m, "_fsdp_modules", ()))
-        self.units = list(outermost(module, (*sub_modules_to_wrap, *named_by_modules)))
+        classes = (*(sub_modules_to_wrap or ()), *named_by_modules)
+        by_default = sub_modules_to_wrap is None
+        self.units = list(
+            outermost(module, lambda m: isinstance(m, classes) or (by_default and getattr(m, "fsdp_unit", False)))
+        )
         options: dict[str, Any] = {
             "mesh": DeviceMesh.from_group(group, device.device_type(), mesh_dim_names=("dp_cp",)),
             "mp_policy": self._precision(compute_dtype),
@@ -187,13 +185,13 @@ class TorchFullyShardedDataParallel(_BaseDataParallel):
                 one.local.copy_(value)
 
 
-def outermost(module: nn.Module, classes: tuple[type[nn.Module], ...]) -> Iterator[nn.Module]:
-    """Submodules of these classes that have parameters and are not inside another one, in the order of forward."""
+def outermost(module: nn.Module, is_unit: Callable[[nn.Module], bool]) -> Iterator[nn.Module]:
+    """Submodules that are units, have parameters and are not inside another one, in the order of forward."""
     for child in module.children():
-        if isinstance(child, classes) and any(True for _ in child.parameters()):
+        if is_unit(child) and any(True for _ in child.parameters()):
             yield child
         else:
-            yield from outermost(child, classes)
+            yield from outermost(child, is_unit)
 
 
 def innermost(module: nn.Module) -> nn.Module:

@@ -185,6 +185,8 @@ class ColumnParallelLinear(_TensorParallelModule):
     """
 
     sharded_axes = {"weight": 0, "bias": 0}
+    fsdp_unit = True
+    """Fully sharded, its weights are gathered together."""
 
     def __init__(
         self,

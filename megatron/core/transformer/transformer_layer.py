@@ -75,6 +75,9 @@ class TransformerLayer(MegatronModule, BaseTransformerLayer):
         vp_stage: virtual stage that holds the layer.
     """
 
+    fsdp_unit = True
+    """Fully sharded, its weights are gathered together."""
+
     def __init__(
         self,
         config: TransformerConfig,

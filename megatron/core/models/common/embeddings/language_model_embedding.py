@@ -33,6 +33,9 @@ class LanguageModelEmbedding(MegatronModule):
         scatter_to_sequence_parallel: give this rank's part under sequence parallelism.
     """
 
+    fsdp_unit = True
+    """Fully sharded, its weights are gathered together."""
+
     def __init__(
         self,
         config: TransformerConfig,
