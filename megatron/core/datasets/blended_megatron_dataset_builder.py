@@ -6,6 +6,7 @@ import logging
 import math
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from contextvars import copy_context
 from typing import Any
 
 import numpy
@@ -55,8 +56,8 @@ class BlendedMegatronDatasetBuilder:
     def build(self) -> list[TopLevelDataset | None]:
         """Datasets of train, valid and test; None for empty splits and on ranks that need none.
 
-        Called by all ranks. Rank 0 builds first and fills the index caches, then the others load them. An
-        error on one rank is raised on all.
+        Called by all ranks. Where an index cache lacks files, rank 0 builds them and the others wait for the
+        files, without a collective. An error on one rank is raised on all.
         """
         datasets = run_rank_zero_first(self._build_splits, self.is_built_on_rank())
         return [None] * len(Split) if datasets is None else datasets
@@ -65,7 +66,7 @@ class BlendedMegatronDatasetBuilder:
     def build_generic_dataset(
         cls: Callable[..., Any], is_built_on_rank: Callable[[], bool], synchronize_ranks: bool, *args: Any
     ) -> DistributedDataset | Iterable | None:
-        """`cls(*args)` on ranks that need it, None elsewhere; with `synchronize_ranks`, on rank 0 first."""
+        """`cls(*args)` on ranks that need it, None elsewhere; with `synchronize_ranks`, indices are built by rank 0."""
         if synchronize_ranks:
             return run_rank_zero_first(lambda: cls(*args), is_built_on_rank())
         return cls(*args) if is_built_on_rank() else None
@@ -138,7 +139,15 @@ class BlendedMegatronDatasetBuilder:
         is_rank_zero = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
         # rank 0 works while all others wait for it
         with ThreadPoolExecutor(num_threads * 2 if is_rank_zero else num_threads) as pool:
-            return list(pool.map(lambda pair: self._build_source(pair[0], bounds, pair[1]), zip(prefixes, sizes)))
+            results = [
+                pool.submit(copy_context().run, self._build_source, prefix, bounds, size)
+                for prefix, size in zip(prefixes, sizes)
+            ]
+            try:
+                return [result.result() for result in results]
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
 
     def _build_source(
         self, prefix: str | None, bounds: _Bounds, sizes: list[int | None]

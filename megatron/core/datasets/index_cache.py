@@ -2,36 +2,68 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
+import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy
+
+from megatron.core.datasets.file_identity import difference, identify
 
 logger = logging.getLogger(__name__)
 
 DESCRIPTION = "description.txt"
+MANIFEST = "manifest.json"
+_LEFTOVER_SECONDS = 3600  # age at which a file under a temporary name belongs to a process that was killed
+
+Arrays = dict[str, numpy.ndarray]
+Check = Callable[[Arrays], str | None]
+OnMiss = Callable[[str, Callable[[], Arrays | None]], Arrays | None]
+
+_on_miss: ContextVar[OnMiss | None] = ContextVar("on_miss", default=None)
+
+
+@contextmanager
+def on_cache_miss(handler: OnMiss) -> Iterator[None]:
+    """Within the block, `handler(path, load)` is asked before an index that could be kept in files is built.
+
+    It returns the arrays if another process has built them meanwhile (`load` looks for them again), or None: build
+    them here.
+    """
+    token = _on_miss.set(handler)
+    try:
+        yield
+    finally:
+        _on_miss.reset(token)
 
 
 class IndexCache:
-    """The files `<directory>/<name>-<array>.npy` of one index, and `<name>-description.txt`.
+    """The files `<directory>/<name>-<array>.npy` of one index, `<name>-manifest.json` and `<name>-description.txt`.
 
-    Every file appears under its name only when it is complete, so readers never see half of one.
+    Every file appears under its name only when it is complete, the description last of all: where it stands, the
+    index is whole, at whatever moment the process that wrote it was killed. The manifest holds the sizes of the
+    arrays and the identity of the files that they were built from; an index without one, written by another
+    program, is checked by `check` alone.
 
     Args:
         directory: where the files lie; None: nothing is kept.
         name: first part of the file names.
         description: what the index was built from.
+        sources: paths of the files that it was built from.
     """
 
-    def __init__(self, directory: str | None, name: str, description: str) -> None:
+    def __init__(self, directory: str | None, name: str, description: str, sources: Sequence[str] = ()) -> None:
         self.directory = None if directory is None else Path(directory)
         self.name = name
         self.description = description
+        self.sources = sources
 
     def path(self, suffix: str) -> Path:
         """Path of one file of the index."""
@@ -39,11 +71,8 @@ class IndexCache:
         return self.directory / f"{self.name}-{suffix}"
 
     def load_or_build(
-        self,
-        array_names: tuple[str, ...],
-        check: Callable[[dict[str, numpy.ndarray]], str | None],
-        build: Callable[[], dict[str, numpy.ndarray]],
-    ) -> tuple[dict[str, numpy.ndarray], bool]:
+        self, array_names: tuple[str, ...], check: Check, build: Callable[[], Arrays]
+    ) -> tuple[Arrays, bool]:
         """The arrays, memory-mapped from the files if these are there and pass `check`, otherwise built and
         kept.
 
@@ -53,42 +82,66 @@ class IndexCache:
         Returns:
             The arrays by name, and whether they were built.
         """
-        arrays = self._load(array_names, check)
+        if self.directory is None:
+            return build(), True
+        finder = _Finder(self, array_names, check)
+        arrays = finder.look()
+        handler = _on_miss.get()
+        if arrays is None and handler is not None:
+            arrays = handler(str(self.path("*")), finder.look)
         if arrays is not None:
             return arrays, False
+        identities = [identify(path) for path in self.sources]  # before they are read, in case they change meanwhile
         arrays = build()
-        self._save(arrays)
+        self._save(arrays, identities)
         return arrays, True
 
-    def _load(
-        self, array_names: tuple[str, ...], check: Callable[[dict[str, numpy.ndarray]], str | None]
-    ) -> dict[str, numpy.ndarray] | None:
-        if self.directory is None:
-            return None
-        paths = {name: self.path(f"{name}.npy") for name in array_names}
-        if not all(path.is_file() for path in (self.path(DESCRIPTION), *paths.values())):
-            return None
-        try:
-            arrays = {name: numpy.load(path, mmap_mode="r", allow_pickle=False) for name, path in paths.items()}
-            described = self.path(DESCRIPTION).read_text(encoding="utf-8")
-            problem = check(arrays) if described == self.description else "it describes another index"
-        except (OSError, ValueError, EOFError) as error:
-            problem = f"it cannot be read ({error})"
-        if problem is None:
-            return arrays
-        logger.warning("index cache %s is built again: %s", self.path("*"), problem)
-        return None
+    def _load(self, array_names: tuple[str, ...], check: Check) -> Arrays:
+        """The arrays of a cache that is there.
 
-    def _save(self, arrays: dict[str, numpy.ndarray]) -> None:
-        if self.directory is None:
+        Raises:
+            OSError, ValueError, EOFError: they cannot be read or are not the arrays wanted; the message says why.
+        """
+        if self.path(DESCRIPTION).read_text(encoding="utf-8") != self.description:
+            raise ValueError("it describes another index")
+        paths = {name: self.path(f"{name}.npy") for name in array_names}
+        self._require_manifest(paths)
+        arrays = {name: _map_array(path) for name, path in paths.items()}
+        if problem := check(arrays):
+            raise ValueError(problem)
+        return arrays
+
+    def _require_manifest(self, paths: dict[str, Path]) -> None:
+        try:
+            manifest = json.loads(self.path(MANIFEST).read_bytes())
+        except FileNotFoundError:
             return
+        for name, num_bytes in manifest["arrays"].items():
+            found = os.path.getsize(paths[name])
+            if found != num_bytes:
+                raise ValueError(f"{name} has {found} bytes, {num_bytes} were written")
+        if len(manifest["sources"]) != len(self.sources):
+            raise ValueError("it was built from other files")
+        for path, identity in zip(self.sources, manifest["sources"]):
+            if problem := difference(path, identity):
+                raise ValueError(f"{problem}: the data has changed since")
+
+    def _save(self, arrays: Arrays, identities: list[dict[str, Any]]) -> None:
+        assert self.directory is not None
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
-            with _replaced(self.path(DESCRIPTION)) as file:
-                file.write(self.description.encode("utf-8"))
+            self._remove_leftovers()
+            self.path(DESCRIPTION).unlink(missing_ok=True)  # until the last file is there this is no index
+            sizes = {}
             for name, array in arrays.items():
                 with _replaced(self.path(f"{name}.npy")) as file:
                     numpy.save(file, array, allow_pickle=False)
+                    sizes[name] = file.tell()
+            manifest = {"arrays": sizes, "sources": identities}
+            with _replaced(self.path(MANIFEST)) as file:
+                file.write(json.dumps(manifest, indent=1).encode("utf-8"))
+            with _replaced(self.path(DESCRIPTION)) as file:
+                file.write(self.description.encode("utf-8"))
         except OSError as error:
             logger.warning(
                 "index cache cannot be written to %s (%s): every process builds its own; "
@@ -96,6 +149,46 @@ class IndexCache:
                 self.directory,
                 error,
             )
+
+    def _remove_leftovers(self) -> None:
+        """Delete what killed processes left of this index under temporary names."""
+        assert self.directory is not None
+        for path in self.directory.glob(f".{self.name}-*"):
+            if time.time() - path.stat().st_mtime > _LEFTOVER_SECONDS:
+                path.unlink(missing_ok=True)
+
+
+class _Finder:
+    """Looks for the files of a cache, again and again at little cost while another process builds them."""
+
+    def __init__(self, cache: IndexCache, array_names: tuple[str, ...], check: Check) -> None:
+        self._cache = cache
+        self._array_names = array_names
+        self._check = check
+        self._refused: Any = None
+
+    def look(self) -> Arrays | None:
+        """The arrays if they are there and sound; a warning, once, if they are there and not."""
+        try:
+            status = os.stat(self._cache.path(DESCRIPTION))
+        except OSError:
+            return None
+        seen = (status.st_ino, status.st_mtime_ns)
+        if seen == self._refused:
+            return None
+        try:
+            return self._cache._load(self._array_names, self._check)
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, EOFError, KeyError, TypeError) as error:
+            self._refused = seen
+            problem = error if isinstance(error, ValueError) else f"it cannot be read ({error!r})"
+            logger.warning("index cache %s is built again: %s", self._cache.path("*"), problem)
+            return None
+
+
+def _map_array(path: Path) -> numpy.ndarray:
+    return numpy.load(path, mmap_mode="r", allow_pickle=False)
 
 
 @contextmanager

@@ -73,7 +73,11 @@ class MegatronDataset(ABC, torch.utils.data.Dataset):
         directory = self.config.path_to_cache
         if directory is None and isinstance(self.dataset, IndexedDataset) and not self.config.mock:
             directory = os.path.join(self.dataset.path_prefix, "cache", f"{type(self).__name__}_indices")
-        return IndexCache(directory, self._index_name(), self.unique_description)
+        return IndexCache(directory, self._index_name(), self.unique_description, self._index_sources())
+
+    def _index_sources(self) -> list[str]:
+        """Files that the index is a function of, beside what the description says."""
+        return [self.dataset.index.path] if isinstance(self.dataset, IndexedDataset) else []
 
     def _index_name(self) -> str:
         """First part of the names of the index files."""

@@ -147,7 +147,7 @@ def test_blend_index_is_cached(prefixes: list[str], tmp_path: Path) -> None:
     assert again.dataset_index.tolist() == first.dataset_index.tolist()
     start = f"{first.unique_description_hash}-BlendedDataset-train-"
     names = sorted(path.name.removeprefix(start) for path in (tmp_path / "cache").glob("*Blended*"))
-    assert names == ["dataset_index.npy", "dataset_sample_index.npy", "description.txt"]
+    assert names == ["dataset_index.npy", "dataset_sample_index.npy", "description.txt", "manifest.json"]
     (tmp_path / "cache" / f"{start}dataset_index.npy").write_bytes(b"")
     assert build(config, [40, 0, 0])[0].dataset_index.tolist() == first.dataset_index.tolist()
 

@@ -224,7 +224,7 @@ def test_cache_is_found_again(cached: tuple[str, GPTDatasetConfig, Path]) -> Non
     dataset = open_dataset(prefix, config, 20)
     assert not dataset.built_anew_on_cache_miss
     start = f"{dataset.unique_description_hash}-GPTDataset-train-"
-    names = ("description.txt", "document_index.npy", "sample_index.npy", "shuffle_index.npy")
+    names = ("description.txt", "document_index.npy", "manifest.json", "sample_index.npy", "shuffle_index.npy")
     assert sorted(path.name for path in directory.iterdir()) == [start + name for name in names]
     assert (directory / f"{start}description.txt").read_text() == dataset.unique_description
     assert open_dataset(prefix, config, 21).built_anew_on_cache_miss
@@ -233,7 +233,7 @@ def test_cache_is_found_again(cached: tuple[str, GPTDatasetConfig, Path]) -> Non
 def test_cache_lies_beside_the_data_by_default(prefix: str) -> None:
     config = gpt_config(blend=([prefix], None), split="1,0,0")
     open_dataset(prefix, config)
-    assert len(list((Path(prefix) / "cache" / "GPTDataset_indices").iterdir())) == 4
+    assert len(list((Path(prefix) / "cache" / "GPTDataset_indices").iterdir())) == 5
 
 
 def test_unique_description(tmp_path: Path, prefix: str) -> None:
