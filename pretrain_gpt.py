@@ -19,6 +19,7 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.spec_utils import import_module
 from megatron.training import get_args, get_timers, get_tokenizer, pretrain, print_rank_0
 from megatron.training.arguments import core_transformer_config_from_args
+from megatron.training.datasets.sft_dataset import SFTDataset
 from megatron.training.utils import (
     batch_keys,
     dense_attention_mask,
@@ -119,7 +120,7 @@ def train_valid_test_datasets_provider(num_samples: list[int]) -> tuple[Any, Any
         create_attention_mask=dense_attention_mask(args),
         mid_level_dataset_surplus=args.mid_level_dataset_surplus,
     )
-    dataset_type = MockGPTDataset if args.mock_data else GPTDataset
+    dataset_type = SFTDataset if args.sft else MockGPTDataset if args.mock_data else GPTDataset
     return tuple(BlendedMegatronDatasetBuilder(dataset_type, num_samples, reads_data, config).build())
 
 

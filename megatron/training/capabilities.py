@@ -24,7 +24,6 @@ GROUPS_NOT_BUILT: dict[str, str] = {
     "Transformer-Engine": "Transformer Engine",
     "rerun engine": "detection of faulty results",
     "config logger": "dumping of configuration objects",
-    "sft": "supervised fine-tuning",
     "pretrain_gpt.py when modelopt installed: modelopt-generic": "quantization and distillation",
     "pretrain_vlm.py: vision language model specific arguments": "vision-language models",
 }
@@ -87,12 +86,13 @@ ARGUMENTS_NOT_BUILT: dict[str, str] = {
 }
 """Single arguments, in use as soon as they differ from their default."""
 
-TOKENIZERS_NOT_BUILT = ("MultimodalTokenizer", "SFTTokenizer")
+TOKENIZERS_NOT_BUILT = ("MultimodalTokenizer",)
 
 ARGUMENTS_OF_FAMILIES: dict[str, tuple[str, ...]] = {
     "bert_binary_head": ("bert",),
     "mask_prob": ("bert",),
     "short_seq_prob": ("bert",),
+    "sft": ("gpt",),
 }
 """Arguments that only the programs of some model families read; others refuse them."""
 
@@ -100,7 +100,6 @@ VALUES_NOT_BUILT: dict[str, tuple[Used, str]] = {
     "position_embedding_type": (lambda value: value in ("relative", "mrope"), "this kind of positions"),
     "cross_entropy_fusion_impl": (lambda value: value == "te", "Transformer Engine's loss"),
     "async_strategy": (lambda value: value == "nvrx", "the package nvidia_resiliency_ext; use mcore or thread"),
-    "dataloader_type": (lambda value: value == "external", "data loaders of the program's own"),
     "ckpt_format": (lambda value: value in ("zarr", "torch_dcp"), "this checkpoint format"),
     "tokenizer_type": (
         lambda value: value in TOKENIZERS_NOT_BUILT,

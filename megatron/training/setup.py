@@ -243,6 +243,11 @@ def _microbatches(dataset: Any, consumed_samples: int) -> Iterator[Any] | None:
     if dataset is None or parallel_state.get_tensor_model_parallel_rank() != 0:
         return None
     if args.dataloader_type == "external":
+        if isinstance(dataset, torch.utils.data.Dataset):
+            raise ValueError(
+                "--dataloader-type external is for programs whose dataset provider returns loaders, iterables over "
+                f"microbatches; this one returns a {type(dataset).__name__}: use single or cyclic"
+            )
         return RememberingIterator(iter(dataset))
     if not len(dataset):  # of a split that the run does not use
         return None

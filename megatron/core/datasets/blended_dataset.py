@@ -13,6 +13,7 @@ from megatron.core.datasets.blended_megatron_dataset_config import BlendedMegatr
 from megatron.core.datasets.helpers import build_blending_indices
 from megatron.core.datasets.index_cache import IndexCache, check_array
 from megatron.core.datasets.megatron_dataset import MegatronDataset, describe_uniquely
+from megatron.core.datasets.sample_origin import SampleOrigin
 from megatron.core.datasets.utils import normalize
 
 _MAX_DATASETS = 32766  # dataset numbers are stored as int16
@@ -105,6 +106,11 @@ class BlendedDataset(torch.utils.data.Dataset):
     def __getitem__(self, idx: int) -> dict[str, Any]:
         dataset_id = int(self.dataset_index[idx])
         return {"dataset_id": dataset_id, **self.datasets[dataset_id][int(self.dataset_sample_index[idx])]}
+
+    def origin(self, idx: int) -> SampleOrigin:
+        """What sample `idx` was made of."""
+        dataset_id = int(self.dataset_index[idx])
+        return self.datasets[dataset_id].origin(int(self.dataset_sample_index[idx])).within_blend(dataset_id)
 
 
 def _check_mixture(datasets: list[MegatronDataset], weights: Sequence[int | float], size: int | None) -> None:

@@ -15,6 +15,7 @@ from megatron.core.datasets.index_cache import check_array
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megatron.core.datasets.megatron_dataset import MegatronDataset
 from megatron.core.datasets.megatron_tokenizer import MegatronTokenizer
+from megatron.core.datasets.sample_origin import DocumentPart, SampleOrigin
 from megatron.core.datasets.utils import Split
 
 logger = logging.getLogger(__name__)
@@ -127,6 +128,21 @@ class GPTDataset(MegatronDataset):
         if idx is None:
             item["loss_mask"].zero_()
         return item
+
+    def samples_per_epoch(self) -> float:
+        return self._plan.tokens_per_epoch / self.config.sequence_length
+
+    def origin(self, idx: int) -> SampleOrigin:
+        row = int(self.shuffle_index[idx])
+        (first, begin), (last, end) = self.sample_index[row : row + 2].tolist()
+        parts = []
+        for position in range(first, last + 1):
+            document = int(self.document_index[position])
+            stop = end + self._extra if position == last else int(self.dataset.sequence_lengths[document])
+            earlier = int(numpy.count_nonzero(self.document_index[:position] == document))
+            parts.append(DocumentPart(document, begin if position == first else 0, stop, earlier))
+        tokens = [self.dataset.get(part.document, part.begin, part.end - part.begin) for part in parts]
+        return SampleOrigin(self.dataset_path, idx, tuple(parts), "tokens", numpy.concatenate(tokens))
 
     # -- one sample ------------------------------------------------------------------------------------
 

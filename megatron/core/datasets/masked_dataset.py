@@ -13,6 +13,7 @@ from megatron.core.datasets.blended_megatron_dataset_config import BlendedMegatr
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megatron.core.datasets.masked_sample_index import SentenceGrouping, build_masked_sample_index
 from megatron.core.datasets.megatron_dataset import MegatronDataset
+from megatron.core.datasets.sample_origin import DocumentPart, SampleOrigin
 from megatron.core.datasets.token_masking import Masked, NgramMasking, mask_tokens, word_groups
 from megatron.core.datasets.utils import Split
 
@@ -132,6 +133,20 @@ class MaskedWordPieceDataset(MegatronDataset):
     @abstractmethod
     def __getitem__(self, idx: int) -> Mapping[str, Any]:
         """One item, arrays by name."""
+
+    def samples_per_epoch(self) -> float | None:
+        if not len(self.sample_index):
+            return None
+        firsts = self.sample_index[:, 0]  # each pass cuts exactly one sample that begins where a document begins
+        return len(firsts) / numpy.count_nonzero(firsts == firsts.min())
+
+    def origin(self, idx: int) -> SampleOrigin:
+        first, end, _ = self.sample_index[idx].tolist()
+        starts = self.dataset.document_indices
+        document = int(numpy.searchsorted(starts, first, side="right")) - 1
+        part = DocumentPart(document, first - int(starts[document]), end - int(starts[document]), None)
+        tokens = numpy.concatenate([self.dataset[i] for i in range(first, end)])
+        return SampleOrigin(self.dataset_path, idx, (part,), "sentences", tokens)
 
     # -- for subclasses --------------------------------------------------------------------------------
 

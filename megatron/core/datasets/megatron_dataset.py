@@ -16,6 +16,7 @@ import torch
 from megatron.core.datasets.blended_megatron_dataset_config import BlendedMegatronDatasetConfig
 from megatron.core.datasets.index_cache import IndexCache
 from megatron.core.datasets.indexed_dataset import IndexedDataset
+from megatron.core.datasets.sample_origin import SampleOrigin
 from megatron.core.datasets.utils import Split
 
 LowLevelDataset = IndexedDataset | Iterable
@@ -92,6 +93,14 @@ class MegatronDataset(ABC, torch.utils.data.Dataset):
     @abstractmethod
     def build_low_level_dataset(dataset_path: str | None, config: BlendedMegatronDatasetConfig) -> Any:
         """Open the low-level dataset at a path."""
+
+    def origin(self, idx: int) -> SampleOrigin:
+        """What sample `idx` was made of."""
+        raise NotImplementedError(f"{type(self).__name__} does not record where its samples come from")
+
+    def samples_per_epoch(self) -> float | None:
+        """Samples that one pass over the data gives; None: not known."""
+        return None
 
     @abstractmethod
     def __len__(self) -> int:

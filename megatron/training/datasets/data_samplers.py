@@ -126,6 +126,33 @@ def _check_sizes(total_samples: int, micro_batch_size: int, data_parallel_rank: 
         raise ValueError(f"data-parallel rank {data_parallel_rank} is not below the size {data_parallel_size}")
 
 
+def build_sampler(
+    dataset: Any,
+    consumed_samples: int,
+    *,
+    micro_batch_size: int,
+    data_parallel_rank: int,
+    data_parallel_size: int,
+    dataloader_type: str,
+    data_sharding: bool,
+) -> MegatronPretrainingSampler | MegatronPretrainingRandomSampler:
+    """The order in which one rank reads a dataset from `consumed_samples` on, as lists of a micro-batch each."""
+    sizes = {
+        "total_samples": len(dataset),
+        "consumed_samples": consumed_samples,
+        "micro_batch_size": micro_batch_size,
+        "data_parallel_rank": data_parallel_rank,
+        "data_parallel_size": data_parallel_size,
+    }
+    match dataloader_type:
+        case "single":
+            return MegatronPretrainingSampler(**sizes)
+        case "cyclic":
+            return MegatronPretrainingRandomSampler(dataset, **sizes, data_sharding=data_sharding)
+        case _:
+            raise ValueError(f"dataloader_type must be single, cyclic or external, got {dataloader_type}")
+
+
 def build_pretraining_data_loader(
     dataset: Any,
     consumed_samples: int,
@@ -150,21 +177,15 @@ def build_pretraining_data_loader(
     """
     if dataset is None or dataloader_type == "external":
         return dataset
-    sizes = {
-        "total_samples": len(dataset),
-        "consumed_samples": consumed_samples,
-        "micro_batch_size": micro_batch_size,
-        "data_parallel_rank": data_parallel_rank,
-        "data_parallel_size": data_parallel_size,
-    }
-    sampler: MegatronPretrainingSampler | MegatronPretrainingRandomSampler
-    match dataloader_type:
-        case "single":
-            sampler = MegatronPretrainingSampler(**sizes)
-        case "cyclic":
-            sampler = MegatronPretrainingRandomSampler(dataset, **sizes, data_sharding=data_sharding)
-        case _:
-            raise ValueError(f"dataloader_type must be single, cyclic or external, got {dataloader_type}")
+    sampler = build_sampler(
+        dataset,
+        consumed_samples,
+        micro_batch_size=micro_batch_size,
+        data_parallel_rank=data_parallel_rank,
+        data_parallel_size=data_parallel_size,
+        dataloader_type=dataloader_type,
+        data_sharding=data_sharding,
+    )
     return DataLoader(
         dataset,
         batch_sampler=sampler,  # type: ignore[arg-type]

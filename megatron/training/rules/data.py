@@ -17,6 +17,7 @@ TOKENIZER_NEEDS: dict[str, tuple[str, ...]] = {
     "Llama2Tokenizer": ("tokenizer_model",),
     "HuggingFaceTokenizer": ("tokenizer_model",),
     "TikTokenizer": ("tokenizer_model", "tiktoken_pattern"),
+    "SFTTokenizer": ("tokenizer_model",),
     "NullTokenizer": ("vocab_size",),
     "NullMultimodalTokenizer": ("vocab_size",),
 }
@@ -24,32 +25,31 @@ TOKENIZER_NEEDS: dict[str, tuple[str, ...]] = {
 
 def require_one_data_source(args: argparse.Namespace) -> None:
     """Data comes from one place: a shared blend, a blend per split, or nowhere (mock)."""
-    per_split = [_flag(name) for name in SPLIT_PATHS if getattr(args, name)]
-    shared = ["--data-path"] if args.data_path else []
-    mock = ["--mock-data"] if args.mock_data else []
-    kinds = [kind for kind in (shared, per_split, mock) if kind]
+    shared = _given(args, "data_path", "data_args_path")
+    per_split = _given(args, *SPLIT_PATHS, "per_split_data_args_path")
+    kinds = [kind for kind in (shared, per_split, _given(args, "mock_data")) if kind]
     refuse_unless(len(kinds) <= 1, f"{' and '.join(sum(kinds, []))} exclude each other; name one source of data")
     refuse_unless(
         not (args.data_path and args.data_args_path),
         "--data-path and --data-args-path exclude each other; the latter is a file with the words of the former",
     )
     refuse_unless(
-        not (per_split and args.per_split_data_args_path),
-        f"{' and '.join(per_split)} and --per-split-data-args-path exclude each other; the latter is a file "
-        "with the words of the former",
+        not (args.per_split_data_args_path and len(per_split) > 1),
+        f"{' and '.join(per_split)} exclude each other; the last is a file with the words of the others",
     )
 
 
 def derive_split(args: argparse.Namespace) -> None:
     """Shared data is mostly for training."""
-    if args.data_path is not None and args.split is None:
+    shared = args.data_path is not None or args.data_args_path is not None
+    if shared and args.split is None:
         args.split = "969, 30, 1"
         warn(args, f"--split is not given; data is split into {args.split} (training, validation, test)")
 
 
 def refuse_split_of_separate_data(args: argparse.Namespace) -> None:
     """Data that is given for each split is not split again."""
-    per_split = [_flag(name) for name in SPLIT_PATHS if getattr(args, name)]
+    per_split = _given(args, *SPLIT_PATHS, "per_split_data_args_path")
     refuse_unless(
         not per_split or args.split is None,
         f"--split {args.split} has no meaning with {' and '.join(per_split)}; leave one of them out",
@@ -134,6 +134,18 @@ def require_tokenizer_files(args: argparse.Namespace) -> None:
         )
 
 
+def require_conversations(args: argparse.Namespace) -> None:
+    """Fine-tuning on conversations: a tokenizer that can write them down, and samples of one document each."""
+    if not args.sft:
+        return
+    refuse_unless(
+        args.tokenizer_type == "SFTTokenizer",
+        f"--sft needs --tokenizer-type SFTTokenizer, found {args.tokenizer_type}",
+    )
+    for name in ("mock_data", "reset_position_ids", "reset_attention_mask", "eod_mask_loss"):
+        refuse_unless(not getattr(args, name), f"{_flag(name)} has no meaning with --sft; leave one of them out")
+
+
 def copy_alias(args: argparse.Namespace, name: str, alias: str) -> None:
     """Two arguments that mean the same: at most one is given, and both have its value afterwards."""
     value, other = getattr(args, name), getattr(args, alias)
@@ -145,6 +157,11 @@ def copy_alias(args: argparse.Namespace, name: str, alias: str) -> None:
         setattr(args, name, other)
     elif other is None:
         setattr(args, alias, value)
+
+
+def _given(args: argparse.Namespace, *names: str) -> list[str]:
+    """The flags among these that are set."""
+    return [_flag(name) for name in names if getattr(args, name)]
 
 
 def _flag(dest: str) -> str:
@@ -161,4 +178,5 @@ DATA_RULES = (
     require_positions_for_sequence,
     require_sequence_divides_over_ranks,
     require_tokenizer_files,
+    require_conversations,
 )

@@ -24,7 +24,7 @@ class HuggingFaceTokenizer(VocabularyTokenizer):
 
     def __init__(self, pretrained_model_name_or_path: str, **options: Any) -> None:
         super().__init__(pretrained_model_name_or_path, **options)
-        self._tokenizer = _load(pretrained_model_name_or_path, options)
+        self._tokenizer = load(pretrained_model_name_or_path, options)
         ids = {name: getattr(self._tokenizer, f"{name}_token_id") for name in ("eos", "bos", "cls", "sep", "mask")}
         special_ids = {name: token for name, token in ids.items() if token is not None}
         if "eos" in special_ids:
@@ -54,7 +54,13 @@ class HuggingFaceTokenizer(VocabularyTokenizer):
         return len(self._tokenizer)
 
 
-def _load(path: str, options: dict[str, Any]) -> Any:
+def load(path: str, options: dict[str, Any]) -> Any:
+    """What the Hugging Face libraries make of a folder, file or name.
+
+    Raises:
+        RuntimeError: transformers is not installed.
+        ValueError: they cannot read it.
+    """
     file = Path(path) / "tokenizer.json" if Path(path).is_dir() else Path(path)
     settings = Path(path) / "tokenizer_config.json"
     try:

@@ -50,11 +50,12 @@ KINDS: dict[str, _Kind] = {
         ("tokenizer_model", "tiktoken_pattern"),
         ("vocab_size", "tiktoken_num_special_tokens", "tiktoken_special_tokens"),
     ),
+    "SFTTokenizer": _Kind("sft_tokenizer", "SFTTokenizer", ("tokenizer_model", "sft_tokenizer_prompt_format")),
     "NullTokenizer": _Kind("null_tokenizer", "NullTokenizer", ("vocab_size",)),
     "NullMultimodalTokenizer": _Kind("null_tokenizer", "NullMultimodalTokenizer", ("vocab_size",)),
 }
 
-NOT_BUILT = ("MultimodalTokenizer", "SFTTokenizer")
+NOT_BUILT = ("MultimodalTokenizer",)
 
 
 def build_tokenizer(args: Any, **kwargs: Any) -> MegatronTokenizer:

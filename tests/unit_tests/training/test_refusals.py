@@ -104,6 +104,13 @@ REFUSED: list[tuple[Any, str, str, str]] = [
         "SentencePieceTokenizer needs --tokenizer-model",
         SMALL_GPT,
     ),
+    (data.require_conversations, "--sft", "--sft needs --tokenizer-type SFTTokenizer, found", SMALL_GPT),
+    (
+        data.require_conversations,
+        "--sft --tokenizer-type SFTTokenizer --tokenizer-model a --eod-mask-loss",
+        "--eod-mask-loss has no meaning with --sft",
+        REAL_DATA,
+    ),
     (data.require_tokenizer_files, "--vocab-extra-ids 5", "needs --tokenizer-type SentencePiece", SMALL_GPT),
     (batch.require_micro_batch_size, "--micro-batch-size 0", "is required and must be positive", SMALL_GPT),
     (batch.derive_global_batch_size, "--global-batch-size 0", "must be positive", SMALL_GPT),
