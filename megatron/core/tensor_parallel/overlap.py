@@ -61,12 +61,10 @@ def overlap_plan(config: ModelParallelConfig, name: str | None) -> OverlapPlan |
 def _pass_on(x: Tensor, group: ProcessGroup) -> InFlight:
     """Launch: `x` goes to the next rank of the ring, the previous rank's arrives."""
     rank, size = get_pg_rank(group), get_pg_size(group)
-    following = dist.get_global_rank(group, (rank + 1) % size)
-    preceding = dist.get_global_rank(group, (rank - 1) % size)
     received = torch.empty_like(x)
     operations = [
-        dist.P2POp(dist.isend, x, following, group=group),
-        dist.P2POp(dist.irecv, received, preceding, group=group),
+        dist.P2POp(dist.isend, x, group=group, group_peer=(rank + 1) % size),
+        dist.P2POp(dist.irecv, received, group=group, group_peer=(rank - 1) % size),
     ]
     return InFlight(received, _All(dist.batch_isend_irecv(operations), x), "exchange of pieces", group)
 

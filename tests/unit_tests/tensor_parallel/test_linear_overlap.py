@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from typing import Any
 
@@ -25,6 +26,7 @@ from megatron.core.tensor_parallel import (
     overlap,
 )
 from megatron.core.tensor_parallel.gemm import add_product, weight_gradient
+from megatron.core.tensor_parallel.weight_grad_queue import WeightGradQueue, deferring_weight_grads
 from megatron.core.utils import init_method_normal
 from tests.worker_pool import run_ranks
 
@@ -222,7 +224,7 @@ PLANS: dict[str, dict[str, bool]] = {
 }
 
 
-def run_two_layers(tp: int, fused: bool, **overlap: bool) -> list[Tensor]:
+def run_two_layers(tp: int, fused: bool, split: bool = False, **overlap: bool) -> list[Tensor]:
     """Output and gradients of a column-parallel and a row-parallel layer, one after the other."""
     config = ModelParallelConfig(
         tensor_model_parallel_size=tp, sequence_parallel=True, gradient_accumulation_fusion=fused, **overlap
@@ -238,7 +240,11 @@ def run_two_layers(tp: int, fused: bool, **overlap: bool) -> list[Tensor]:
     torch.manual_seed(dist.get_rank())
     x = torch.randn(3, 2, 8, requires_grad=True)
     y, _ = second(first(x)[0].relu())
-    (y * torch.randn(3, 2, 8)).sum().backward()
+    queue = WeightGradQueue()
+    with deferring_weight_grads(queue) if split else contextlib.nullcontext():
+        (y * torch.randn(3, 2, 8)).sum().backward()
+    assert len(queue) == (2 if split else 0)
+    queue.run()
     weights = [layer.weight.main_grad if fused else layer.weight.grad for layer in (first, second)]
     return [y, x.grad, *weights, first.bias.grad, second.bias.grad]
 
@@ -250,6 +256,7 @@ def check_pieces(tp: int) -> None:
         for name, plan in PLANS.items():
             found = run_two_layers(tp, fused, tp_comm_overlap=True, **plan)
             torch.testing.assert_close(found, expected, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(run_two_layers(tp, fused, split=True, tp_comm_overlap=True), expected)
 
 
 @pytest.mark.parametrize("tp", [2, 4])
