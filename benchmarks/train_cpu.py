@@ -159,10 +159,18 @@ def hugging_face(size: Size, how: str) -> Step:
     return torch_step(model, loss_of, how)
 
 
-def ours(size: Size, how: str, *, compiled: bool = False) -> Step:
+LLAMA: dict[str, Any] = {
+    "normalization": "RMSNorm",
+    "gated_linear_unit": True,
+    "activation_func": F.silu,
+    "add_bias_linear": False,
+}
+
+
+def ours(size: Size, how: str, *, llama: bool = False, compiled: bool = False) -> Step:
     """The framework as a training program uses it: schedule, data parallel buffers, its optimizer.
 
-    `compiled`: with --torch-compile.
+    `llama`: with RMSNorm, SwiGLU (of 8/3 the width) and rotary positions. `compiled`: with --torch-compile.
     """
     from megatron.core import parallel_state
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
@@ -192,9 +200,15 @@ def ours(size: Size, how: str, *, compiled: bool = False) -> Step:
         gradient_accumulation_fusion=True,
         cross_entropy_loss_fusion=True,
         torch_compile=compiled,
+        **({"ffn_hidden_size": size.hidden * 8 // 3 // 64 * 64, **LLAMA} if llama else {}),
     )
     model: nn.Module = GPTModel(
-        config, get_gpt_layer_local_spec(), VOCAB, LENGTH, share_embeddings_and_output_weights=True
+        config,
+        get_gpt_layer_local_spec(),
+        VOCAB,
+        LENGTH,
+        share_embeddings_and_output_weights=True,
+        position_embedding_type="rope" if llama else "learned_absolute",
     )
     if half:
         model = Float16Module(config, model)
@@ -247,12 +261,16 @@ CONTENDERS: dict[str, dict[str, tuple[Callable[[Size, str], Step], str]]] = {
     "fp32": {
         "ours": (ours, "fp32"),
         "ours, compiled": (partial(ours, compiled=True), "fp32"),
+        "ours, llama": (partial(ours, llama=True), "fp32"),
+        "ours, llama, compiled": (partial(ours, llama=True, compiled=True), "fp32"),
         "plain torch": (plain, "fp32"),
         "hugging face": (hugging_face, "fp32"),
     },
     "bf16": {
         "ours": (ours, "bf16"),
         "ours, compiled": (partial(ours, compiled=True), "bf16"),
+        "ours, llama": (partial(ours, llama=True), "bf16"),
+        "ours, llama, compiled": (partial(ours, llama=True, compiled=True), "bf16"),
         "plain torch": (plain, "bf16"),
         "plain torch, autocast": (plain, "autocast"),
         "hugging face": (hugging_face, "bf16"),

@@ -10,6 +10,7 @@ import datetime
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -17,6 +18,7 @@ from torch.distributed import ProcessGroup
 
 from megatron.core import device
 from megatron.core.activity import communicating
+from megatron.core.group_creation import CreatedGroups, create_process_groups
 from megatron.core.process_groups_config import (
     ProcessGroupCollection,
     default_process_groups,
@@ -25,16 +27,13 @@ from megatron.core.process_groups_config import (
 )
 from megatron.core.rank_grid import (
     RankGenerator,
-    RankGroups,
     default_embedding_ranks,
     default_position_embedding_ranks,
-    dense_layout,
-    expert_layout,
     generate_masked_orthogonal_rank_groups,
-    group_plan,
-    hierarchical_plan,
+    hierarchical_ranks,
 )
 from megatron.core.stage_placement import Placement, PlacementShape
+from megatron.core.utils import GlobalMemoryBuffer
 
 __all__ = ["RankGenerator", "generate_masked_orthogonal_rank_groups"]
 
@@ -43,9 +42,7 @@ __all__ = ["RankGenerator", "generate_masked_orthogonal_rank_groups"]
 class _State:
     """What `initialize_model_parallel` leaves behind besides the groups."""
 
-    group_ranks: dict[str, list[int]] = field(default_factory=dict)
-    """Global ranks of this rank's group, by field name of `ProcessGroupCollection`."""
-    created: list[ProcessGroup] = field(default_factory=list)
+    created: CreatedGroups | None = None
     virtual_pipeline_size: int | None = None
     virtual_pipeline_rank: int | None = None
     placement_shape: PlacementShape = "loop"
@@ -104,27 +101,20 @@ def initialize_model_parallel(
         raise RuntimeError("call torch.distributed.init_process_group(...) before initialize_model_parallel(...)")
     if has_default_process_groups():
         raise RuntimeError("model parallel groups exist already; call destroy_model_parallel() first")
-    tp, pp, cp = tensor_model_parallel_size, pipeline_model_parallel_size, context_parallel_size
-    etp = expert_tensor_parallel_size or tp
-    world_size = dist.get_world_size()
-    layout = dense_layout(world_size, tp, pp, cp, order)
-    expert_grid = expert_layout(world_size, etp, expert_model_parallel_size, pp, order)
-    if layout.get_ranks("pp") != expert_grid.get_ranks("pp"):
-        raise RuntimeError(
-            f"rank order {order!r} gives experts (tensor {etp} × expert {expert_model_parallel_size}) pipelines that "
-            "differ from the dense layers'; put pp last in the order"
-        )
-    plan = group_plan(
-        layout,
-        expert_grid,
-        num_distributed_optimizer_instances,
-        get_embedding_ranks or partial(default_embedding_ranks, shape=virtual_pipeline_shape),
-        get_position_embedding_ranks or default_position_embedding_ranks,
+    _state.created = create_process_groups(
+        tensor_model_parallel_size=tensor_model_parallel_size,
+        pipeline_model_parallel_size=pipeline_model_parallel_size,
+        context_parallel_size=context_parallel_size,
+        hierarchical_context_parallel_sizes=hierarchical_context_parallel_sizes,
+        expert_model_parallel_size=expert_model_parallel_size,
+        expert_tensor_parallel_size=expert_tensor_parallel_size,
+        num_distributed_optimizer_instances=num_distributed_optimizer_instances,
+        order=order,
+        timeout=datetime.timedelta(minutes=distributed_timeout_minutes),
+        get_embedding_ranks=get_embedding_ranks or partial(default_embedding_ranks, shape=virtual_pipeline_shape),
+        get_position_embedding_ranks=get_position_embedding_ranks or default_position_embedding_ranks,
     )
-    if hierarchical_context_parallel_sizes:
-        for level, groups in enumerate(hierarchical_plan(layout, hierarchical_context_parallel_sizes)):
-            plan[f"hcp{level}"] = groups
-    _create_groups(plan, datetime.timedelta(minutes=distributed_timeout_minutes))
+    set_default_process_groups(_state.created.groups)
     _state.virtual_pipeline_size = virtual_pipeline_model_parallel_size
     _state.virtual_pipeline_rank = None if virtual_pipeline_model_parallel_size is None else 0
     _state.placement_shape = virtual_pipeline_shape
@@ -136,33 +126,11 @@ def _refuse_unbuilt(**values: object) -> None:
             raise NotImplementedError(f"initialize_model_parallel({name}={value!r}) is not built yet; leave it out")
 
 
-def _create_groups(plan: dict[str, RankGroups], timeout: datetime.timedelta) -> None:
-    """Create the planned groups, one communicator for each distinct set of ranks, and install them as the default."""
-    rank = dist.get_rank()
-    by_members: dict[tuple[int, ...], ProcessGroup] = {}
-    mine: dict[str, ProcessGroup] = {}
-    for name, groups in plan.items():
-        for ranks in groups:
-            members = tuple(ranks)
-            if members not in by_members:  # every rank creates every group, in the same order
-                group = dist.new_group(ranks, timeout=timeout, group_desc=name)
-                by_members[members] = group
-                if rank in ranks:
-                    _state.created.append(group)
-            if rank in ranks:
-                mine[name] = by_members[members]
-                _state.group_ranks[name] = list(ranks)
-    levels = tuple(mine.pop(name) for name in [n for n in mine if n.startswith("hcp")])
-    set_default_process_groups(ProcessGroupCollection(**mine, hcp=levels or None))
-
-
 def destroy_model_parallel() -> None:
     """Forget the groups and shut their communicators down; the world group stays."""
     global _state
-    if dist.is_initialized():
-        for group in _state.created:
-            if group is not dist.group.WORLD:
-                dist.destroy_process_group(group)
+    if _state.created is not None:
+        _state.created.destroy()
     set_default_process_groups(None)
     _state = _State()
 
@@ -198,7 +166,13 @@ def _group(name: str, check_initialized: bool = True) -> ProcessGroup:
 def group_ranks(name: str) -> list[int]:
     """Global ranks of this rank's group `name`, a field of `ProcessGroupCollection`."""
     default_process_groups()
-    return _state.group_ranks[name]
+    assert _state.created is not None
+    return _state.created.ranks[name]
+
+
+def _created_ranks(name: str) -> list[int]:
+    """As `group_ranks`; empty where this rank is in no such group."""
+    return [] if _state.created is None else _state.created.ranks.get(name, [])
 
 
 def _size(name: str) -> int:
@@ -223,19 +197,74 @@ def _expert_data_name(partial: bool) -> str:
     return "intra_expt_dp" if partial else "expt_dp"
 
 
-def get_model_parallel_group(check_initialized: bool = True) -> ProcessGroup:
-    """Tensor × pipeline."""
-    return _group("mp", check_initialized)
+# --- one group, size or rank each: what the fields are says `ProcessGroupCollection` ---
 
 
-def get_tensor_model_parallel_group(check_initialized: bool = True) -> ProcessGroup:
-    """Tensor parallel."""
-    return _group("tp", check_initialized)
+class _GroupGetter(Protocol):
+    def __call__(self, check_initialized: bool = True) -> ProcessGroup: ...
 
 
-def get_pipeline_model_parallel_group(check_initialized: bool = True) -> ProcessGroup:
-    """Pipeline parallel."""
-    return _group("pp", check_initialized)
+def _group_getter(name: str) -> _GroupGetter:
+    return partial(_group, name)
+
+
+def _size_getter(name: str) -> Callable[[], int]:
+    return partial(_size, name)
+
+
+def _rank_getter(name: str) -> Callable[[], int]:
+    return partial(_rank, name)
+
+
+def _pretend(what: str) -> Callable[[int], None]:
+    """Sets a rank or size for tools that run without processes; the groups stay as they are."""
+    return partial(_state_override, what)
+
+
+def _state_override(what: str, value: int) -> None:
+    _state.overrides[what] = value
+
+
+get_model_parallel_group = _group_getter("mp")
+get_tensor_model_parallel_group = _group_getter("tp")
+get_pipeline_model_parallel_group = _group_getter("pp")
+get_context_parallel_group = _group_getter("cp")
+get_embedding_group = _group_getter("embd")
+get_position_embedding_group = _group_getter("pos_embd")
+get_tensor_and_context_parallel_group = _group_getter("tp_cp")
+get_expert_model_parallel_group = _group_getter("ep")
+get_expert_tensor_parallel_group = _group_getter("expt_tp")
+get_expert_tensor_and_model_parallel_group = _group_getter("tp_ep")
+get_expert_tensor_model_pipeline_parallel_group = _group_getter("tp_ep_pp")
+
+get_tensor_model_parallel_world_size = _size_getter("tp")
+get_pipeline_model_parallel_world_size = _size_getter("pp")
+get_context_parallel_world_size = _size_getter("cp")
+get_tensor_and_context_parallel_world_size = _size_getter("tp_cp")
+get_expert_model_parallel_world_size = _size_getter("ep")
+get_expert_tensor_parallel_world_size = _size_getter("expt_tp")
+get_expert_tensor_and_model_parallel_world_size = _size_getter("tp_ep")
+
+get_tensor_model_parallel_rank = _rank_getter("tp")
+get_pipeline_model_parallel_rank = _rank_getter("pp")
+get_context_parallel_rank = _rank_getter("cp")
+get_tensor_and_context_parallel_rank = _rank_getter("tp_cp")
+get_expert_model_parallel_rank = _rank_getter("ep")
+get_expert_tensor_parallel_rank = _rank_getter("expt_tp")
+get_expert_tensor_and_model_parallel_rank = _rank_getter("tp_ep")
+
+set_tensor_model_parallel_rank = _pretend("tp_rank")
+set_tensor_model_parallel_world_size = _pretend("tp_size")
+set_pipeline_model_parallel_rank = _pretend("pp_rank")
+set_pipeline_model_parallel_world_size = _pretend("pp_size")
+set_data_parallel_rank = _pretend("dp_rank")
+set_expert_model_parallel_rank = _pretend("ep_rank")
+set_expert_model_parallel_world_size = _pretend("ep_size")
+set_expert_tensor_parallel_rank = _pretend("expt_tp_rank")
+set_expert_tensor_parallel_world_size = _pretend("expt_tp_size")
+
+
+# --- with conditions ---
 
 
 def get_data_parallel_group(with_context_parallel: bool = False, partial_data_parallel: bool = False) -> ProcessGroup:
@@ -247,11 +276,6 @@ get_data_parallel_group_gloo = get_data_parallel_group
 """Host-side collectives use the same group: objects travel through `torch.distributed`'s own object collectives."""
 
 
-def get_context_parallel_group(check_initialized: bool = True) -> ProcessGroup:
-    """Context parallel."""
-    return _group("cp", check_initialized)
-
-
 def get_context_parallel_global_ranks(check_initialized: bool = True) -> list[int]:
     """Global ranks of the context parallel group."""
     return group_ranks("cp")
@@ -260,16 +284,6 @@ def get_context_parallel_global_ranks(check_initialized: bool = True) -> list[in
 def get_hierarchical_context_parallel_groups(check_initialized: bool = True) -> list[ProcessGroup]:
     """Levels of hierarchical context parallelism, innermost first."""
     return list(default_process_groups().hcp or ())
-
-
-def get_embedding_group(check_initialized: bool = True) -> ProcessGroup:
-    """Stages that hold the tied word embedding."""
-    return _group("embd", check_initialized)
-
-
-def get_position_embedding_group(check_initialized: bool = True) -> ProcessGroup:
-    """Stages that hold position embeddings."""
-    return _group("pos_embd", check_initialized)
 
 
 def get_tensor_and_data_parallel_group(
@@ -284,31 +298,6 @@ def get_amax_reduction_group(with_context_parallel: bool = False, tp_only_amax_r
     if tp_only_amax_red:
         return _group("tp_cp" if with_context_parallel else "tp")
     return _group("tp_dp_cp" if with_context_parallel else "tp_dp")
-
-
-def get_tensor_and_context_parallel_group(check_initialized: bool = True) -> ProcessGroup:
-    """Tensor × context."""
-    return _group("tp_cp", check_initialized)
-
-
-def get_expert_model_parallel_group(check_initialized: bool = True) -> ProcessGroup:
-    """Expert parallel."""
-    return _group("ep", check_initialized)
-
-
-def get_expert_tensor_parallel_group(check_initialized: bool = True) -> ProcessGroup:
-    """Tensor parallel inside experts."""
-    return _group("expt_tp", check_initialized)
-
-
-def get_expert_tensor_and_model_parallel_group(check_initialized: bool = True) -> ProcessGroup:
-    """Expert tensor × expert."""
-    return _group("tp_ep", check_initialized)
-
-
-def get_expert_tensor_model_pipeline_parallel_group(check_initialized: bool = True) -> ProcessGroup:
-    """Expert tensor × expert × pipeline."""
-    return _group("tp_ep_pp", check_initialized)
 
 
 def get_expert_data_parallel_group(
@@ -338,16 +327,6 @@ def get_intra_distributed_optimizer_instance_group() -> ProcessGroup:
     return _group("intra_dist_opt")
 
 
-def get_tensor_model_parallel_world_size() -> int:
-    """Number of tensor parallel ranks."""
-    return _size("tp")
-
-
-def get_tensor_model_parallel_rank() -> int:
-    """Place of this rank in its tensor parallel group."""
-    return _rank("tp")
-
-
 def get_tensor_model_parallel_src_rank() -> int:
     """Global rank of the first member of the tensor parallel group."""
     return group_ranks("tp")[0]
@@ -356,16 +335,6 @@ def get_tensor_model_parallel_src_rank() -> int:
 def get_model_parallel_src_rank() -> int:
     """Global rank of the first member of the tensor × pipeline group."""
     return group_ranks("mp")[0]
-
-
-def get_pipeline_model_parallel_world_size() -> int:
-    """Number of pipeline stages."""
-    return _size("pp")
-
-
-def get_pipeline_model_parallel_rank() -> int:
-    """Stage of this rank."""
-    return _rank("pp")
 
 
 def get_pipeline_model_parallel_first_rank() -> int:
@@ -403,56 +372,6 @@ def get_data_parallel_rank(with_context_parallel: bool = False, partial_data_par
 def get_data_parallel_src_rank(with_context_parallel: bool = False) -> int:
     """Global rank of the first member of the data parallel group."""
     return group_ranks(_data_name(with_context_parallel, False))[0]
-
-
-def get_context_parallel_world_size() -> int:
-    """Number of context parallel ranks."""
-    return _size("cp")
-
-
-def get_context_parallel_rank() -> int:
-    """Place of this rank in its context parallel group."""
-    return _rank("cp")
-
-
-def get_tensor_and_context_parallel_world_size() -> int:
-    """Size of tensor × context."""
-    return _size("tp_cp")
-
-
-def get_tensor_and_context_parallel_rank() -> int:
-    """Place of this rank in tensor × context."""
-    return _rank("tp_cp")
-
-
-def get_expert_model_parallel_world_size() -> int:
-    """Number of expert parallel ranks."""
-    return _size("ep")
-
-
-def get_expert_model_parallel_rank() -> int:
-    """Place of this rank in its expert parallel group."""
-    return _rank("ep")
-
-
-def get_expert_tensor_parallel_world_size() -> int:
-    """Number of tensor parallel ranks inside experts."""
-    return _size("expt_tp")
-
-
-def get_expert_tensor_parallel_rank() -> int:
-    """Place of this rank in the experts' tensor parallel group."""
-    return _rank("expt_tp")
-
-
-def get_expert_tensor_and_model_parallel_world_size() -> int:
-    """Size of expert tensor × expert."""
-    return _size("tp_ep")
-
-
-def get_expert_tensor_and_model_parallel_rank() -> int:
-    """Place of this rank in expert tensor × expert."""
-    return _rank("tp_ep")
 
 
 def get_expert_data_parallel_world_size(partial_expert_data_parallel: bool = False) -> int:
@@ -511,7 +430,7 @@ def is_pipeline_last_stage(ignore_virtual: bool = True, vp_stage: int | None = N
 
 def is_rank_in_embedding_group(ignore_virtual: bool = True, vp_stage: int | None = None) -> bool:
     """Whether this rank (and chunk, unless ignored) holds the tied word embedding."""
-    ranks = _state.group_ranks.get("embd", [])
+    ranks = _created_ranks("embd")
     rank = dist.get_rank()
     if ignore_virtual or rank not in ranks:
         return rank in ranks
@@ -522,7 +441,7 @@ def is_rank_in_embedding_group(ignore_virtual: bool = True, vp_stage: int | None
 
 def is_rank_in_position_embedding_group() -> bool:
     """Whether this rank holds position embeddings."""
-    return dist.get_rank() in _state.group_ranks.get("pos_embd", [])
+    return dist.get_rank() in _created_ranks("pos_embd")
 
 
 def is_inside_encoder(rank: int | None = None) -> bool:
@@ -550,49 +469,67 @@ def get_all_ranks() -> str:
     return "_".join(str(_rank(name)) for name in ("tp", "dp", "cp", "pp", "ep"))
 
 
-def set_tensor_model_parallel_rank(rank: int) -> None:
-    """Pretend a tensor parallel rank."""
-    _state.overrides["tp_rank"] = rank
+def set_pipeline_model_parallel_split_rank(rank: int | None) -> None:
+    """Only None is accepted: pipelines are not split."""
+    if rank is not None:
+        raise NotImplementedError(f"pipeline_model_parallel_split_rank ({rank}): pipelines are not split")
 
 
-def set_tensor_model_parallel_world_size(world_size: int) -> None:
-    """Pretend a tensor parallel size."""
-    _state.overrides["tp_size"] = world_size
+def is_pipeline_stage_before_split(rank: int | None = None) -> bool:
+    """Always true: pipelines are not split."""
+    return True
 
 
-def set_pipeline_model_parallel_rank(rank: int) -> None:
-    """Pretend a stage."""
-    _state.overrides["pp_rank"] = rank
+def is_pipeline_stage_after_split(rank: int | None = None) -> bool:
+    """Always true: pipelines are not split."""
+    return True
 
 
-def set_pipeline_model_parallel_world_size(world_size: int) -> None:
-    """Pretend a number of stages."""
-    _state.overrides["pp_size"] = world_size
+def is_pipeline_stage_at_split() -> bool:
+    """Always false: pipelines are not split."""
+    return False
 
 
-def set_data_parallel_rank(rank: int) -> None:
-    """Pretend a data parallel rank."""
-    _state.overrides["dp_rank"] = rank
+_memory_buffer: GlobalMemoryBuffer | None = None
 
 
-def set_expert_model_parallel_rank(rank: int) -> None:
-    """Pretend an expert parallel rank."""
-    _state.overrides["ep_rank"] = rank
+def get_global_memory_buffer() -> GlobalMemoryBuffer:
+    """Tensors by name that this process reuses; they live until `destroy_global_memory_buffer`."""
+    global _memory_buffer
+    _memory_buffer = _memory_buffer or GlobalMemoryBuffer()
+    return _memory_buffer
 
 
-def set_expert_model_parallel_world_size(world_size: int) -> None:
-    """Pretend an expert parallel size."""
-    _state.overrides["ep_size"] = world_size
+def destroy_global_memory_buffer() -> None:
+    """Forget those tensors."""
+    global _memory_buffer
+    _memory_buffer = None
 
 
-def set_expert_tensor_parallel_rank(rank: int) -> None:
-    """Pretend an expert tensor parallel rank."""
-    _state.overrides["expt_tp_rank"] = rank
+def create_hierarchical_groups(
+    rank: int,
+    ranks: list[int],
+    hierarchical_group_sizes: list[int],
+    create_gloo_process_groups: bool = False,
+    pg_options: Any = None,
+    timeout: datetime.timedelta | None = None,
+    group_desc: str | None = None,
+) -> tuple[list[ProcessGroup], list[ProcessGroup]]:
+    """This rank's group of each level of a hierarchy over `ranks`, innermost first; the same on gloo, if asked for.
 
-
-def set_expert_tensor_parallel_world_size(world_size: int) -> None:
-    """Pretend an expert tensor parallel size."""
-    _state.overrides["expt_tp_size"] = world_size
+    Collective over the whole world, which makes all groups; `rank` is this rank.
+    """
+    levels = hierarchical_ranks(ranks, hierarchical_group_sizes)
+    made: list[list[ProcessGroup]] = [[], []]
+    backends = [device.communication_backend(), *(["gloo"] if create_gloo_process_groups else [])]
+    for groups in levels:
+        for members in groups:
+            for found, backend in zip(made, backends):
+                options = pg_options if backend != "gloo" else None
+                group = dist.new_group(members, timeout, backend, options, group_desc=group_desc)
+                if rank in members:
+                    found.append(group)
+    return made[0], made[1]
 
 
 def create_group(

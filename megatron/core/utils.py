@@ -15,7 +15,11 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from megatron.core.process_groups_config import default_process_groups, has_default_process_groups
+from megatron.core.process_groups_config import (
+    ProcessGroupCollection,
+    default_process_groups,
+    has_default_process_groups,
+)
 
 
 def divide(numerator: int, denominator: int) -> int:
@@ -55,6 +59,17 @@ def get_tensor_model_parallel_group_if_none(
         return tp_group
     groups = default_process_groups()
     return groups.expt_tp if is_expert else groups.tp
+
+
+def groups_of(model: torch.nn.Module | None) -> ProcessGroupCollection:
+    """The groups that `model` (or what it wraps) was built with; else the process-wide ones; else none at all."""
+    found: Any = model
+    while found is not None:
+        groups = getattr(found, "model_comm_pgs", None)
+        if groups is not None:
+            return groups
+        found = getattr(found, "module", None)
+    return default_process_groups() if has_default_process_groups() else ProcessGroupCollection()
 
 
 # --- initialisers ---
@@ -329,7 +344,7 @@ def check_param_hashes_across_dp_replicas(model: list[torch.nn.Module], cross_ch
         for name, param in chunk.named_parameters():
             digest.update(name.encode())
             digest.update(param.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
-    group = default_process_groups().dp_cp
+    group = groups_of(model[0]).dp_cp
     hashes: list[str | None] = [None] * get_pg_size(group)
     dist.all_gather_object(hashes, digest.hexdigest(), group=group)
     return len(set(hashes)) == 1 or not (cross_check or get_pg_rank(group) == 0)

@@ -19,10 +19,8 @@ from megatron.core.distributed.overlap import GradReducer, WeightGatherer, in_fo
 from megatron.core.distributed.param_and_grad_buffer import _ParamAndGradBuffer
 from megatron.core.process_groups_config import (
     ProcessGroupCollection,
-    default_process_groups,
-    has_default_process_groups,
 )
-from megatron.core.utils import get_pg_rank, get_pg_size
+from megatron.core.utils import get_pg_rank, get_pg_size, groups_of
 
 if TYPE_CHECKING:
     from megatron.core.transformer.transformer_config import TransformerConfig
@@ -66,7 +64,7 @@ class DistributedDataParallel(_BaseDataParallel):
         if config.calculate_per_token_loss and ddp_config.average_in_collective:
             raise ValueError("average_in_collective must be False with calculate_per_token_loss, which sums gradients")
         self.ddp_config = ddp_config
-        default = default_process_groups() if has_default_process_groups() else ProcessGroupCollection()
+        default = groups_of(module)
         self.grad_comm_pgs = grad_comm_pgs or default
         self.model_comm_pgs = model_comm_pgs or default
         self.bucket_size = None if disable_bucketing else self._useful_bucket_size()

@@ -12,23 +12,23 @@ from torch.distributed.tensor import DTensor
 
 from megatron.core import device
 from megatron.core.collectives import all_reduce, broadcast
-from megatron.core.process_groups_config import ProcessGroupCollection, default_process_groups
+from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.stage_placement import Placement, placement_shape
 from megatron.core.timers import timed
-from megatron.core.utils import get_attr_wrapped_model, get_model_config, get_pg_size
+from megatron.core.utils import get_attr_wrapped_model, get_model_config, get_pg_size, groups_of
 
 
 def finalize_model_grads(
     model: list[nn.Module], num_tokens: Tensor | None = None, groups: ProcessGroupCollection | None = None
 ) -> None:
-    """Complete the gradients of all model chunks, in place in `main_grad`.
+    """Complete the gradients of all model chunks, in place in `main_grad`; over the groups they were built with.
 
     Communicates, in this order: the data parallel reduction; over the tensor parallel group the sum of
     gradients of parameters that each rank used on a part of the sequence; over the embedding groups the sum
     of the tied embeddings' gradients; with `num_tokens` (the tokens this rank's loss was summed over) their
     total, by which all gradients are divided.
     """
-    groups = groups or default_process_groups()
+    groups = groups or groups_of(model[0])
     config = get_model_config(model[0])
     with timed(config, "all-grads-sync", log_level=1):
         for chunk in model:

@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from megatron.core.device import device_type
 from megatron.core.fusions.dropout import dropout
 
 BACKEND = "inductor"
@@ -26,6 +27,11 @@ BACKEND = "inductor"
 
 FORMS = 64
 """Combinations that one region may be compiled for, beyond torch's default of 8: half of them are for recompute."""
+
+
+def compiles(function: Callable[..., Tensor]) -> bool:
+    """Whether `function` is worth compiling on this device."""
+    return device_type() != "cpu" or function not in SLOWER_ON_CPU
 
 
 def region(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -75,6 +81,10 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, zero_centered: bool) -> Tens
 def bias_dropout_add(x: Tensor, bias: Tensor | None, residual: Tensor, probability: float, training: bool) -> Tensor:
     """residual + dropout(x + bias)."""
     return residual + dropout(x if bias is None else x + bias, probability, training)
+
+
+SLOWER_ON_CPU: tuple[Callable[..., Tensor], ...] = (layer_norm, bias_dropout_add)
+"""Regions that torch's own kernels for the CPU do faster (docs/performance.md)."""
 
 
 def rotate(t: Tensor, angles: Tensor, mscale: float, interleaved: bool) -> Tensor:

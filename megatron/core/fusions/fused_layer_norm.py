@@ -6,7 +6,6 @@ import torch
 from torch import Tensor, nn
 
 from megatron.core.fusions import compiled
-from megatron.core.fusions.compiled import region
 from megatron.core.fusions.fused_rms_norm import rms_norm
 from megatron.core.tensor_parallel.initialization import parameter_device, register_parameter_init
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -67,10 +66,10 @@ class FusedLayerNorm(nn.Module):
         return param
 
     def forward(self, input: Tensor) -> Tensor:
-        if self.config.torch_compile:
-            if self.bias is None:
-                return region(compiled.rms_norm)(input, self.weight, self.eps, self.zero_centered_gamma)
-            return region(compiled.layer_norm)(input, self.weight, self.bias, self.eps, self.zero_centered_gamma)
+        function = compiled.rms_norm if self.bias is None else compiled.layer_norm
+        if self.config.torch_compile and compiled.compiles(function):
+            parameters = (self.weight,) if self.bias is None else (self.weight, self.bias)
+            return compiled.region(function)(input, *parameters, self.eps, self.zero_centered_gamma)
         if self.bias is None:
             output = rms_norm(input, self.weight, self.eps, self.zero_centered_gamma)
         elif input.dtype == self.weight.dtype:

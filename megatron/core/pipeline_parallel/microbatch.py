@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 
 from megatron.core import device
 from megatron.core.collectives import all_reduce
-from megatron.core.process_groups_config import default_process_groups
 from megatron.core.timers import timed
-from megatron.core.utils import get_attr_wrapped_model
+from megatron.core.utils import get_attr_wrapped_model, get_pg_size, groups_of
 
 LossFunction = Callable[..., Any]
 ForwardStepFunction = Callable[..., tuple[Tensor, LossFunction]]
@@ -95,16 +95,20 @@ def run_forward(
             if collect_non_loss_data:
                 forward_data_store.append(loss_func(output_tensor, non_loss_data=True))
             else:
-                output_tensor, num_tokens, report = _scaled_loss(loss_func(output_tensor), num_microbatches, config)
+                output_tensor, num_tokens, report = _scaled_loss(
+                    loss_func(output_tensor), num_microbatches, config, groups_of(model).cp
+                )
                 forward_data_store.append(report)
     return output_tensor, num_tokens
 
 
-def _scaled_loss(outputs: tuple[Any, ...], num_microbatches: int, config: Any) -> tuple[Tensor, Tensor | int, Any]:
+def _scaled_loss(
+    outputs: tuple[Any, ...], num_microbatches: int, config: Any, cp_group: ProcessGroup | None
+) -> tuple[Tensor, Tensor | int, Any]:
     if len(outputs) == 3:
         loss, num_tokens, report = outputs
         if not config.calculate_per_token_loss:
-            loss = loss * config.context_parallel_size / _tokens_of_samples(num_tokens, config) / num_microbatches
+            loss = loss * config.context_parallel_size / _tokens_of_samples(num_tokens, cp_group) / num_microbatches
         return loss, num_tokens, report
     if len(outputs) != 2:
         raise ValueError(f"a loss function returns 2 or 3 values, not {len(outputs)}")
@@ -112,7 +116,7 @@ def _scaled_loss(outputs: tuple[Any, ...], num_microbatches: int, config: Any) -
     return loss * config.context_parallel_size / num_microbatches, 0, report
 
 
-def _tokens_of_samples(num_tokens: Tensor | int, config: Any) -> Tensor:
+def _tokens_of_samples(num_tokens: Tensor | int, cp_group: ProcessGroup | None) -> Tensor:
     """Tokens of the microbatch on all context parallel ranks, at least 1. Communicates: all-reduce over them.
 
     Each of these ranks has the loss of other tokens of the same samples. Their gradients are averaged like those of
@@ -120,9 +124,9 @@ def _tokens_of_samples(num_tokens: Tensor | int, config: Any) -> Tensor:
     unevenly the tokens that count lie on the ranks.
     """
     total = torch.as_tensor(num_tokens)
-    if config.context_parallel_size > 1:
+    if get_pg_size(cp_group) > 1:
         total = total.to(device.current_device(), torch.int64, copy=True)
-        all_reduce(total, group=default_process_groups().cp, what="token counts")
+        all_reduce(total, group=cp_group, what="token counts")
     return total.clamp(min=1)
 
 

@@ -44,7 +44,7 @@ from megatron.core.pipeline_parallel.plan import PipelinePlan, plan_pipeline
 from megatron.core.pipeline_parallel.schedule import Direction
 from megatron.core.process_groups_config import default_process_groups, has_default_process_groups
 from megatron.core.timers import timed
-from megatron.core.utils import divide, get_model_config, get_pg_rank, get_pg_size
+from megatron.core.utils import divide, get_model_config, get_pg_rank, get_pg_size, groups_of
 
 __all__ = [
     "backward_step",
@@ -73,8 +73,12 @@ __all__ = [
 ]
 
 
-def get_forward_backward_func() -> Callable[..., list[Any]]:
-    """The function that runs forward and backward of all microbatches of a step in the present layout.
+def get_forward_backward_func(pp_size: int | None = None, vp_size: int | None = None) -> Callable[..., list[Any]]:
+    """The function that runs forward and backward of all microbatches of a step, in the groups of its model.
+
+    Args:
+        pp_size: pipeline ranks; without it, those of the process-wide groups.
+        vp_size: model chunks of a rank; without it and `pp_size`, those of the process-wide layout.
 
     It takes keyword arguments only:
 
@@ -92,10 +96,12 @@ def get_forward_backward_func() -> Callable[..., list[Any]]:
     up in `main_grad` (or `.grad` without data-parallel wrapper), reduced if `config.finalize_model_grads_func` is
     set.
     """
-    stages = get_pg_size(default_process_groups().pp) if has_default_process_groups() else 1
-    if stages == 1:
+    if pp_size is None:
+        pp_size = get_pg_size(default_process_groups().pp) if has_default_process_groups() else 1
+        vp_size = vp_size or parallel_state.get_virtual_pipeline_model_parallel_world_size()
+    if pp_size == 1:
         return forward_backward_no_pipelining
-    if parallel_state.get_virtual_pipeline_model_parallel_world_size() is not None:
+    if vp_size is not None:
         return forward_backward_pipelining_with_interleaving
     return forward_backward_pipelining_without_interleaving
 
@@ -222,7 +228,7 @@ def _run_stage(
     """This rank's share of a step; arguments as in `get_forward_backward_func`."""
     chunks: list[nn.Module] = list(model) if isinstance(model, (list, tuple)) else [model]
     config = get_model_config(chunks[0])
-    group = default_process_groups().pp if pipelined else None
+    group = groups_of(chunks[0]).pp if pipelined else None
     request = schedule_request(config, get_pg_size(group), len(chunks), num_microbatches, forward_only)
     sizes = {"seq_length": seq_length, "micro_batch_size": micro_batch_size, "decoder_seq_length": decoder_seq_length}
     executor = StageExecutor(

@@ -105,12 +105,20 @@ class Float16Module(MegatronModule):
         self.module = module.to(self.half_type)
         self.fp16, self.bf16 = config.fp16, config.bf16
         self.vp_stage: int | None = getattr(module, "vp_stage", None)
+        # A model knows which end of the pipeline it is; others are asked for by their rank.
+        self.pre_process: bool | None = getattr(module, "pre_process", None)
+        self.post_process: bool | None = getattr(module, "post_process", None)
 
     def forward(self, *inputs: Any, **kwargs: Any) -> Any:
-        if parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=self.vp_stage):
+        first, last = self.pre_process, self.post_process
+        if first is None:
+            first = parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=self.vp_stage)
+        if last is None:
+            last = parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=self.vp_stage)
+        if first:
             inputs = fp32_to_float16(inputs, lambda tensor: tensor.to(self.half_type))
         outputs = self.module(*inputs, **kwargs)
-        if parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=self.vp_stage):
+        if last:
             outputs = float16_to_fp32(outputs)
         return outputs
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 from megatron.core.dist_checkpointing.utils import replace_prefix_for_sharding
@@ -39,13 +40,18 @@ class TransformerBlockSubmodules:
     """The norm after the last layer of the model; None for none."""
 
 
-def get_num_layers_to_build(config: TransformerConfig, vp_stage: int | None = None) -> int:
+def get_num_layers_to_build(
+    config: TransformerConfig, vp_stage: int | None = None, pp_group: ProcessGroup | None = None
+) -> int:
     """Number of transformer layers that this rank's virtual stage holds."""
-    return layers_of_chunk(config, pipeline_rank(), vp_stage).num_layers
+    return layers_of_chunk(config, pipeline_rank(pp_group), vp_stage).num_layers
 
 
 def block_submodules(
-    config: TransformerConfig, spec: TransformerBlockSubmodules | ModuleSpec, vp_stage: int | None = None
+    config: TransformerConfig,
+    spec: TransformerBlockSubmodules | ModuleSpec,
+    vp_stage: int | None = None,
+    pp_group: ProcessGroup | None = None,
 ) -> TransformerBlockSubmodules:
     """The parts that a spec of a block, or of one layer for all, stands for.
 
@@ -58,7 +64,7 @@ def block_submodules(
     if isinstance(module, type) and issubclass(module, TransformerBlock):
         return spec.submodules
     if isinstance(module, type) and issubclass(module, BaseTransformerLayer):
-        return TransformerBlockSubmodules([spec] * get_num_layers_to_build(config, vp_stage), FusedLayerNorm)
+        return TransformerBlockSubmodules([spec] * get_num_layers_to_build(config, vp_stage, pp_group), FusedLayerNorm)
     raise TypeError(f"a TransformerBlock is made of transformer layers, the spec is of {module!r}")
 
 
@@ -87,7 +93,7 @@ class TransformerBlock(MegatronModule):
     ) -> None:
         super().__init__(config)
         self.model_comm_pgs = groups_or_default(model_comm_pgs)
-        self.submodules = block_submodules(config, spec, vp_stage)
+        self.submodules = block_submodules(config, spec, vp_stage, self.model_comm_pgs.pp)
         self.post_layer_norm = post_layer_norm
         self.pre_process = pre_process
         self.post_process = post_process
@@ -219,7 +225,7 @@ class TransformerBlock(MegatronModule):
         """
         if sharded_offsets:
             raise ValueError(f"a TransformerBlock cannot be stacked along further axes {sharded_offsets}")
-        offset = get_transformer_layer_offset(self.config, self.vp_stage)
+        offset = get_transformer_layer_offset(self.config, self.vp_stage, self.model_comm_pgs.pp)
         stack = not self._is_heterogeneous(metadata)
         sharded: ShardedStateDict = {}
         for i, layer in enumerate(self.layers):

@@ -12,13 +12,19 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 
 from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 from megatron.core.dist_checkpointing.utils import apply_prefix_mapping
+from megatron.core.fusions import compiled
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add, get_compiled_bias_dropout_add
 from megatron.core.packed_seq_params import PackedSeqParams
-from megatron.core.process_groups_config import ProcessGroupCollection, has_default_process_groups
+from megatron.core.process_groups_config import (
+    ProcessGroupCollection,
+    default_process_groups,
+    has_default_process_groups,
+)
 from megatron.core.tensor_parallel.random import CheckpointWithoutOutput, checkpoint
 from megatron.core.transformer.identity_op import IdentityFuncOp, IdentityOp
 from megatron.core.transformer.layer_placement import layers_of_chunk
@@ -28,6 +34,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec, build_module, get_m
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_depth_rules import recomputes
 from megatron.core.transformer.utils import groups_or_default
+from megatron.core.utils import get_pg_rank
 
 Part = ModuleSpec | type | Callable[..., Any]
 
@@ -53,14 +60,18 @@ class BaseTransformerLayer(ABC):
     """Marks classes that a `TransformerBlock` stacks."""
 
 
-def get_transformer_layer_offset(config: TransformerConfig, vp_stage: int | None = None) -> int:
+def get_transformer_layer_offset(
+    config: TransformerConfig, vp_stage: int | None = None, pp_group: ProcessGroup | None = None
+) -> int:
     """Number of layers of the model before this rank's virtual stage."""
-    return layers_of_chunk(config, pipeline_rank(), vp_stage).offset
+    return layers_of_chunk(config, pipeline_rank(pp_group), vp_stage).offset
 
 
-def pipeline_rank() -> int:
-    """This rank's pipeline stage; 0 for a process on its own."""
-    return parallel_state.get_pipeline_model_parallel_rank() if has_default_process_groups() else 0
+def pipeline_rank(pp_group: ProcessGroup | None = None) -> int:
+    """This rank's place in the pipeline group, or in the process-wide one; 0 for a process on its own."""
+    if has_default_process_groups() and pp_group in (None, default_process_groups().pp):
+        return parallel_state.get_pipeline_model_parallel_rank()  # which tools may set
+    return get_pg_rank(pp_group)
 
 
 class TransformerLayer(MegatronModule, BaseTransformerLayer):
@@ -90,7 +101,7 @@ class TransformerLayer(MegatronModule, BaseTransformerLayer):
         super().__init__(config)
         groups = groups_or_default(model_comm_pgs)
         self.submodules_config = submodules
-        self.layer_number = layer_number + get_transformer_layer_offset(config, vp_stage)
+        self.layer_number = layer_number + get_transformer_layer_offset(config, vp_stage, groups.pp)
         self.hidden_dropout = config.hidden_dropout if hidden_dropout is None else hidden_dropout
 
         self.input_layernorm = self._norm(submodules.input_layernorm)
@@ -111,8 +122,9 @@ class TransformerLayer(MegatronModule, BaseTransformerLayer):
         return build_module(spec, config=config, hidden_size=config.hidden_size, eps=config.layernorm_epsilon)
 
     def _bias_dropout_add(self, spec: Part) -> Any:
-        compiles = self.config.torch_compile and spec is get_bias_dropout_add
-        return get_compiled_bias_dropout_add if compiles else build_module(spec)
+        if self.config.torch_compile and spec is get_bias_dropout_add and compiled.compiles(compiled.bias_dropout_add):
+            return get_compiled_bias_dropout_add
+        return build_module(spec)
 
     def _attention(self, spec: Part, groups: ProcessGroupCollection) -> nn.Module:
         cp_comm_type = self.config.cp_comm_type

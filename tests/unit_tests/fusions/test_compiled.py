@@ -70,6 +70,7 @@ def train(layout: dict[str, Any], **settings: Any) -> list[Tensor]:
 @pytest.fixture
 def traced(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(compiled, "BACKEND", "aot_eager")
+    monkeypatch.setattr(compiled, "SLOWER_ON_CPU", ())
     yield
     torch._dynamo.reset()
 
@@ -90,19 +91,19 @@ def test_numbers_stay_with_activations_on_the_host(traced: None, monkeypatch: py
 
 
 def check_layout() -> None:
-    compiled.BACKEND = "aot_eager"
+    compiled.BACKEND, compiled.SLOWER_ON_CPU, default = "aot_eager", (), compiled.SLOWER_ON_CPU
     try:
         parallel_state.initialize_model_parallel(2)
         layout = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
         expected = train(layout, **LLAMA)
         torch.testing.assert_close(train(layout, torch_compile=True, **LLAMA, **SELECTIVE), expected)
     finally:
-        compiled.BACKEND = "inductor"
+        compiled.BACKEND, compiled.SLOWER_ON_CPU = "inductor", default
         torch._dynamo.reset()
 
 
 def test_numbers_stay_under_sequence_parallelism() -> None:
-    run_ranks(2, check_layout)
+    run_ranks(2, check_layout, timeout=240)
 
 
 def test_all_layers_share_one_compilation(traced: None, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,112 @@
+"""From parallel sizes to process groups, without making them anybody's default.
+
+`parallel_state.initialize_model_parallel` installs what is created here as the process-wide default. A program that
+hands groups to its models, wrappers and optimizers itself needs no more than this:
+
+    groups = create_process_groups(tensor_model_parallel_size=2, pipeline_model_parallel_size=2).groups
+"""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch.distributed as dist
+from torch.distributed import ProcessGroup
+
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.rank_grid import (
+    RankGroups,
+    default_embedding_ranks,
+    default_position_embedding_ranks,
+    dense_layout,
+    expert_layout,
+    group_plan,
+    hierarchical_plan,
+)
+
+EmbeddingRanks = Callable[[list[int], "int | None"], list[int]]
+"""(ranks of a pipeline, None) -> those that hold an embedding."""
+
+
+@dataclass(frozen=True)
+class CreatedGroups:
+    """This rank's groups."""
+
+    groups: ProcessGroupCollection
+    ranks: dict[str, list[int]]
+    """Global ranks of this rank's group, by field name of `ProcessGroupCollection`."""
+    communicators: list[ProcessGroup]
+    """The distinct ones, with this rank in them."""
+
+    def destroy(self) -> None:
+        """Shut the communicators down; the world group stays."""
+        if dist.is_initialized():
+            for group in self.communicators:
+                if group is not dist.group.WORLD:
+                    dist.destroy_process_group(group)
+
+
+def create_process_groups(
+    *,
+    tensor_model_parallel_size: int = 1,
+    pipeline_model_parallel_size: int = 1,
+    context_parallel_size: int = 1,
+    hierarchical_context_parallel_sizes: list[int] | None = None,
+    expert_model_parallel_size: int = 1,
+    expert_tensor_parallel_size: int | None = None,
+    num_distributed_optimizer_instances: int = 1,
+    order: str = "tp-cp-ep-dp-pp",
+    timeout: datetime.timedelta = datetime.timedelta(minutes=30),
+    get_embedding_ranks: EmbeddingRanks = default_embedding_ranks,
+    get_position_embedding_ranks: EmbeddingRanks = default_position_embedding_ranks,
+) -> CreatedGroups:
+    """Every process group of a layout over the whole world.
+
+    Collective: all ranks call it with the same arguments. Ranks whose groups consist of the same members share one
+    communicator.
+
+    Raises:
+        RuntimeError: torch.distributed is not initialised, or the sizes do not fit the world.
+    """
+    if not dist.is_initialized():
+        raise RuntimeError("call torch.distributed.init_process_group(...) before process groups are created")
+    tp, pp, cp = tensor_model_parallel_size, pipeline_model_parallel_size, context_parallel_size
+    etp = expert_tensor_parallel_size or tp
+    world_size = dist.get_world_size()
+    layout = dense_layout(world_size, tp, pp, cp, order)
+    expert_grid = expert_layout(world_size, etp, expert_model_parallel_size, pp, order)
+    if layout.get_ranks("pp") != expert_grid.get_ranks("pp"):
+        raise RuntimeError(
+            f"rank order {order!r} gives experts (tensor {etp} × expert {expert_model_parallel_size}) pipelines that "
+            "differ from the dense layers'; put pp last in the order"
+        )
+    plan = group_plan(
+        layout, expert_grid, num_distributed_optimizer_instances, get_embedding_ranks, get_position_embedding_ranks
+    )
+    if hierarchical_context_parallel_sizes:
+        for level, groups in enumerate(hierarchical_plan(layout, hierarchical_context_parallel_sizes)):
+            plan[f"hcp{level}"] = groups
+    return _create(plan, timeout)
+
+
+def _create(plan: dict[str, RankGroups], timeout: datetime.timedelta) -> CreatedGroups:
+    """The planned groups, one communicator for each distinct set of ranks."""
+    rank = dist.get_rank()
+    by_members: dict[tuple[int, ...], ProcessGroup] = {}
+    mine: dict[str, ProcessGroup] = {}
+    my_ranks: dict[str, list[int]] = {}
+    communicators: list[ProcessGroup] = []
+    for name, groups in plan.items():
+        for ranks in groups:
+            members = tuple(ranks)
+            if members not in by_members:  # every rank creates every group, in the same order
+                by_members[members] = dist.new_group(ranks, timeout=timeout, group_desc=name)
+                if rank in ranks:
+                    communicators.append(by_members[members])
+            if rank in ranks:
+                mine[name] = by_members[members]
+                my_ranks[name] = list(ranks)
+    levels = tuple(mine.pop(name) for name in [n for n in mine if n.startswith("hcp")])
+    return CreatedGroups(ProcessGroupCollection(**mine, hcp=levels or None), my_ranks, communicators)
