@@ -29,37 +29,95 @@ class TheoreticalMemory:
 
 def theoretical_memory(args: Any, num_microbatches: int | None = None) -> TheoreticalMemory:
     """What the most loaded rank (the first stage) holds."""
-    applies = args.sequence_parallel and args.recompute_granularity == "selective"
-    return TheoreticalMemory(_weights_and_optimizer(args), _activations(args, num_microbatches) if applies else None)
+    activations = _activations(args, num_microbatches) if _activation_formula_applies(args) else None
+    return TheoreticalMemory(_weights_and_optimizer(args), activations)
 
 
 def report_theoretical_memory(args: Any, num_microbatches: int | None = None, verbose: bool = False) -> str:
-    """The line that the first log of a run shows."""
-    return f"{theoretical_memory(args, num_microbatches)}\n"
+    """The line that the first log of a run shows; `verbose`, what it was computed from before it."""
+    lines = _explanation(args, num_microbatches) if verbose else []
+    return "\n".join([*lines, str(theoretical_memory(args, num_microbatches)), ""])
 
 
-def _weights_and_optimizer(args: Any) -> float:
+@dataclass(frozen=True)
+class ParameterCounts:
+    """Parameters of the model and of its shards."""
+
+    block: float
+    """Transformer layers and final norm."""
+    embedding: float
+    """Word embedding, twice when the output layer has its own."""
+    most_loaded_shard: float
+    """On a rank of the first stage."""
+    other_shards: float | None
+    """On a rank of a stage without embedding; None without pipeline."""
+
+
+def count_parameters(args: Any) -> ParameterCounts:
+    """From the sizes alone."""
     h, a = args.hidden_size, args.num_attention_heads
     groups = args.num_query_groups if args.group_query_attention else a
     gated = 1.5 if args.swiglu else 1.0
     attention = 2 * h * h * (1 + groups / a) * (args.kv_channels * a / h)
     layer = 2 * h * (args.ffn_hidden_size * gated + 2) + attention
     block = args.num_layers * layer + 2 * h
-    embedding = h * args.padded_vocab_size
+    table = h * args.padded_vocab_size
     untied, pp = args.untie_embeddings_and_output_weights, args.pipeline_model_parallel_size
     tp = args.tensor_model_parallel_size
-    parameters = (block / pp + embedding) / tp + (embedding / tp if untied and pp == 1 else 0)
+    most_loaded = (block / pp + table) / tp + (table / tp if untied and pp == 1 else 0)
+    return ParameterCounts(block, 2 * table if untied else table, most_loaded, block / (pp * tp) if pp > 1 else None)
+
+
+def _explanation(args: Any, num_microbatches: int | None) -> list[str]:
+    billion, counts = 1e9, count_parameters(args)
+    lines = [
+        f"Number of parameters in transformer block in billions: {counts.block / billion:.2f}",
+        f"Number of parameters in embedding layers in billions: {counts.embedding / billion:.2f}",
+        f"Total number of parameters in billions: {(counts.block + counts.embedding) / billion:.2f}",
+        f"Number of parameters in most loaded shard in billions: {counts.most_loaded_shard / billion:.4f}",
+    ]
+    if counts.other_shards is not None:
+        lines.append(f"Number of parameters in other shards in billions: {counts.other_shards / billion:.4f}")
+    if not _activation_formula_applies(args):
+        return lines
+    layer = _layer_activations(args) / _MEGABYTE / args.tensor_model_parallel_size
+    lines.append(f"Activation memory footprint per transformer layer: {layer:.1f} MB")
+    if args.virtual_pipeline_model_parallel_size is not None:
+        lines.append(f"Memory penalty from interleaved schedule: {_interleaving_penalty(args):.2f}")
+    pp = args.pipeline_model_parallel_size
+    in_flight = pp if num_microbatches is None else min(num_microbatches, pp)
+    lines.append(f"Number of in-flight microbatches: {in_flight}")
+    return lines
+
+
+def _weights_and_optimizer(args: Any) -> float:
     bytes_each = 6 + 12 / args.data_parallel_size if args.use_distributed_optimizer else 18
-    return parameters * bytes_each
+    return count_parameters(args).most_loaded_shard * bytes_each
+
+
+def _activation_formula_applies(args: Any) -> bool:
+    return args.sequence_parallel and args.recompute_granularity == "selective"
+
+
+def _layer_activations(args: Any) -> float:
+    """Bytes that a layer keeps of one microbatch, on all tensor parallel ranks together."""
+    h = args.hidden_size
+    return args.seq_length * args.micro_batch_size * h * (18 + 4 * args.ffn_hidden_size / h)
+
+
+def _interleaving_penalty(args: Any) -> float:
+    """Activations in flight, relative to a schedule of one chunk a rank."""
+    pp = args.pipeline_model_parallel_size
+    return 1 + (pp - 1) / (pp * args.virtual_pipeline_model_parallel_size)
 
 
 def _activations(args: Any, num_microbatches: int | None) -> float:
     s, b, h = args.seq_length, args.micro_batch_size, args.hidden_size
-    pp, vpp = args.pipeline_model_parallel_size, args.virtual_pipeline_model_parallel_size
-    total = s * b * h * (18 + 4 * args.ffn_hidden_size / h) * args.num_layers
+    pp = args.pipeline_model_parallel_size
+    total = _layer_activations(args) * args.num_layers
     total += 8 * s * b * pp + s * b * h * pp  # ids and embedding dropout of the microbatches in flight
-    if vpp is not None:
-        total *= 1 + (pp - 1) / (pp * vpp)
+    if args.virtual_pipeline_model_parallel_size is not None:
+        total *= _interleaving_penalty(args)
     elif pp > 1:
         total *= 1 if num_microbatches is None else min(1, num_microbatches / pp)
     else:

@@ -62,3 +62,36 @@ def test_grouped_queries_gates_and_untied_embeddings_count() -> None:
         group_query_attention=True, num_query_groups=groups, swiglu=True, untie_embeddings_and_output_weights=True
     )
     assert theoretical_memory(args).weights_and_optimizer == 18 * parameters
+
+
+def test_verbose_report_of_many_ranks() -> None:
+    args = settings(
+        tensor_model_parallel_size=2,
+        pipeline_model_parallel_size=4,
+        virtual_pipeline_model_parallel_size=3,
+        untie_embeddings_and_output_weights=True,
+    )
+    *lines, _, end = report_theoretical_memory(args, num_microbatches=2, verbose=True).split("\n")
+    block = 24 * (12 * 1024**2 + 4 * 1024) + 2 * 1024
+    table = 1024 * 50304
+    assert lines == [
+        f"Number of parameters in transformer block in billions: {block / 1e9:.2f}",
+        f"Number of parameters in embedding layers in billions: {2 * table / 1e9:.2f}",
+        f"Total number of parameters in billions: {(block + 2 * table) / 1e9:.2f}",
+        f"Number of parameters in most loaded shard in billions: {(block / 4 + table) / 2 / 1e9:.4f}",
+        f"Number of parameters in other shards in billions: {block / 8 / 1e9:.4f}",
+        "Activation memory footprint per transformer layer: 68.0 MB",  # 34 s b h / tp
+        "Memory penalty from interleaved schedule: 1.25",
+        "Number of in-flight microbatches: 2",
+    ]
+    assert end == ""
+
+
+def test_verbose_report_of_one_rank() -> None:
+    lines = report_theoretical_memory(settings().variant(sequence_parallel=False), verbose=True).splitlines()
+    assert [line.split(" in billions")[0] for line in lines[:-1]] == [
+        "Number of parameters in transformer block",
+        "Number of parameters in embedding layers",
+        "Total number of parameters",
+        "Number of parameters in most loaded shard",
+    ]
