@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+import megatron.training.config  # noqa: F401  # a default is read from WORLD_SIZE when this is first imported
+
 TOOL = Path(__file__).resolve().parents[3] / "tools" / "report_theoretical_memory.py"
 FLAGS = (
     "--num-layers 24 --hidden-size 1024 --num-attention-heads 16 --seq-length 1024 --max-position-embeddings 1024 "
