@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-import megatron.training.config  # noqa: F401  # a default is read from WORLD_SIZE when this is first imported
+from megatron.training.config.flags import all_flags
 
 TOOL = Path(__file__).resolve().parents[3] / "tools" / "report_theoretical_memory.py"
 FLAGS = (
@@ -19,6 +19,7 @@ FLAGS = (
 
 
 def run(flags: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    all_flags()  # remembered from now on: a default among them is read from WORLD_SIZE
     monkeypatch.setattr(sys, "argv", [str(TOOL), *flags.split()])
     monkeypatch.setenv("WORLD_SIZE", "2")
     runpy.run_path(str(TOOL), run_name="__main__")
