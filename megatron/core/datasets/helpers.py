@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import numpy
 
-_CHUNK = 1 << 20  # samples located at a time, so that temporary memory stays small
+_DOCUMENTS = 1 << 16  # documents added up at a time: their lengths stay in the cache, temporary memory small
+_ROWS = 1 << 16  # samples located at a time
 _SEGMENT = 512  # steps of the blending rule that one row of a vectorised run takes
 _WARMUP = 128  # steps after which a row has usually met the true course
 
@@ -26,20 +27,28 @@ def build_sample_index(
     Returns int32 if positions and lengths fit, otherwise int64.
     """
     extra = 1 if add_extra_token else 0
-    lengths = sequence_lengths[document_index]
-    ends = numpy.cumsum(lengths, dtype=numpy.int64)
     fits = max(len(document_index), int(sequence_lengths.max(initial=0))) <= numpy.iinfo(numpy.int32).max
     index = numpy.empty((num_samples + 1, 2), dtype=numpy.int32 if fits else numpy.int64)
-    last = len(document_index) - 1
-    for begin in range(0, num_samples + 1, _CHUNK):
-        rows = index[begin : begin + _CHUNK]
-        starts = numpy.arange(begin, begin + len(rows), dtype=numpy.int64) * sequence_length
-        positions = numpy.searchsorted(ends, starts + (extra - 1), side="right")
-        beyond = positions > last
-        numpy.minimum(positions, last, out=positions)
-        offsets = starts - (ends[positions] - lengths[positions])
-        offsets[beyond] = int(lengths[last]) - extra
-        rows[:, 0], rows[:, 1] = positions, offsets
+    row, read = 0, 0  # rows done, tokens of the documents before
+    for first in range(0, len(document_index), _DOCUMENTS):
+        lengths = sequence_lengths[document_index[first : first + _DOCUMENTS]]
+        ends = numpy.cumsum(lengths, dtype=numpy.int64)
+        ends += read
+        read = int(ends[-1])
+        stop = min(num_samples, max(read - extra, -1) // sequence_length) + 1  # rows that lie in these documents
+        while row < stop:
+            rows = index[row : min(row + _ROWS, stop)]
+            starts = numpy.arange(row, row + len(rows), dtype=numpy.int64) * sequence_length
+            places = numpy.searchsorted(ends, starts + (extra - 1), side="right")
+            rows[:, 0] = places
+            rows[:, 0] += first
+            starts -= ends[places]
+            starts += lengths[places]
+            rows[:, 1] = starts
+            row += len(rows)
+    if row <= num_samples:
+        last = len(document_index) - 1
+        index[row:] = last, int(sequence_lengths[document_index[last]]) - extra
     index[0] = 0
     return index
 
