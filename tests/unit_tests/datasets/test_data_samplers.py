@@ -1,19 +1,25 @@
 import hashlib
 import itertools
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy
 import pytest
 import torch
 
+from megatron.core import parallel_state
 from megatron.core.datasets.gpt_dataset import GPTDataset
 from megatron.core.datasets.utils import Split
+from megatron.training import setup
 from megatron.training.datasets.data_samplers import (
     MegatronPretrainingRandomSampler,
     MegatronPretrainingSampler,
     build_pretraining_data_loader,
 )
+from megatron.training.global_vars import set_args
 from tests.unit_tests.datasets.data_files import gpt_config, random_documents, write_dataset
+from tests.worker_pool import run_ranks
 
 
 def global_batches(kind: type, total: int, consumed: int, micro: int, ranks: int, size: int, **options) -> list:
@@ -140,3 +146,15 @@ def test_loaders_give_the_same_tokens_for_every_layout_and_resume(dataset: GPTDa
 
 def test_worker_processes_change_nothing(dataset: GPTDataset) -> None:
     assert hashes_of_global_batches(dataset, 8, 4, 1, num_workers=2) == hashes_of_global_batches(dataset, 8, 4, 1)
+
+
+def iterate_external(dataset: Any) -> list:
+    parallel_state.initialize_model_parallel()
+    set_args(SimpleNamespace(dataloader_type="external"))
+    return list(setup._iterate(dataset, 8))
+
+
+def test_external_loaders_are_read_as_they_are() -> None:
+    assert run_ranks(1, iterate_external, [{"tokens": 1}, {"tokens": 2}]) == [[{"tokens": 1}, {"tokens": 2}]]
+    with pytest.raises(AssertionError, match="external is for programs .* this one returns a TensorDataset"):
+        run_ranks(1, iterate_external, torch.utils.data.TensorDataset(torch.ones(3)))
