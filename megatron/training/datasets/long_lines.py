@@ -24,6 +24,7 @@ _QUOTE_OR_ESCAPE = re.compile(rb'\\.|"', re.DOTALL)
 _WHOLE_UNITS = re.compile(
     r"(?:[^\\]+|\\[^u]|\\u[dD][89abAB][0-9a-fA-F]{2}\\u[0-9a-fA-F]{4}|\\u(?![dD][89abAB])[0-9a-fA-F]{4})*"
 )
+_WHOLE_ESCAPES = re.compile(r"(?:[^\\]+|\\[^u]|\\u[0-9a-fA-F]{4})*")
 _LONGEST_UNIT = 12
 
 
@@ -69,10 +70,6 @@ class LongLine:
             raise self.error("invalid JSON: nested too deeply") from None
         except ValueError as error:
             raise self.error(f"invalid JSON: {getattr(error, 'msg', error)}") from None
-        for span in spans:
-            for _ in self.decode(span, "a string"):
-                pass  # only the check
-
         def restored(value: Any) -> str | Span | Any:
             if isinstance(value, str) and value.startswith(stand_in):
                 return spans[int(value.removeprefix(stand_in))]
@@ -85,10 +82,19 @@ class LongLine:
                 raise self.error(f"{key!r} must be a string or a list of strings, found {kind_of(value)}")
             texts_of(self.path, self.first_line, key, short)
             found[key] = [restored(text) for text in short]
+        wanted = {text: key for key, texts in found.items() for text in texts if isinstance(text, Span)}
+        for span in spans:
+            for _ in self.decode(span, wanted.get(span)):
+                pass  # only the check
         return found
 
-    def decode(self, span: Span, key: str) -> Iterator[str]:
-        """A long string, in pieces."""
+    def decode(self, span: Span, key: str | None) -> Iterator[str]:
+        """A long string, in pieces.
+
+        Args:
+            key: what it stands under. None: nobody wants it, so that halves of surrogate pairs do no harm.
+        """
+        whole_units = _WHOLE_ESCAPES if key is None else _WHOLE_UNITS
         decoder = codecs.getincrementaldecoder("utf-8")()
         rest = ""
         for data in self._read(span.begin, span.end):
@@ -96,7 +102,7 @@ class LongLine:
                 text = rest + decoder.decode(data)
             except UnicodeDecodeError as error:
                 raise self.error(f"invalid UTF-8 ({error.reason})") from None
-            match = _WHOLE_UNITS.match(text)
+            match = whole_units.match(text)
             assert match is not None  # it matches nothing, too
             rest = text[match.end() :]
             if len(rest) >= _LONGEST_UNIT:
@@ -113,14 +119,14 @@ class LongLine:
         """The error to raise for this line."""
         return error_at(self.path, self.first_line, message)
 
-    def _unescape(self, content: str, key: str) -> str:
+    def _unescape(self, content: str, key: str | None) -> str:
         try:
             text = json.loads(f'"{content}"')
         except json.JSONDecodeError as error:
             raise self.error(f"invalid JSON: {error.msg}") from None
-        return texts_of(self.path, self.first_line, key, text)[0]
+        return text if key is None else texts_of(self.path, self.first_line, key, text)[0]
 
-    def _unit_error(self, rest: str, key: str) -> InputError:
+    def _unit_error(self, rest: str, key: str | None) -> InputError:
         if re.match(r"\\u[dD][89abAB][0-9a-fA-F]{2}", rest):
             return self.error(f"{key!r} has half of a surrogate pair, {rest[:6]}")
         return self.error("invalid JSON: Invalid \\escape")
