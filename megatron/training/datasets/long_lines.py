@@ -70,6 +70,7 @@ class LongLine:
             raise self.error("invalid JSON: nested too deeply") from None
         except ValueError as error:
             raise self.error(f"invalid JSON: {getattr(error, 'msg', error)}") from None
+
         def restored(value: Any) -> str | Span | Any:
             if isinstance(value, str) and value.startswith(stand_in):
                 return spans[int(value.removeprefix(stand_in))]
