@@ -20,7 +20,7 @@ from megatron.core.datasets.index_file import get_bin_path, get_idx_path
 from megatron.training.datasets.encoding import DocumentEncoder
 from megatron.training.datasets.input_files import STANDARD_INPUT, InputFiles
 from megatron.training.datasets.partitions import InputNames, assign_files, read_json, write_json, write_partitions
-from megatron.training.datasets.preprocessing import Counts, Output, merge, preprocess
+from megatron.training.datasets.preprocessing import Counts, Output, merge, preprocess, remove_partial
 from megatron.training.datasets.punkt import (
     PunktSplitter,
     built_in_parameters,
@@ -127,6 +127,7 @@ class PreprocessRun:
         settings = self.settings(files, is_split) if self.keeps_records else None
         if self.args.resume and (done := done_before(output, settings)):
             self.say(f"{output.prefix}: {done.documents} documents were done before")
+            remove_partial(output)
             return done
         split_copy = None if is_split or self.sentences is None else self._split_copy(index)
         output = Output(output.prefix, output.keys, output.level, split_copy)

@@ -139,6 +139,14 @@ class _Writer:
             builder.publish()
 
 
+def remove_partial(output: Output) -> None:
+    """Remove what a run left behind that was killed while it wrote an output anew."""
+    for dataset in output.datasets():
+        for path in (get_bin_path(dataset), get_idx_path(dataset)):
+            Path(path + PARTIAL).unlink(missing_ok=True)
+    remove_scratch(output)
+
+
 def remove_scratch(output: Output) -> None:
     """Remove what a run may leave behind that was killed while it read a very long line."""
     for path in glob.glob(glob.escape(output.scratch) + "_*" + PARTIAL):

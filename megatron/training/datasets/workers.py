@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import itertools
 import multiprocessing
 import os
@@ -12,10 +13,12 @@ from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
 
 from megatron.training.datasets.encoding import DocumentEncoder, EncodedBlock
 from megatron.training.datasets.input_files import Block
 
+_PR_SET_PDEATHSIG = 1
 _BLOCKS_IN_FLIGHT = 3  # per worker: enough to keep it busy, few enough to bound memory
 
 
@@ -51,10 +54,18 @@ def _start_worker(encoder: DocumentEncoder, parent: int) -> None:
     global _worker_encoder
     _worker_encoder = encoder
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides what an interrupt means
+    _die_with_parent()
     threading.Thread(target=_end_with_parent, args=(parent,), daemon=True).start()
 
 
+def _die_with_parent() -> None:
+    """Ask Linux to kill this process as soon as its parent ends: it holds the lock on the parent's output."""
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
 def _end_with_parent(parent: int) -> None:
+    """The same for other systems, and for a parent that ended before it was asked."""
     while os.getppid() == parent:
         time.sleep(1)
     os._exit(1)  # a killed parent cannot tell its workers to end
