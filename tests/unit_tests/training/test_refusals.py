@@ -666,12 +666,19 @@ def test_refusal_behind_an_unbuilt_capability(rule: Any, values: dict[str, Any],
         apply_rules(args, (rule,))
 
 
+def test_compilation_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(ConfigurationError, match="--torch-compile needs a C.. compiler: no-such-compiler"):
+        apply_rules(varied(torch_compile=True), (runtime.require_compiler,))
+
+
 def test_every_rule_that_refuses_is_tested() -> None:
     tested = {row[0] for table in (REFUSED, SEVERAL_RANKS, UNBUILT) for row in table}
     elsewhere = {
         "refuse_capabilities_not_built",  # test_capabilities.py
         "require_load_for_checkpoint_args",  # test_checkpoint_arguments.py
         "require_what_an_encoder_can_do",  # functional_tests/test_pretrain_bert.py
+        "require_compiler",  # test_compilation_without_a_compiler, which changes the environment
         "require_valid_library_configs",  # the rows with "library"
     }
     refusing = {rule for rule in RULES if rule.__name__.startswith(("require_", "refuse_"))}
