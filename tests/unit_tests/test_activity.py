@@ -78,11 +78,11 @@ def test_collectives_name_themselves() -> None:
             ("reduce-scatter", None, "", True),
             ("broadcast", 1, "", True),
             ("all-to-all", None, "", True),
-            ("all-reduce", None, None, True),
+            ("all-reduce", None, "", True),
         ]
 
 
-def heard_collectives() -> list[tuple[str, int | None, str | None, bool]]:
+def heard_collectives() -> list[tuple[str, int | None, str, bool]]:
     heard: list[activity] = []
     x, whole = torch.ones(2), torch.empty(4)
     group = torch.distributed.new_group([0, 1])
@@ -94,7 +94,7 @@ def heard_collectives() -> list[tuple[str, int | None, str | None, bool]]:
         collectives.all_to_all(torch.empty_like(x), x, group=group)
         in_flight = collectives.start_all_reduce(x, group)
         in_flight.wait()
-    return [(one.name, one.peer, one.details.get("of"), one.waits and one.group is group) for one in heard]
+    return [(one.name, one.peer, one.details["of"], one.waits and one.group is group) for one in heard]
 
 
 def test_a_communication_without_group_is_the_worlds() -> None:
