@@ -194,7 +194,7 @@ class StageExecutor:
     def _release_output(self, key: Key) -> None:
         if self.is_forward_only:
             del self._outputs[key]
-        else:
+        elif self._outputs[key] is not self._inputs.get(key):  # a chunk without layers gives what it takes
             deallocate_output_tensor(self._outputs[key], self.config.deallocate_pipeline_outputs)
 
 

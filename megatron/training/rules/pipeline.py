@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterator
 
+from megatron.core.stage_placement import Placement, placement_shape
 from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
 from megatron.training.settings import refuse_unless
 
@@ -39,6 +40,22 @@ def derive_chunks_from_layout(args: argparse.Namespace) -> None:
             f"--pipeline-model-parallel-size {ranks}",
         )
         args.virtual_pipeline_model_parallel_size = stages // ranks if stages > ranks else None
+
+
+def require_layers_on_every_rank(args: argparse.Namespace) -> None:
+    """A stage of a layout may be empty, but a rank without any parameters would have nothing to train."""
+    if args.pipeline_model_parallel_layout is None:
+        return
+    stages = PipelineParallelLayerLayout.parse_str_to_list(args.pipeline_model_parallel_layout)
+    ranks = args.pipeline_model_parallel_size
+    placement = Placement(ranks, len(stages) // ranks, placement_shape(args.pipeline_schedule))
+    busy = {placement.holder_of(i).rank for i, stage in enumerate(stages) if stage}
+    empty = ", ".join(str(rank) for rank in range(ranks) if rank not in busy)
+    refuse_unless(
+        not empty,
+        f"--pipeline-model-parallel-layout {args.pipeline_model_parallel_layout} leaves nothing to pipeline rank "
+        f"{empty}; every one of the {ranks} ranks needs a layer, the embedding or the loss in one of its stages",
+    )
 
 
 def derive_chunks_from_layer_count(args: argparse.Namespace) -> None:
@@ -196,6 +213,7 @@ PIPELINE_CHUNK_RULES = (
     derive_chunks_from_layer_count,
     derive_chunks_from_their_number,
     derive_chunks_of_schedule,
+    require_layers_on_every_rank,
     require_layers_fit_stages,
     require_layers_fit_chunks,
     require_stages_for_chunks,

@@ -509,6 +509,11 @@ UNBUILT: list[tuple[Any, dict[str, Any], str]] = [
         "needs several model chunks on each rank .*, found 1",
     ),
     (
+        pipeline.require_layers_on_every_rank,
+        {"pipeline_model_parallel_layout": "Ett|||ttL", "pipeline_model_parallel_size": 4},
+        "leaves nothing to pipeline rank 1, 2; every one of the 4 ranks needs",
+    ),
+    (
         pipeline.require_layers_fit_chunks,
         {"virtual_pipeline_model_parallel_size": 3, "pipeline_model_parallel_size": 2, "num_layers": 8},
         "8 layers do not divide by 2 x 3, .* numbers that divide: 1, 2, 4; --pipeline-model-parallel-layout",
