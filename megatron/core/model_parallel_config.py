@@ -244,9 +244,12 @@ def require_pipeline_dtype(config: ModelParallelConfig) -> None:
 
 def require_schedule_fits_chunks(config: ModelParallelConfig) -> None:
     """A schedule is made for one model chunk on each rank, for two, or for any number."""
-    name, chunks = config.pipeline_schedule, config.virtual_pipeline_model_parallel_size or 1
+    name = config.pipeline_schedule
     if name == "auto":
         return
+    if name == "zb-v" and config.virtual_pipeline_model_parallel_size is None:
+        config.virtual_pipeline_model_parallel_size = 2
+    chunks = config.virtual_pipeline_model_parallel_size or 1
     require(
         config.pipeline_model_parallel_size > 1,
         f"{shown(config, 'pipeline_schedule')} needs pipeline_model_parallel_size of at least 2",

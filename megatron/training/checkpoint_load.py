@@ -212,6 +212,17 @@ def layout_of(args: Any) -> tuple[int, int]:
     return getattr(args, "tensor_model_parallel_size", 1), getattr(args, "pipeline_model_parallel_size", 1)
 
 
+def chunks_of(args: Any) -> tuple[Any, ...]:
+    """What says which layers each rank's model chunks hold."""
+    names = (
+        "virtual_pipeline_model_parallel_size",
+        "pipeline_model_parallel_layout",
+        "decoder_first_pipeline_num_layers",
+        "decoder_last_pipeline_num_layers",
+    )
+    return (*(getattr(args, name, None) for name in names), getattr(args, "pipeline_schedule", None) == "zb-v")
+
+
 def load_sharded(
     found: Found,
     args: argparse.Namespace,
@@ -297,12 +308,14 @@ def sharding_type(
         return MODEL_SPACE
     default = MODEL_SPACE if getattr(saved, "ckpt_fully_parallel_save", True) else DP_ZERO
     kind = metadata.get("distrib_optim_sharding_type", default)
-    same = args.use_distributed_optimizer and (saved is None or layout_of(saved) == layout_of(args))
+    same = args.use_distributed_optimizer and (
+        saved is None or (layout_of(saved), chunks_of(saved)) == (layout_of(args), chunks_of(args))
+    )
     if kind != MODEL_SPACE and not same:
         raise CheckpointingException(
             "the optimizer's state was saved with --no-ckpt-fully-parallel-save and fits only a distributed "
-            f"optimizer with (TP, PP) = {layout_of(saved)}, this run has {layout_of(args)}: set --no-load-optim to "
-            "start it afresh"
+            f"optimizer with (TP, PP) = {layout_of(saved)} and the same model chunks, this run has {layout_of(args)}: "
+            "set --no-load-optim to start it afresh"
         )
     return kind
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from megatron.core.model_parallel_config import ModelParallelConfig
 from megatron.core.transformer.enums import AttnBackend
+from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
 from megatron.core.transformer.transformer_config_rules import TRANSFORMER_RULES, require_yarn_for_fused_rope
 
 
@@ -33,7 +34,7 @@ class TransformerConfig(ModelParallelConfig):
     """Layers on the first pipeline stage; unset is an equal share."""
     num_layers_in_last_pipeline_stage: int | None = None
     """Layers on the last pipeline stage; unset is an equal share."""
-    pipeline_model_parallel_layout: str | list[Any] | None = None
+    pipeline_model_parallel_layout: str | list[Any] | PipelineParallelLayerLayout | None = None
     """What each stage holds, stages parted by `|`: E embedding, t layer, m extra prediction, L loss."""
     account_for_embedding_in_pipeline_split: bool = False
     """Count the embedding as one layer when layers are shared out over stages."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from megatron.core.config_rules import require, require_one_of, shown
+from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
 
 if TYPE_CHECKING:
     from megatron.core.transformer.transformer_config import TransformerConfig
@@ -120,6 +121,26 @@ def require_one_way_of_splitting(config: TransformerConfig) -> None:
         )
 
 
+def derive_chunks_from_layout(config: TransformerConfig) -> None:
+    """A layout is parsed once, holds the model's layers, and says how many chunks each rank has."""
+    given: Any = config.pipeline_model_parallel_layout
+    if given is None:
+        return
+    if not isinstance(given, PipelineParallelLayerLayout):
+        given = PipelineParallelLayerLayout(given, config.pipeline_model_parallel_size)
+        config.pipeline_model_parallel_layout = given
+    given.validate_layer_layout(config.num_layers)
+    chunks = given.virtual_pipeline_model_parallel_size
+    if config.virtual_pipeline_model_parallel_size is None and chunks > 1:
+        config.virtual_pipeline_model_parallel_size = chunks
+    require(
+        (config.virtual_pipeline_model_parallel_size or 1) == chunks,
+        f"pipeline_model_parallel_layout {given} has {chunks} stages for each of the "
+        f"{shown(config, 'pipeline_model_parallel_size')} ranks, found "
+        f"{shown(config, 'virtual_pipeline_model_parallel_size')}",
+    )
+
+
 def require_edge_stages_fit(config: TransformerConfig) -> None:
     """What the first and last stages leave is shared equally by the stages between them."""
     stages, layers = config.pipeline_model_parallel_size, config.num_layers
@@ -185,6 +206,7 @@ DEPTH_RULES: tuple[Any, ...] = (
     derive_recompute_modules,
     require_known_recompute_modules,
     require_one_way_of_splitting,
+    derive_chunks_from_layout,
     require_edge_stages_fit,
     require_counted_stages_fit,
     require_layers_share_equally,

@@ -207,6 +207,32 @@ def drop_overlap_without_chunks(args: argparse.Namespace) -> None:
             args.overlap_p2p_comm = False
 
 
+def require_overlap_for_warmup_flush(args: argparse.Namespace) -> None:
+    """Overlap in the warmup and drain phases extends the overlap of the steady phase."""
+    refuse_unless(
+        args.overlap_p2p_comm or not args.overlap_p2p_comm_warmup_flush,
+        "--overlap-p2p-communication-warmup-flush needs several model chunks on each rank or --pipeline-schedule "
+        "zb-h1, and excludes --no-overlap-p2p-communication",
+    )
+
+
+def require_deferral_fits(args: argparse.Namespace) -> None:
+    """Only a pipeline has a drain phase; the work postponed to it ends in the gradient buffer."""
+    if args.defer_embedding_wgrad_compute:
+        refuse_unless(
+            args.pipeline_model_parallel_size > 1,
+            "--defer-embedding-wgrad-compute needs --pipeline-model-parallel-size of at least 2",
+        )
+        refuse_unless(
+            args.gradient_accumulation_fusion,
+            "--defer-embedding-wgrad-compute excludes --no-gradient-accumulation-fusion",
+        )
+    refuse_unless(
+        args.defer_embedding_wgrad_compute or not args.wgrad_deferral_limit,
+        f"--wgrad-deferral-limit ({args.wgrad_deferral_limit}) needs --defer-embedding-wgrad-compute",
+    )
+
+
 PIPELINE_CHUNK_RULES = (
     require_one_way_to_chunks,
     derive_chunks_from_layout,
@@ -219,4 +245,6 @@ PIPELINE_CHUNK_RULES = (
     require_stages_for_chunks,
     require_microbatches_for_interleaving,
     drop_overlap_without_chunks,
+    require_overlap_for_warmup_flush,
+    require_deferral_fits,
 )

@@ -349,6 +349,38 @@ def test_refusal(rule: Any, flags: str, message: str, base: str) -> None:
 
 SEVERAL_RANKS = [
     (
+        pipeline.require_microbatches_for_interleaving,
+        "--pipeline-model-parallel-size 2 --num-virtual-stages-per-pipeline-rank 2 --global-batch-size 2",
+        2,
+        r"1 microbatch \(.* 2 microbatches would work, --global-batch-size 4",
+    ),
+    (
+        pipeline.derive_chunks_from_layout,
+        "--pipeline-model-parallel-size 2 --pipeline-model-parallel-layout E(tt|)*2L",
+        2,
+        "has 3 stages, which do not divide by --pipeline-model-parallel-size 2",
+    ),
+    (
+        "library",
+        "--pipeline-model-parallel-size 2 --pipeline-model-parallel-layout Ett|tL",
+        2,
+        "--pipeline-model-parallel-layout .* has 3 transformer layers",
+    ),
+    (
+        pipeline.require_deferral_fits,
+        "--pipeline-model-parallel-size 2 --defer-embedding-wgrad-compute --no-gradient-accumulation-fusion",
+        2,
+        "--defer-embedding-wgrad-compute excludes --no-gradient-accumulation-fusion",
+    ),
+    (pipeline.require_deferral_fits, "--defer-embedding-wgrad-compute", 1, "needs --pipeline-model-parallel-size"),
+    (pipeline.require_deferral_fits, "--wgrad-deferral-limit 2", 1, "needs --defer-embedding-wgrad-compute"),
+    (
+        pipeline.require_overlap_for_warmup_flush,
+        "--pipeline-model-parallel-size 2 --overlap-p2p-communication-warmup-flush",
+        2,
+        "--overlap-p2p-communication-warmup-flush needs several model chunks",
+    ),
+    (
         pipeline.require_layers_fit_stages,
         "--pipeline-model-parallel-size 3",
         3,

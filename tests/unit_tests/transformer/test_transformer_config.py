@@ -17,6 +17,7 @@ from megatron.core.optimizer.optimizer_config import OptimizerConfig
 from megatron.core.transformer import context_parallel_rules as cp_rules
 from megatron.core.transformer import transformer_config_rules as rules
 from megatron.core.transformer.enums import AttnBackend
+from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
 CLASSES: dict[str, Any] = {
@@ -51,6 +52,9 @@ ADDED_FIELDS = {
 def config(**values: Any) -> TransformerConfig:
     sizes = {"num_layers": 4, "hidden_size": 64, "num_attention_heads": 4}
     return TransformerConfig(**(sizes | values))
+
+
+PIPELINE = {"pipeline_model_parallel_size": 2, "pipeline_dtype": torch.float32}
 
 
 def unchecked(**values: Any) -> Any:
@@ -329,3 +333,37 @@ def test_unbuilt_recompute_is_refused() -> None:
 def test_refusal_of_other_classes(cls: Any, values: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         cls(**values)
+
+
+def test_a_layout_is_parsed_checked_and_gives_the_number_of_chunks() -> None:
+    made = config(num_layers=8, pipeline_model_parallel_layout="Ett|(tt|)*2,ttL", **PIPELINE)
+    assert isinstance(made.pipeline_model_parallel_layout, PipelineParallelLayerLayout)
+    assert made.virtual_pipeline_model_parallel_size == 2
+    assert (
+        dataclasses.replace(made, hidden_dropout=0.5).pipeline_model_parallel_layout
+        == made.pipeline_model_parallel_layout
+    )
+    one = config(
+        num_layers=2, pipeline_model_parallel_layout=[["embedding", "decoder"], ["decoder", "loss"]], **PIPELINE
+    )
+    assert one.virtual_pipeline_model_parallel_size is None
+    with pytest.raises(ValueError, match="has 8 transformer layers .t., num_layers is 9"):
+        dataclasses.replace(made, num_layers=9)
+    with pytest.raises(ValueError, match=r"has 2 stages for each of the .* \(2\), found .* \(4\)"):
+        dataclasses.replace(made, virtual_pipeline_model_parallel_size=4)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "chunks", "message"),
+    [
+        ("zb-h1", 2, "needs virtual_pipeline_model_parallel_size to be unset"),
+        ("interleaved", None, "to be at least 2"),
+        ("zb-v", 4, "to be 2"),
+    ],
+)
+def test_a_schedule_is_made_for_a_number_of_chunks(schedule: str, chunks: int | None, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        config(num_layers=8, pipeline_schedule=schedule, virtual_pipeline_model_parallel_size=chunks, **PIPELINE)
+    with pytest.raises(ValueError, match="needs pipeline_model_parallel_size of at least 2"):
+        config(num_layers=8, pipeline_schedule=schedule)
+    assert config(num_layers=8, pipeline_schedule="zb-v", **PIPELINE).virtual_pipeline_model_parallel_size == 2
