@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor
 from megatron.core.dist_checkpointing.optimizer import (
@@ -26,8 +27,9 @@ from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-if not torch.cuda.is_available():  # the peer waits for the device before it saves, which fails without one
+if not torch.cuda.is_available():  # what the peer asks of the device while it saves, answered for a CPU
     torch.cuda.synchronize = lambda *_, **__: None  # type: ignore[assignment]
+    torch.cuda.current_device = lambda: torch.device("cpu")  # type: ignore[assignment,return-value]
 
 SIZES: dict[str, Any] = {
     "num_layers": 4,

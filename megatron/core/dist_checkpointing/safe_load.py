@@ -13,13 +13,13 @@ import enum
 import io
 import pathlib
 import pickle
+import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
 import torch
-from torch.distributed.checkpoint import filesystem as dcp_filesystem
-from torch.distributed.checkpoint import metadata as dcp_metadata
 
 from .core import CheckpointingException
 
@@ -44,7 +44,7 @@ def is_stub(value: object) -> bool:
     return isinstance(value, Stub)
 
 
-def _stub_class(path: str) -> type[Stub]:
+def stub_class(path: str) -> type[Stub]:
     return type(path, (Stub,), {})
 
 
@@ -53,6 +53,17 @@ def _get_enum_member(owner: Any, name: str) -> Any:
     if isinstance(owner, type) and issubclass(owner, enum.Enum):
         return owner[name]
     return Stub(owner, name)
+
+
+def _from_content(cls: type) -> Callable[..., Any]:
+    """`cls` as files may call it: with its content, not with a size or a range that makes it fill the memory."""
+
+    def make(*args: Any) -> Any:
+        if any(not isinstance(arg, (str, bytes, bytearray, list, tuple, dict, set, frozenset)) for arg in args):
+            raise pickle.UnpicklingError(f"{cls.__name__} of {', '.join(type(arg).__name__ for arg in args)}")
+        return cls(*args)
+
+    return make
 
 
 _registered: dict[str, Any] = {}
@@ -73,7 +84,7 @@ def registered_class(path: str) -> Any:
     return _registered.get(path)
 
 
-def _known_names() -> dict[str, Any]:
+def known_names() -> dict[str, Any]:
     """Dotted path in a file -> class or harmless function."""
     array = np.zeros(1)
     reconstruct, scalar = array.__reduce__()[0], np.float64(0).__reduce__()[0]
@@ -89,23 +100,10 @@ def _known_names() -> dict[str, Any]:
         **{f"numpy.{module}.multiarray.scalar": scalar for module in ("core", "_core")},
     }
     for module in ("builtins", "__builtin__"):
-        for plain in (
-            set,
-            frozenset,
-            slice,
-            range,
-            complex,
-            bytearray,
-            int,
-            float,
-            bool,
-            str,
-            bytes,
-            list,
-            dict,
-            tuple,
-        ):
+        for plain in (slice, complex, int, float, bool, str):  # no range: a set of one fills the memory
             names[f"{module}.{plain.__name__}"] = plain
+        for container in (set, frozenset, bytes, bytearray, list, dict, tuple):
+            names[f"{module}.{container.__name__}"] = _from_content(container)
         names[f"{module}.getattr"] = _get_enum_member
     for code in np.typecodes["All"]:
         kind = type(np.dtype(code))
@@ -118,87 +116,47 @@ def _known_names() -> dict[str, Any]:
 
 
 def safe_torch_load(
-    source: str | Path | io.IOBase, map_location: Any = "cpu", mmap: bool = False, name: str | None = None
+    source: str | Path | IO[bytes] | io.IOBase, map_location: Any = "cpu", mmap: bool = False, name: str | None = None
 ) -> Any:
     """Content of a file that `torch.save` wrote; objects of unknown classes are `Stub`s.
 
     Raises:
         CheckpointingException: the file is damaged, not from `torch.save`, or needs a module that is never
-        allowed.
+            allowed.
+        OSError: the file cannot be read.
     """
     name = name or (str(source) if isinstance(source, (str, Path)) else "checkpoint data")
     file: Any = source
-    known: list[Any] = [(value, path) for path, value in _known_names().items()]
+    known: list[Any] = [(value, path) for path, value in known_names().items()]
     with torch.serialization.safe_globals(known):
         try:
+            require_plain_archive(file)
             unknown = torch.serialization.get_unsafe_globals_in_checkpoint(file)
             if not isinstance(source, (str, Path)):
-                source.seek(0)
-            stubs: list[Any] = [(_stub_class(path), path) for path in unknown]
+                file.seek(0)
+            stubs: list[Any] = [(stub_class(path), path) for path in unknown]
             with torch.serialization.safe_globals(stubs):
                 return torch.load(file, map_location=map_location, weights_only=True, mmap=mmap)
         except OSError:
             raise
         except Exception as error:
-            raise CheckpointingException(f"{name} cannot be read ({_first_line(error)})") from error
+            raise CheckpointingException(f"{name} cannot be read ({first_line(error)})") from error
 
 
-def _first_line(error: Exception) -> str:
+def require_plain_archive(file: Any) -> None:
+    """Raise if a zip file would unpack to more than it is: `torch.save` compresses nothing. Rewinds an open `file`."""
+    if not zipfile.is_zipfile(file):
+        return  # the format before zip files, which has no compression
+    with zipfile.ZipFile(file) as archive:
+        compressed = [m for m in archive.infolist() if m.compress_type or m.file_size != m.compress_size]
+        if compressed:
+            raise CheckpointingException(
+                f"{compressed[0].filename} is compressed, which torch never does: {compressed[0].compress_size} bytes "
+                f"claim to be {compressed[0].file_size}"
+            )
+    if not isinstance(file, (str, Path)):
+        file.seek(0)
+
+
+def first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
-class _RestrictedUnpickler(pickle.Unpickler):
-    """Unpickler for which only the names in `known` exist."""
-
-    def __init__(self, file: IO[bytes], known: dict[str, Any]) -> None:
-        super().__init__(file)
-        self.known = known
-
-    def find_class(self, module_name: str, global_name: str) -> Any:
-        path = f"{module_name}.{global_name}"
-        if path in self.known:
-            return self.known[path]
-        if module_name == "torch":
-            value = getattr(torch, global_name, None)
-            if isinstance(value, (torch.dtype, torch.layout, torch.memory_format)) or value is torch.Size:
-                return value
-        return _stub_class(path)
-
-
-def _get_layout(text: str) -> Any:
-    """Memory layout of the given name; what torch's own files call to name one."""
-    return {str(layout): layout for layout in (torch.strided, torch.sparse_coo)}.get(text, torch.strided)
-
-
-def _metadata_names() -> dict[str, Any]:
-    """Names that the `.metadata` file of torch's distributed checkpoint may contain."""
-    names: dict[str, Any] = dict(_known_names())
-    for module, classes in (
-        (
-            dcp_metadata,
-            (
-                "Metadata TensorStorageMetadata BytesStorageMetadata ChunkStorageMetadata TensorProperties "
-                "_MEM_FORMAT_ENCODING MetadataIndex StorageMeta"
-            ),
-        ),
-        (dcp_filesystem, "_StorageInfo"),
-    ):
-        for cls in classes.split():
-            if hasattr(module, cls):
-                names[f"{module.__name__}.{cls}"] = getattr(module, cls)
-    names["torch.serialization._get_layout"] = _get_layout
-    return names
-
-
-def load_dcp_metadata(path: Path) -> dcp_metadata.Metadata:
-    """Content of a `.metadata` file, also of other releases that store classes of their own beside it."""
-    try:
-        with open(path, "rb") as file:
-            content = _RestrictedUnpickler(file, _metadata_names()).load()
-    except OSError:
-        raise
-    except Exception as error:
-        raise CheckpointingException(f"{path} cannot be read ({_first_line(error)})") from error
-    if not isinstance(content, dcp_metadata.Metadata) or not isinstance(content.state_dict_metadata, dict):
-        raise CheckpointingException(f"{path} is not the metadata of a distributed checkpoint")
-    return content

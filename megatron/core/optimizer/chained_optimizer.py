@@ -14,6 +14,7 @@ from torch.distributed import ProcessGroup
 
 from megatron.core import device
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
+from megatron.core.dist_checkpointing.safe_load import safe_torch_load
 from megatron.core.dist_checkpointing.utils import add_prefix_for_sharding
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32, reduce_over, sum_of_squares
 from megatron.core.optimizer.megatron_optimizer import MegatronOptimizer, gather_weights_of
@@ -201,7 +202,7 @@ class ChainedOptimizer(MegatronOptimizer):
             return
         states: Any = [None] * len(self.chained_optimizers)
         if Path(filename).exists():
-            states = torch.load(filename, map_location="cpu", weights_only=True)
+            states = safe_torch_load(filename)
         for optimizer, state in zip(self.chained_optimizers, self._one_per_optimizer(states)):
             if hasattr(optimizer, "load_parameter_state_from_dp_zero"):
                 optimizer.load_parameter_state_from_dp_zero(state, update_legacy_format=update_legacy_format)

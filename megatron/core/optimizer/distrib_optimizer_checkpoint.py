@@ -25,6 +25,7 @@ from megatron.core.dist_checkpointing.mapping import (
     ShardedTensorFactory,
 )
 from megatron.core.dist_checkpointing.optimizer import get_param_id_to_sharded_param_map
+from megatron.core.dist_checkpointing.safe_load import safe_torch_load
 from megatron.core.distributed.param_and_grad_buffer import _ParamAndGradBucket, _ParamAndGradBuffer
 from megatron.core.utils import get_pg_rank, get_pg_size
 
@@ -222,7 +223,7 @@ def read_on_first_rank(optimizer: DistributedOptimizer, filename: str | Path) ->
 
     def read() -> None:
         nonlocal content
-        content = torch.load(filename, map_location="cpu", weights_only=True)
+        content = safe_torch_load(filename)
 
     _agree_on_first(optimizer, read)
     return content

@@ -244,3 +244,54 @@ def test_a_file_that_may_not_grow_is_a_clear_error(tmp_path: Path) -> None:
     (message,) = run_ranks(1, save_beyond_limit, str(tmp_path))
     assert f"cannot write {tmp_path}" in message and "File too large" in message
     assert list(tmp_path.iterdir()) == []
+
+
+# ---- bombs ----
+
+
+def compressed(path: Path) -> None:
+    """Replace an archive by one that unpacks to 256 MiB."""
+    import zipfile
+
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive, archive.open("archive/data/0", "w") as member:
+        for _ in range(256):
+            member.write(bytes(1 << 20))
+
+
+class Bomb:
+    """Unpickling this fills the memory."""
+
+    def __init__(self, function: type, argument: object) -> None:
+        self.function, self.argument = function, argument
+
+    def __reduce__(self) -> tuple:
+        return self.function, (self.argument,)
+
+
+BOMBS = [(bytearray, 10**12), (bytes, 10**12), (list, range(10**12)), (tuple, range(10**12)), (set, range(10**12))]
+
+
+@pytest.mark.parametrize("file", ["common.pt", "object", ".metadata"])
+@pytest.mark.parametrize(("function", "argument"), BOMBS, ids=lambda value: getattr(value, "__name__", ""))
+def test_values_that_only_grow_when_they_are_loaded_are_refused(
+    checkpoint: Path, file: str, function: type, argument: object
+) -> None:
+    bomb = Bomb(function, argument)
+    if file == ".metadata":
+        (checkpoint / file).write_bytes(pickle.dumps(bomb))
+    elif file == "common.pt":
+        torch.save({"n": bomb}, checkpoint / file)
+    else:
+        state = {"a": shard("a"), "b": shard("b"), "o": ShardedObject("o", bomb, (1,), (0,)), "n": 3}
+        dist_checkpointing.save(state, checkpoint)
+    with pytest.raises(CheckpointingException, match="cannot be read"):
+        dist_checkpointing.load(request(), checkpoint)
+
+
+def test_a_compressed_archive_is_refused_before_it_is_unpacked(checkpoint: Path) -> None:
+    compressed(checkpoint / "common.pt")
+    assert (checkpoint / "common.pt").stat().st_size < 10 << 20
+    with pytest.raises(
+        CheckpointingException, match="common.pt cannot be read .*is compressed, .* claim to be 268435456"
+    ):
+        dist_checkpointing.load(request(), checkpoint)

@@ -142,7 +142,7 @@ def load(chunk: Any, optimizer: Any, kind: str, folder: str) -> None:
     loaded = dist_checkpointing.load(request(chunk, optimizer, kind, is_loading=True), folder)
     chunk.load_state_dict(loaded["model"])
     if kind == "file":
-        optimizer.load_state_dict(torch.load(f"{folder}/groups_{torch.distributed.get_rank()}.pt"))
+        optimizer.load_state_dict(torch.load(f"{folder}/groups_{torch.distributed.get_rank()}.pt", weights_only=True))
         optimizer.load_parameter_state(f"{folder}/distrib_optim.pt")
     else:
         optimizer.load_state_dict(loaded["optimizer"])

@@ -12,10 +12,10 @@ from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import SavePlan
 
+from ..dcp_metadata import load_dcp_metadata
 from ..durable.file import replace_durably
 from ..manifest import MANIFEST_FNAME, read_manifest, write_manifest
 from ..mapping import ShardedObject
-from ..safe_load import load_dcp_metadata
 from .base import StrategyAction, register_default_strategy
 from .catalog import Catalog, Entry
 from .file_plan import FilePlan

@@ -26,10 +26,11 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from ..core import CheckpointingException
+from ..dcp_metadata import load_dcp_metadata
 from ..durable import FileRecord
 from ..durable.file import durable_file
 from ..mapping import ShardedObject
-from ..safe_load import load_dcp_metadata, safe_torch_load
+from ..safe_load import safe_torch_load
 from .archive import frame, read_tensor
 from .catalog import Catalog, Chunk, Entry, ObjectEntry, Place, StoredTensor, Written
 from .file_plan import FilePlan, segment_size
