@@ -15,6 +15,7 @@ from megatron.core.dist_checkpointing.serialization import CONTENT_METADATA
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 from megatron.training.checkpoint_context import CheckpointContext, Saved
 from megatron.training.checkpoint_data import DATA_KEY, sharded_position
+from megatron.training.checkpoint_extra_state import empty_extra_states
 from megatron.training.checkpoint_find import require_known_format
 from megatron.training.checkpoint_local import KINDS as LOCAL_KINDS
 from megatron.training.checkpoint_local import local_root, save_local
@@ -138,6 +139,7 @@ def run_contents(
         contents = common_entries(args, state, scheduler)
     model_state = sharded_model(model, metadata)
     contents.update(model_state)
+    contents["extra_states"] = empty_extra_states(model_state)
     if optimizer is not None and not args.no_save_optim:
         contents["optimizer"] = optimizer.sharded_state_dict(model_state, metadata=metadata)
     if not args.no_save_rng:

@@ -3,8 +3,8 @@
     python megatron_core_peer.py write DIRECTORY PORT      (RANK and WORLD_SIZE in the environment; tensor parallel)
     python megatron_core_peer.py read DIRECTORY PORT
 
-Both leave `tensors.pt` beside the directory: the global tensors that the writer wrote, or what the reader's model holds
-after loading. Imports nothing of this repository.
+A writer of one rank leaves `tensors.pt` beside the directory, a reader `tensors_<rank>.pt`: parameters by name, and
+under `moment.<name>` their first moment. Imports nothing of this repository.
 """
 
 from __future__ import annotations
@@ -32,16 +32,15 @@ if not torch.cuda.is_available():  # what the peer asks of the device while it s
     torch.cuda.current_device = lambda: torch.device("cpu")  # type: ignore[assignment,return-value]
 
 SIZES: dict[str, Any] = {
-    "num_layers": 4,
-    "hidden_size": 16,
+    "num_layers": 2,
+    "hidden_size": 8,
     "num_attention_heads": 4,
     "num_query_groups": 2,
-    "ffn_hidden_size": 32,
+    "ffn_hidden_size": 12,
     "gated_linear_unit": True,
     "activation_func": torch.nn.functional.silu,
-    "add_bias_linear": True,
 }
-VOCAB, LENGTH = 48, 8
+VOCAB, LENGTH = 24, 4
 
 
 def build_model() -> GPTModel:
@@ -87,7 +86,9 @@ def contents(model: GPTModel, optimizer: torch.optim.Optimizer) -> dict[str, Any
         "model": model_state,
         "optimizer": optimizer_state,
         "flat": flattened_moment("optimizer.state.flat.matrix"),
-        "rng_state": ShardedObject("rng_state", [{"torch_rng_state": torch.arange(4) + rank}], (1, size), (0, rank)),
+        "rng_state": ShardedObject(
+            f"rng_state_{size}", [{"torch_rng_state": torch.arange(4) + rank}], (1, size), (0, rank)
+        ),
         "iteration": 7,
         "checkpoint_version": 3.0,
     }
@@ -101,7 +102,12 @@ def write(directory: Path) -> None:
     dist.barrier()
     dist_checkpointing.save(contents(model, optimizer), str(directory), content_metadata={"kind": "test"})
     if dist.get_world_size() == 1:
-        torch.save(plain(model), directory.parent / "tensors.pt")
+        state = optimizer.state_dict()["state"]
+        names = [name for name, _ in model.named_parameters()]
+        torch.save(
+            {**plain(model), **{f"moment.{name}": state[i]["exp_avg"] for i, name in enumerate(names)}},
+            directory.parent / "tensors.pt",
+        )
 
 
 def read(directory: Path) -> None:

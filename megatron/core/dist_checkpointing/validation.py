@@ -34,6 +34,9 @@ from .strategies.base import (
 
 logger = logging.getLogger(__name__)
 
+EXTRA_STATE = "._extra_state/shard_"
+"""Part of the names of what other programs store with a layer; never missed."""
+
 LocalMetadata = list[ShardedBase]
 GlobalMetadata = list[LocalMetadata]
 CkptShardedMetadata = dict[str, Any]
@@ -121,7 +124,7 @@ def validate_integrity_and_strict_load(
         requested = {unique_key(value) for part in global_metadata for value in part}
         unexpected = requested - set(ckpt_sharded_metadata)
         if StrictHandling.requires_global_app_metadata(strict):
-            missing = set(ckpt_sharded_metadata) - requested
+            missing = {key for key in set(ckpt_sharded_metadata) - requested if EXTRA_STATE not in key}
         sharded_state_dict = adjust_non_strict_load(sharded_state_dict, unexpected)
         if strict in (StrictHandling.RAISE_ALL, StrictHandling.RAISE_UNEXPECTED):
             maybe_report_missing_and_unexpected_keys(missing, unexpected, raise_error=True)

@@ -59,7 +59,7 @@ def test_files_and_names_of_the_format(tmp_path: Path) -> None:
     assert stored["layers.w"].size == torch.Size([2, 3])
     assert sorted(tuple(chunk.offsets) for chunk in stored["layers.w"].chunks) == [(0, 0), (1, 0)]
     assert stored["m"].size == torch.Size([1, 1, 6])
-    assert metadata.mcore_data == {"m": {"nd_reformulated_orig_global_shape": (2, 3)}}
+    assert metadata.mcore_data == {"m": {"nd_reformulated_orig_global_shape": (2, 3)}, "layers.w": {}}
     assert torch.load(tmp_path / "common.pt", weights_only=True) == {
         "iteration": 3,
         "content_metadata": {"kind": "x"},

@@ -49,6 +49,8 @@ class Plan:
     hidden: int = 16
     fully_parallel: bool = True
     untied: bool = False
+    vpp: int | None = None
+    """Model chunks on each pipeline rank."""
 
     @property
     def size(self) -> int:
@@ -69,6 +71,7 @@ class Plan:
             "params_dtype": self.dtype,
             "tensor_model_parallel_size": self.tp,
             "pipeline_model_parallel_size": self.pp,
+            "virtual_pipeline_model_parallel_size": self.vpp,
             "use_distributed_optimizer": self.dist_opt,
             "ckpt_fully_parallel_save": self.fully_parallel,
             "dist_ckpt_strictness": "assume_ok_unexpected",
@@ -97,12 +100,13 @@ class TinyRun:
     def __init__(self, plan: Plan, seed: int = 7) -> None:
         self.plan = plan
         if not parallel_state.model_parallel_is_initialized():
-            parallel_state.initialize_model_parallel(plan.tp, plan.pp)
+            parallel_state.initialize_model_parallel(plan.tp, plan.pp, plan.vpp)
         stage_seed = seed + 100 * parallel_state.get_pipeline_model_parallel_rank()
         torch.manual_seed(stage_seed)
         model_parallel_cuda_manual_seed(stage_seed)
         set_initialization_seed(seed)
-        self.model: list[nn.Module] = [self._build_model()]
+        self.config = self._build_config()
+        self.model: list[nn.Module] = [self._build_chunk(i) for i in range(plan.vpp or 1)]
         half = {"bf16": plan.dtype == torch.bfloat16, "fp16": plan.dtype == torch.float16}
         config = OptimizerConfig(
             lr=1e-2,
@@ -121,9 +125,9 @@ class TinyRun:
         self.state = TrainState()
         self.checkpoints = CheckpointContext()
 
-    def _build_model(self) -> nn.Module:
-        plan, half = self.plan, self.plan.dtype != torch.float32
-        self.config = TransformerConfig(
+    def _build_config(self) -> TransformerConfig:
+        plan = self.plan
+        return TransformerConfig(
             num_layers=plan.layers,
             hidden_size=plan.hidden,
             num_attention_heads=4,
@@ -134,20 +138,29 @@ class TinyRun:
             attention_dropout=plan.dropout,
             tensor_model_parallel_size=plan.tp,
             pipeline_model_parallel_size=plan.pp,
+            virtual_pipeline_model_parallel_size=plan.vpp,
             sequence_parallel=plan.sequence_parallel,
             params_dtype=plan.dtype,
             pipeline_dtype=plan.dtype,
             bf16=plan.dtype == torch.bfloat16,
             fp16=plan.dtype == torch.float16,
         )
+
+    def _build_chunk(self, number: int) -> nn.Module:
+        stage = None
+        if self.plan.vpp is not None:
+            parallel_state.set_virtual_pipeline_model_parallel_rank(number)
+            stage = number
+        plan, half = self.plan, self.plan.dtype != torch.float32
         model: nn.Module = GPTModel(
             self.config,
             get_gpt_layer_local_spec(),
             VOCAB,
             LENGTH,
-            parallel_state.is_pipeline_first_stage(),
-            parallel_state.is_pipeline_last_stage(),
+            parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=stage),
+            parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=stage),
             share_embeddings_and_output_weights=not plan.untied,
+            vp_stage=stage,
         )
         if half:
             model = Float16Module(self.config, model)
@@ -158,11 +171,12 @@ class TinyRun:
         """(loss on the last stage, gradient norm, learning rate) of each step."""
         results = []
         for _ in range(steps):
-            self.model[0].zero_grad_buffer()
+            for chunk in self.model:
+                chunk.zero_grad_buffer()  # type: ignore[operator]
             self.optimizer.zero_grad()
             reports = get_forward_backward_func()(
                 forward_step_func=self._forward_step,
-                data_iterator=self._microbatches(),
+                data_iterator=[self._microbatches() for _ in self.model],
                 model=self.model,
                 num_microbatches=BATCH // 2 // self.plan.dp,
                 seq_length=LENGTH,
@@ -215,4 +229,8 @@ class TinyRun:
 
     def weights(self) -> dict[str, Tensor]:
         """Copies of this rank's parameters."""
-        return {name: param.detach().clone() for name, param in self.model[0].named_parameters()}
+        return {
+            (name if i == 0 else f"{i}.{name}"): param.detach().clone()
+            for i, chunk in enumerate(self.model)
+            for name, param in chunk.named_parameters()
+        }

@@ -97,8 +97,9 @@ def dcp_metadata(catalog: Catalog) -> Metadata:
             place = chunk.place
             index = MetadataIndex(key, chunk.box.offsets, number)
             places[index] = _StorageInfo(place.file, place.offset, place.length)
+        original[key] = {}  # every tensor has an entry: other releases ask for it
         if tensor.original_shape is not None:
-            original[key] = {ORIGINAL_SHAPE: tuple(tensor.original_shape)}
+            original[key][ORIGINAL_SHAPE] = tuple(tensor.original_shape)
     metadata = Metadata(described, planner_data=None, storage_data=places, storage_meta=StorageMeta())
     metadata.mcore_data = original  # type: ignore[attr-defined]
     return metadata
