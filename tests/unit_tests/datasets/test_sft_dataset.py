@@ -1,5 +1,5 @@
+import copy
 import json
-import pickle
 from pathlib import Path
 
 import pytest
@@ -146,7 +146,7 @@ def test_files(tokenizer: SFTTokenizer, tmp_path: Path) -> None:
     listed = SFTLowLevelDataset(str(tmp_path / "list.json"))
     assert len(lines) == len(listed) == 5
     assert [lines[k] for k in range(5)] == [listed[k] for k in range(5)]
-    assert pickle.loads(pickle.dumps(lines))[3] == lines[3]
+    assert copy.deepcopy(lines)[3] == lines[3]
     bad = tmp_path / "bad.jsonl"
     bad.write_text('\n{"messages": [\n{"text": "x"}\n')
     dataset = SFTLowLevelDataset(str(bad))

@@ -4,14 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import io
-import multiprocessing
 import os
-import random
-import signal
-import time
 from collections.abc import Iterator
 from dataclasses import replace
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -404,77 +399,6 @@ def test_a_checkpoint_can_be_replaced_and_an_interrupted_replacement_is_settled(
     os.rename(tmp_path / "iter_0000005", tmp_path / "iter_0000005.replaced")  # died between two renames
     begin_checkpoint(tmp_path, 6)
     assert (tmp_path / "iter_0000005" / "content").read_text() == "new"
-
-
-def save_for_ever(folder: str, format: str) -> None:
-    """Trains and saves until it is killed; the weights tell the iteration."""
-    import torch.distributed as dist
-
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    run = TinyRun(Plan(layers=2, format=format))
-    with contextlib.redirect_stdout(io.StringIO()):
-        if checkpoint_exists(folder):
-            run.load(folder)
-        while True:
-            run.state.iteration += 1
-            for param in run.model[0].parameters():
-                param.data.fill_(run.state.iteration)
-            run.save(folder)
-
-
-def fork_savers(pipe: Connection, folder: str, format: str) -> None:
-    """For each message start a process that saves, answer its id, and wait until it is dead: imports happen
-    once."""
-    while pipe.recv():
-        process = os.fork()
-        if process == 0:
-            try:
-                save_for_ever(folder, format)
-            finally:
-                os._exit(1)
-        pipe.send(process)
-        pipe.recv()
-        os.waitpid(process, 0)
-        pipe.send(None)
-
-
-@pytest.mark.parametrize("format", ["torch_dist", "torch"])
-def test_kills_at_any_instant_leave_a_whole_checkpoint(tmp_path: Path, format: str) -> None:
-    context = multiprocessing.get_context("forkserver")
-    pipe, theirs = context.Pipe()
-    nursery = context.Process(target=fork_savers, args=(theirs, str(tmp_path), format), daemon=True)
-    nursery.start()
-    chance = random.Random(0)
-    latest = 0
-    for _ in range(10):
-        pipe.send("start")
-        process = pipe.recv()
-        deadline = time.monotonic() + 60
-        while (reached := latest_iteration(tmp_path)) <= latest and time.monotonic() < deadline:
-            time.sleep(0.005)
-        time.sleep(chance.uniform(0, 0.05))
-        os.kill(process, signal.SIGKILL)
-        pipe.send("killed")
-        pipe.recv()
-        assert reached > latest, "the process did not save"
-        latest = latest_iteration(tmp_path)
-        (weight,) = run_ranks(1, load_killed, str(tmp_path), format)
-        assert weight == latest, "the tracker names a checkpoint with other content"
-    pipe.send(None)
-
-
-def latest_iteration(folder: Path) -> int:
-    tracker = Path(get_checkpoint_tracker_filename(folder))
-    return int(tracker.read_text()) if tracker.exists() else 0
-
-
-def load_killed(folder: str, format: str) -> int:
-    run = TinyRun(Plan(layers=2, format=format))
-    run.load(folder)
-    values = torch.cat([param.detach().reshape(-1) for param in run.model[0].parameters()]).unique()
-    assert values.numel() == 1 and int(values) == run.state.iteration
-    return run.state.iteration
 
 
 def save_without_space(folder: str, format: str, failing: int) -> list[str]:
