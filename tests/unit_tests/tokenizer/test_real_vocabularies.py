@@ -69,6 +69,12 @@ def gpt2_reference():
     return GPT2TokenizerFast(vocab=real_input("gpt2-vocab.json"), merges=real_input("gpt2-merges.txt"))
 
 
+ANY_TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=60)
+WORDS = st.lists(ANY_TEXT | st.sampled_from(["the dog", " ", "\n", "x1 2y", "Zürich", "ab\ncd"]), max_size=12).map(
+    " ".join
+)
+
+
 # -- ids -----------------------------------------------------------------------------------------------
 
 
@@ -141,6 +147,23 @@ def test_wordpiece_ids_are_those_of_transformers(kind: str, lower: bool) -> None
             assert ours.offsets(expected.input_ids, text) == [begin for begin, _ in expected["offset_mapping"]]
     ids, lengths = ours.tokenize_flat(texts())
     assert ids.tolist() == sum(ours.tokenize_batch(texts()), []) and lengths.sum() == len(ids)
+
+
+@settings(max_examples=150, deadline=None)
+@given(batch=st.lists(WORDS, max_size=4))
+def test_remembered_words_have_the_ids_of_the_whole_text(batch: list[str]) -> None:
+    for kind in ("BertWordPieceLowerCase", "BertWordPieceCase"):
+        ours = tokenizer(kind)
+        ids, lengths = ours.tokenize_flat(batch)
+        expected = [ours.tokenize(text) for text in batch]
+        assert ids.tolist() == sum(expected, []) and lengths.tolist() == list(map(len, expected))
+
+
+def test_remembered_words_are_forgotten_when_they_are_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("megatron.training.tokenizer.bert_tokenizer._KNOWN_CHARACTERS", 100)
+    ours = tokenizer("BertWordPieceLowerCase")
+    for text in texts()[-3:]:
+        assert ours.tokenize_flat([text])[0].tolist() == ours.tokenize(text) and not ours._known
 
 
 def test_wordpiece_special_tokens() -> None:
@@ -254,11 +277,6 @@ def test_hugging_face_folder() -> None:
 
 
 # -- arbitrary Unicode ---------------------------------------------------------------------------------
-
-ANY_TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=60)
-WORDS = st.lists(ANY_TEXT | st.sampled_from(["the dog", " ", "\n", "x1 2y", "Zürich", "ab\ncd"]), max_size=12).map(
-    " ".join
-)
 
 
 @settings(max_examples=150, deadline=None)

@@ -422,3 +422,35 @@ def test_tokens_out_of_range_are_not_written(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(NullTokenizer, "tokenize_flat", lambda self, texts: (numpy.array([-200]), numpy.array([1])))
     with pytest.raises(ValueError, match="token ids -200 to -200 do not fit into uint16"):
         run_tool(write_lines(tmp_path / "in.jsonl", [{"text": "1"}]), tmp_path / "out")
+
+
+@pytest.mark.parametrize("scheduler", [False, True])
+def test_the_array_job(tmp_path: Path, corpus: str, scheduler: bool) -> None:
+    """Step by step without a scheduler; with one (which here runs a job at once) the same three jobs."""
+    import subprocess
+
+    environment = os.environ | {
+        "INPUT": corpus,
+        "OUTPUT_PREFIX": str(tmp_path / "out"),
+        "PARTITIONS": "2",
+        "WORKERS": "1",
+    }
+    environment["PATH"] = f"{tmp_path}/bin:{Path(sys.executable).parent}:{os.environ['PATH']}"
+    if scheduler:
+        (tmp_path / "bin").mkdir()
+        fake = tmp_path / "bin" / "sbatch"
+        fake.write_text(
+            '#!/usr/bin/env bash\nset -e\necho "$@" >>"$OUTPUT_PREFIX.jobs"\ntasks=0\n'
+            'while (($#)); do case "$1" in --array) tasks=$(seq ${2/-/ });; --wrap) work=$2;; esac; shift; done\n'
+            'for SLURM_ARRAY_TASK_ID in $tasks; do export SLURM_ARRAY_TASK_ID; bash -c "$work" >&2; done\necho 7\n'
+        )
+        fake.chmod(0o755)
+    script = Path(__file__).parents[3] / "examples/data/preprocess_slurm.sh"
+    flags = ["--tokenizer-type", "NullTokenizer", "--vocab-size", "100"]
+    ended = subprocess.run(["bash", str(script), *flags], env=environment, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+    run_tool(corpus, tmp_path / "one", "--partitions", "2", "--workers", "2")
+    assert files_of(tmp_path / "out_text_document") == files_of(tmp_path / "one_text_document")
+    if scheduler:
+        jobs = (tmp_path / "out.jobs").read_text().splitlines()
+        assert len(jobs) == 3 and "--array 0-1 --dependency afterok:7" in jobs[1] and "afterok:7" in jobs[2]
