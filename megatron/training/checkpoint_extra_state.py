@@ -30,7 +30,8 @@ def _extra_state(layer: str, weight: ShardedTensor | ShardedTensorFactory) -> Sh
     """Of a stack of layers under one name, the cell of this one; else the only one."""
     part = weight if isinstance(weight, ShardedTensor) else next(iter(nested_values(weight.build())))
     depth = part.prepend_axis_num
-    assert isinstance(part.replica_id, tuple)
-    replica = (0, parallel_state.get_tensor_model_parallel_rank(), part.replica_id[-1])
+    # not of the weight, which may be split over the data parallel ranks
+    data_rank = parallel_state.get_data_parallel_rank(with_context_parallel=True)
+    replica = (0, parallel_state.get_tensor_model_parallel_rank(), data_rank)
     grid, cell = (part.global_shape[:depth], part.global_offset[:depth]) if depth else ((1,), (0,))
     return ShardedObject(f"{layer}._extra_state", None, grid, cell, replica_id=replica)
