@@ -111,6 +111,7 @@ def check_pairs(layouts: list[Plan], readers: list[Plan], tmp_path: Path) -> int
     return pairs
 
 
+@pytest.mark.timeout(900)
 def test_random_pairs_of_layouts(tmp_path: Path) -> None:
     chance = random.Random(5)
     small, large = all_layouts(2), all_layouts(4)
