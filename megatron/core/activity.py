@@ -53,11 +53,15 @@ class activity:
         thread = get_ident()
         self.outer = _now.get(thread)
         _now[thread] = self
+        if _state.synchronize is not None:
+            _state.synchronize()
         self.started = time.perf_counter()
         return self
 
     def __exit__(self, kind: object, error: object, traceback: object) -> None:
         if _state.listener is not None:
+            if _state.synchronize is not None:
+                _state.synchronize()
             _state.listener(self, time.perf_counter())
         if error is not None and _state.interrupted[0] != id(error):
             _state.interrupted = id(error), self
@@ -73,6 +77,7 @@ class activity:
 @dataclass
 class _State:
     listener: Listener | None = None
+    synchronize: Callable[[], None] | None = None
     interrupted: tuple[int, activity | None] = (0, None)
     """Of the last exception its id, for the object would keep tensors alive, and the innermost activity it has left."""
 
@@ -110,10 +115,16 @@ def interrupted_by(error: BaseException) -> activity | None:
 
 
 @contextmanager
-def listening(listener: Listener) -> Iterator[None]:
-    """Hand every activity that ends meanwhile to `listener(activity, perf_counter at its end)`."""
-    before, _state.listener = _state.listener, listener
+def listening(listener: Listener, synchronize: Callable[[], None] | None = None) -> Iterator[None]:
+    """Hand every activity that ends meanwhile to `listener(activity, perf_counter at its end)`.
+
+    Args:
+        synchronize: waits for the device; called before each reading of the clock, so that the times of an
+            accelerator are those of the work and not of its launch. Nothing overlaps then.
+    """
+    before = _state.listener, _state.synchronize
+    _state.listener, _state.synchronize = listener, synchronize
     try:
         yield
     finally:
-        _state.listener = before
+        _state.listener, _state.synchronize = before

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from megatron.core import device
-from megatron.core.activity import communicating
+from megatron.core.activity import activity, communicating
 from megatron.core.collectives import all_reduce
 from megatron.core.distributed.torch_fully_sharded_data_parallel import local_part
 
@@ -42,7 +42,8 @@ class RememberingIterator:
         return self
 
     def __next__(self) -> Any:
-        batch = next(self.batches)
+        with activity("read batch"):
+            batch = next(self.batches)
         if self.kept is not None:
             self.kept.append(batch)
             self.bytes_kept += _bytes_of(batch)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from megatron.core import parallel_state
+from megatron.core.activity import activity
 from megatron.core.collectives import all_reduce
 from megatron.core.num_microbatches_calculator import get_num_microbatches
 from megatron.core.pipeline_parallel import get_forward_backward_func
@@ -89,7 +90,8 @@ def train_step(
     if finite is not None:
         finite.agree(model, stages_of(model), lambda: run_again(run, data_iterator))
     timers("optimizer", log_level=1).start(barrier=args.barrier_with_L1_time)
-    success, grad_norm, num_zeros = optimizer.step()
+    with activity("optimizer"):
+        success, grad_norm, num_zeros = optimizer.step()
     timers("optimizer").stop()
     if success:
         samples = get_num_microbatches() * args.micro_batch_size * args.data_parallel_size

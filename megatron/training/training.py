@@ -36,6 +36,7 @@ from megatron.training.setup import (
     get_train_valid_test_num_samples,
     setup_model_and_optimizer,
 )
+from megatron.training.timeline.recorder import Timeline
 from megatron.training.train_state import TrainState
 from megatron.training.train_step import train_step
 from megatron.training.utils import print_rank_0, rank
@@ -177,7 +178,7 @@ def train(run: Run, more_actions: Sequence[Action] = ()) -> None:
     for chunk in run.model:
         chunk.train()
     actions = [*periodic_actions(run), *more_actions]
-    finite = _finite_check(run)
+    finite, timeline = _finite_check(run), Timeline(args.timeline, args.timeline_step)
     if args.manual_gc:
         gc.disable()
         gc.collect()
@@ -192,9 +193,10 @@ def train(run: Run, more_actions: Sequence[Action] = ()) -> None:
                 continue
             if finite is not None:
                 finite.iteration = state.iteration + 1
-            result = train_step(
-                run.forward_step_func, run.train_data, run.model, run.optimizer, run.scheduler, run.config, finite
-            )
+            with timeline.recording(state.iteration + 1, run.model, run.config):
+                result = train_step(
+                    run.forward_step_func, run.train_data, run.model, run.optimizer, run.scheduler, run.config, finite
+                )
             state.iteration += 1
             state.consumed_train_samples += run.batch_size
             state.num_floating_point_operations_so_far += num_floating_point_operations(args, run.batch_size)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 
@@ -46,5 +46,9 @@ class LoggingConfig:
     """Level of Python's logging; unset takes MEGATRON_LOGGING_LEVEL, else INFO (20)."""
     metrics_jsonl: str | None = None
     """File that gets one JSON line per logged step; unset is metrics.jsonl in the --save folder."""
+    timeline: str | None = None
+    """Folder for a picture of what every rank did in a step, as a web page and as a trace for Perfetto."""
+    timeline_step: list[int] = field(default_factory=lambda: [5])
+    """Iterations that --timeline records."""
     progress_bar: bool = True
     """Show a live progress line on a terminal."""

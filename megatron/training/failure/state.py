@@ -13,26 +13,9 @@ from types import FrameType
 from typing import Any
 
 import torch.distributed as dist
-from torch.distributed import ProcessGroup
 
 from megatron.core.activity import activity, current_activities, interrupted_by
-from megatron.core.process_groups_config import default_process_groups, has_default_process_groups
-
-ROLES = {
-    "tp": "tensor parallel",
-    "cp": "context parallel",
-    "pp": "pipeline",
-    "dp": "data parallel",
-    "ep": "expert parallel",
-    "dp_cp": "data and context parallel",
-    "intra_dp_cp": "data and context parallel",
-    "mp": "tensor and pipeline parallel",
-    "tp_cp": "tensor and context parallel",
-    "embd": "tied embedding's",
-    "pos_embd": "position embedding's",
-    "expt_dp": "expert data parallel",
-}
-"""What the ranks of a group are called; of two that have the same ranks, the first."""
+from megatron.training.activity_names import in_words
 
 
 @dataclass(frozen=True)
@@ -92,41 +75,11 @@ def longest_wait() -> Wait | None:
 
 
 def _describe(one: activity, is_over: bool = False) -> Wait:
-    group = one.group
-    assert group is not None
-    ranks = tuple(dist.get_process_group_ranks(group))
-    me = dist.get_rank()
-    of = f" of {one.details['of']}" if one.details.get("of") else ""
-    if one.peer is None:
-        what = f"{one.name}{of} over {_role(group)} {spoken(ranks)}"
-        on = tuple(rank for rank in ranks if rank != me)
-    else:
-        peer = ranks[one.peer]
-        link = "to" if one.name == "send" else "from"
-        what = f"{one.name}{of} {link} rank {peer}, in {_role(group)} {spoken(ranks)}"
-        on = (peer,) if peer != me else tuple(rank for rank in ranks if rank != me)
-    return Wait(what, on, ranks, time.perf_counter() - one.started, is_over)
-
-
-def _role(group: ProcessGroup) -> str:
-    if group is dist.group.WORLD:
-        return "all"
-    if has_default_process_groups():
-        groups = default_process_groups()
-        for name, role in ROLES.items():
-            if getattr(groups, name) is group:
-                return f"the {role}"
-    return "the"
-
-
-def spoken(ranks: tuple[int, ...] | list[int]) -> str:
-    """`rank 3`, `ranks 0 and 2`, `ranks 0, 1 and 2`, or, of many, `ranks 0, 1, 2, … 63 (64 of them)`."""
-    words = [str(rank) for rank in ranks]
-    if len(words) == 1:
-        return f"rank {words[0]}"
-    if len(words) > 8:
-        return f"ranks {', '.join(words[:3])}, … {words[-1]} ({len(words)} of them)"
-    return f"ranks {', '.join(words[:-1])} and {words[-1]}"
+    assert one.group is not None
+    ranks = tuple(dist.get_process_group_ranks(one.group))
+    others = tuple(rank for rank in ranks if rank != dist.get_rank())
+    on = others if one.peer is None or ranks[one.peer] not in others else (ranks[one.peer],)
+    return Wait(in_words(one), on, ranks, time.perf_counter() - one.started, is_over)
 
 
 # --- where the main thread stands -----------------------------------------------------------------

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from megatron.training.failure.state import RankState, spoken
+from megatron.training.activity_names import spoken
+from megatron.training.failure.state import RankState
 
 
 @dataclass(frozen=True)

@@ -67,6 +67,18 @@ def require_profile_window(args: argparse.Namespace) -> None:
         )
 
 
+def require_timeline_within_run(args: argparse.Namespace) -> None:
+    """What is to be recorded happens."""
+    if args.timeline:
+        last = args.train_iters
+        bad = [n for n in args.timeline_step if n < 1 or (last is not None and n > last)]
+        refuse_unless(
+            args.timeline_step and not bad,
+            f"--timeline-step {' '.join(map(str, args.timeline_step))}: iterations from 1 to --train-iters ({last}) "
+            "can be recorded",
+        )
+
+
 def require_named_wandb_run(args: argparse.Namespace) -> None:
     """A run on wandb has a name, and the package is there."""
     if args.wandb_project:
@@ -108,6 +120,7 @@ RUNTIME_RULES = (
     require_sensible_intervals,
     require_compiler,
     require_profile_window,
+    require_timeline_within_run,
     require_named_wandb_run,
     derive_metrics_file,
     require_graphs_fit,

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 
-from megatron.training.failure.state import RankState, Wait, spoken
+from megatron.training.activity_names import spoken
+from megatron.training.failure.state import RankState, Wait
 from megatron.training.failure.verdict import Member, judge
 
 MEMBERS = {rank: Member(rank, 100 + rank, "here") for rank in range(4)}
@@ -77,4 +78,4 @@ def test_state_travels() -> None:
 def test_many_ranks_are_summed_up() -> None:
     assert spoken([3]) == "rank 3"
     assert spoken([0, 2, 4]) == "ranks 0, 2 and 4"
-    assert spoken(range(64)) == "ranks 0, 1, 2, … 63 (64 of them)"  # type: ignore[arg-type]
+    assert spoken(range(64)) == "ranks 0, 1, 2, … 63 (64 of them)"

@@ -1,0 +1,73 @@
+"""A step in the trace event format that Perfetto (ui.perfetto.dev) and chrome://tracing open."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from megatron.training.timeline.spans import MeasuredStep
+
+NAMES = {
+    "F": "forward",
+    "B": "backward",
+    "I": "input gradient",
+    "W": "weight gradient",
+    "p2p": "point to point",
+    "collective": "collective",
+    "optimizer": "optimizer",
+    "data": "data",
+    "other": "other",
+}
+PLANNED = 1_000_000
+"""Planned ranks are numbered from here on, so that they stand below the measured ones."""
+
+
+def chrome_trace(step: MeasuredStep) -> dict[str, Any]:
+    """Complete events ("X") in microseconds: a process for each rank, then one for each planned pipeline rank."""
+    events: list[dict[str, Any]] = []
+    for rank in step.ranks:
+        events += _named(rank.rank, f"rank {rank.rank} ({rank.place})", rank.rank)
+        for span in rank.spans:
+            args: dict[str, Any] = {"what": span.text}
+            if span.microbatch is not None:
+                args["microbatch"] = span.microbatch
+            if span.chunk is not None:
+                args["chunk"] = span.chunk
+            events.append(_event(rank.rank, span.label or span.text, NAMES[span.kind], span.start, span.end, args))
+    for stage, spans in enumerate(step.planned.ranks):
+        events += _named(PLANNED + stage, f"planned: pipeline rank {stage}", PLANNED + stage)
+        for planned in spans:
+            compute = planned.compute
+            args = {"microbatch": compute.microbatch, "chunk": compute.chunk}
+            name = NAMES[compute.kind.value]
+            events.append(_event(PLANNED + stage, repr(compute), name, planned.start, planned.end, args))
+    return {
+        "traceEvents": events,
+        "displayTimeUnit": "ms",
+        "otherData": {
+            "iteration": step.iteration,
+            "measured bubble": step.measured_bubble,
+            "planned bubble": step.planned.bubble_fraction,
+            "planned bubble with equal stages": step.ideal_bubble,
+        },
+    }
+
+
+def _named(process: int, name: str, order: int) -> list[dict[str, Any]]:
+    return [
+        {"ph": "M", "name": "process_name", "pid": process, "tid": 0, "args": {"name": name}},
+        {"ph": "M", "name": "process_sort_index", "pid": process, "tid": 0, "args": {"sort_index": order}},
+    ]
+
+
+def _event(process: int, name: str, category: str, start: float, end: float, args: dict[str, Any]) -> dict[str, Any]:
+    begin, length = round(start * 1e6, 3), round((end - start) * 1e6, 3)
+    return {
+        "ph": "X",
+        "name": name,
+        "cat": category,
+        "pid": process,
+        "tid": 0,
+        "ts": begin,
+        "dur": length,
+        "args": args,
+    }

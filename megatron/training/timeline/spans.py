@@ -1,0 +1,163 @@
+"""Spans of time on ranks, and what they add up to. Pure values: times in seconds, from the first begin of the step."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from megatron.core.pipeline_parallel.plan import PipelinePlan
+from megatron.core.pipeline_parallel.schedule import Compute, Kind
+from megatron.core.pipeline_parallel.timeline import Costs, Timeline
+from megatron.core.pipeline_parallel.timeline import Span as ComputeSpan
+
+SpanKind = Literal["F", "B", "I", "W", "p2p", "collective", "optimizer", "data", "other"]
+COMPUTE: dict[str, Kind] = {"F": Kind.FORWARD, "B": Kind.BACKWARD, "I": Kind.INPUT_GRAD, "W": Kind.WEIGHT_GRAD}
+
+
+@dataclass(frozen=True)
+class Span:
+    """Something that a rank did."""
+
+    kind: SpanKind
+    text: str
+    """What it was, in words."""
+    start: float
+    end: float
+    depth: int = 0
+    """Number of spans around it."""
+    microbatch: int | None = None
+    chunk: int | None = None
+
+    @property
+    def seconds(self) -> float:
+        """How long it took."""
+        return self.end - self.start
+
+    @property
+    def label(self) -> str:
+        """A few letters, e.g. F3, or F3.1 on the second model chunk; empty if it is no computation."""
+        if self.kind not in COMPUTE:
+            return ""
+        return f"{self.kind}{self.microbatch}" + (f".{self.chunk}" if self.chunk else "")
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a rank stands in the layout."""
+
+    tensor: int = 0
+    pipeline: int = 0
+    context: int = 0
+    data: int = 0
+
+    @property
+    def replica(self) -> tuple[int, int, int]:
+        """What ranks of one pipeline have in common."""
+        return self.data, self.context, self.tensor
+
+    def __str__(self) -> str:
+        return f"stage {self.pipeline}, data {self.data}, context {self.context}, tensor {self.tensor}"
+
+
+@dataclass(frozen=True)
+class RankSpans:
+    """What one rank did, outer spans before those inside them."""
+
+    rank: int
+    host: str
+    place: Place
+    spans: tuple[Span, ...]
+
+    @property
+    def computations(self) -> list[Span]:
+        """Forwards and backwards."""
+        return [span for span in self.spans if span.kind in COMPUTE and span.depth == 0]
+
+    def seconds_of(self, *kinds: SpanKind) -> float:
+        """Time in spans of these kinds, counted once where they lie inside each other."""
+        total, reached = 0.0, float("-inf")
+        for span in sorted((span for span in self.spans if span.kind in kinds), key=lambda span: span.start):
+            total += max(0.0, span.end - max(span.start, reached))
+            reached = max(reached, span.end)
+        return total
+
+
+@dataclass(frozen=True)
+class MeasuredStep:
+    """One step of a run."""
+
+    iteration: int
+    ranks: tuple[RankSpans, ...]
+    plan: PipelinePlan
+    """What each pipeline should have done."""
+    is_synchronized: bool = False
+    """Whether the device was waited for at each border of a span, so that nothing overlapped."""
+    planned: Timeline = field(init=False)
+    """The schedule with the times that its computations took, if transfers cost nothing."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "planned", self.plan.timeline(self.costs()))
+
+    @property
+    def seconds(self) -> float:
+        """From the first begin to the last end."""
+        return max((span.end for rank in self.ranks for span in rank.spans), default=0.0)
+
+    def pipelines(self) -> dict[tuple[int, int, int], list[RankSpans]]:
+        """The ranks of each pipeline, by stage."""
+        found: dict[tuple[int, int, int], list[RankSpans]] = {}
+        for rank in sorted(self.ranks, key=lambda one: (*one.place.replica, one.place.pipeline)):
+            found.setdefault(rank.place.replica, []).append(rank)
+        return found
+
+    def costs(self) -> Costs:
+        """Median time of each computation on each virtual stage, over microbatches and pipelines."""
+        placement = self.plan.request.placement
+        times: dict[tuple[str, int], list[float]] = {}
+        for rank in self.ranks:
+            for span in rank.computations:
+                stage = placement.stage_of(rank.place.pipeline, span.chunk or 0)
+                times.setdefault((span.kind, stage), []).append(span.seconds)
+
+        def medians(*kinds: str) -> list[float]:
+            return [
+                statistics.median([t for kind in kinds for t in times.get((kind, stage), [])] or [0.0])
+                for stage in range(placement.num_stages)
+            ]
+
+        return Costs(forward=medians("F"), input_grad=medians("B", "I"), weight_grad=medians("W"))
+
+    @property
+    def ideal_bubble(self) -> float:
+        """Idle share that the schedule has if all stages are equal and backward takes twice as long as forward."""
+        return self.plan.timeline().bubble_fraction
+
+    def measured(self) -> list[Timeline]:
+        """The computations of each pipeline, from its first to its last."""
+        return [measured_timeline(ranks) for ranks in self.pipelines().values()]
+
+    @property
+    def measured_bubble(self) -> float:
+        """Share of the time between the first and the last computation in which ranks compute nothing, averaged."""
+        timelines = [timeline for timeline in self.measured() if timeline.makespan]
+        return statistics.fmean([timeline.bubble_fraction for timeline in timelines]) if timelines else 0.0
+
+    def share(self, *kinds: SpanKind) -> float:
+        """Share of the step that spans of these kinds take, averaged over ranks."""
+        if not self.seconds:
+            return 0.0
+        return statistics.fmean(rank.seconds_of(*kinds) for rank in self.ranks) / self.seconds
+
+
+def measured_timeline(ranks: Sequence[RankSpans]) -> Timeline:
+    """The computations of one pipeline, on a clock that starts with the first of them."""
+    first = min((span.start for rank in ranks for span in rank.computations), default=0.0)
+    return Timeline([list(_compute_spans(i, rank.computations, first)) for i, rank in enumerate(ranks)])
+
+
+def _compute_spans(rank: int, spans: Iterable[Span], first: float) -> Iterable[ComputeSpan]:
+    for span in spans:
+        compute = Compute(COMPUTE[span.kind], span.microbatch or 0, span.chunk or 0)
+        yield ComputeSpan(rank, compute, span.start - first, span.end - first)
