@@ -37,9 +37,11 @@ def exit_at_once_on_error() -> Iterator[None]:
     try:
         yield
     except Exception as error:
+        watch = current_watch()
+        if watch is not None:
+            watch.note(error)
         text = f"{type(error).__name__}: {error}\n" if is_users_error(error) else traceback.format_exc()
         text = f"[rank {dist.get_rank()}] {text}" if dist.is_initialized() else text
-        watch = current_watch()
         if watch is not None:
             watch.fail(error, text)
         end_process(1, text)

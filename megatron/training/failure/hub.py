@@ -137,7 +137,7 @@ class Hub:
 
     def _failed(self, rank: int, summary: str) -> None:
         self.failures[rank] = summary
-        if self.speaker is None:
+        if self.speaker is None and not self.dead:  # a death explains what else fails within moments of it
             self.speaker = rank
             self.channels[rank].send({"kind": "speak"})
             self._deadline = time.monotonic() + ANSWER_SECONDS

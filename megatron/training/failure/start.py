@@ -12,6 +12,7 @@ import torch.distributed as dist
 
 from megatron.training.failure.hub import Hub
 from megatron.training.failure.line_channel import LineChannel, tune
+from megatron.training.failure.verdict import Member
 from megatron.training.failure.watch import FailureWatch
 
 logger = logging.getLogger(__name__)
@@ -37,24 +38,25 @@ def start_failure_watch(timeout_seconds: float, heeds_sigterm: bool = True) -> N
     if dist.get_world_size() == 1:
         return
     rank, hub = dist.get_rank(), None
-    address: list[tuple[str, int, str] | None] = [None]
+    address: list[tuple[str, int, str, Member] | None] = [None]
     if rank == 0:
         token = secrets.token_hex(16)
         server = _listen()
-        address = [(*server.getsockname()[:2], token)]
+        address = [(*server.getsockname()[:2], token, Member(0, os.getpid(), socket.gethostname()))]
         hub = Hub(server, token, dist.get_world_size())
     dist.broadcast_object_list(address, src=0)
     assert address[0] is not None
     thread = threading.Thread(target=hub.run, name="failure hub", daemon=True) if hub is not None else None
     if thread is not None:
         thread.start()
-    host, port, token = address[0]
+    host, port, token, root = address[0]
     channel = _join(rank, host, port, token)
     dist.barrier()  # from here on all are there
     if channel is not None:
         served = (hub, thread) if hub is not None and thread is not None else None
-        _watch = FailureWatch(rank, channel, timeout_seconds, served, heeds_sigterm)
-        _watch.start()
+        watch = FailureWatch(rank, root, channel, timeout_seconds, served, heeds_sigterm)
+        watch.start()
+        _watch = watch
 
 
 def _join(rank: int, host: str, port: int, token: str) -> LineChannel | None:

@@ -19,27 +19,32 @@ from typing import Any, NoReturn
 from megatron.training.failure.hub import Hub
 from megatron.training.failure.line_channel import LineChannel, readable
 from megatron.training.failure.state import RankState, longest_wait, main_stack, present_state
+from megatron.training.failure.verdict import Member
 
 PATIENCE_SECONDS = 6.0
 """How long a rank that lost a connection waits to hear why: longer than the hub takes to find out."""
 SIGNAL_SECONDS = 1.5
 """How long after SIGTERM a verdict may still come: launchers send it because another rank has failed."""
 POLL_SECONDS = 0.5
+MOMENT_SECONDS = 0.5
+"""How long after a verdict this rank's part in it may take to show."""
 
-_OF_COMMUNICATION = re.compile(
+_OF_OTHERS = re.compile(
     r"gloo/|NCCL|Connection (closed|reset|refused)|Timed out|timed out|Broken pipe|remote process exited|Socket Timeout"
+    r"|is killed by signal: Terminated"  # a data loader's helper; launchers end all processes of a rank
 )
 
 
-def is_of_communication(error: BaseException) -> bool:
-    """Whether an exception tells of the end of another rank rather than of a fault of this one."""
-    return isinstance(error, RuntimeError | ConnectionError) and bool(_OF_COMMUNICATION.search(str(error)))
+def is_of_others(error: BaseException) -> bool:
+    """Whether an exception tells of the end of another rank, or of the run, rather than of a fault of this one."""
+    return isinstance(error, RuntimeError | ConnectionError) and bool(_OF_OTHERS.search(str(error)))
 
 
 class FailureWatch:
     """The watch of one rank.
 
     Args:
+        root: rank 0, where the hub is.
         channel: to the hub.
         hub: on rank 0, and the thread it runs in.
         timeout_seconds: a communication that takes longer is complained about.
@@ -49,12 +54,13 @@ class FailureWatch:
     def __init__(
         self,
         rank: int,
+        root: Member,
         channel: LineChannel,
         timeout_seconds: float,
         hub: tuple[Hub, threading.Thread] | None = None,
         heeds_sigterm: bool = True,
     ) -> None:
-        self.rank, self.channel, self.hub = rank, channel, hub
+        self.rank, self.root, self.channel, self.hub = rank, root, channel, hub
         self.timeout_seconds, self.heeds_sigterm = timeout_seconds, heeds_sigterm
         self._error: BaseException | None = None
         self._text = ""
@@ -62,6 +68,7 @@ class FailureWatch:
         self._has_complained = False
         self._stopping = False
         self._in_main_thread = threading.current_thread() is threading.main_thread()
+        self._watching_is_over = threading.Event()
         self._signals = socket.socketpair()
         self._previous: Callable[..., Any] | int | None = None
         self._thread = threading.Thread(target=self._run, name="failure watch", daemon=True)
@@ -71,7 +78,8 @@ class FailureWatch:
     def start(self) -> None:
         """Begin to watch."""
         if not faulthandler.is_enabled():
-            faulthandler.enable()  # a crash shows where
+            with suppress(OSError, ValueError, AttributeError):  # a stream that is no file
+                faulthandler.enable()  # a crash shows where
         if self.heeds_sigterm and self._in_main_thread:
             for end in self._signals:
                 end.setblocking(False)
@@ -96,20 +104,34 @@ class FailureWatch:
             self.hub[1].join(timeout=2)
         self.channel.close()
 
+    def note(self, error: BaseException) -> None:
+        """Something has gone wrong here: a verdict that comes now finds what it interrupted."""
+        self._error = error
+
     def fail(self, error: BaseException, text: str) -> NoReturn:
         """End all ranks because of `error`; `text` is printed here if this is the first failure."""
         self._error, self._text = error, text
         message = {"kind": "complaint", "state": present_state(error).to_json()}
-        if not is_of_communication(error):
+        if not is_of_others(error):
             message |= {"kind": "failed", "summary": summary_of(error)}
         self._failed_at = time.monotonic()
         self.channel.send(message)
-        self._thread.join(PATIENCE_SECONDS + 4 * POLL_SECONDS)  # it ends this process, unless it has stopped
+        deadline = self._failed_at + PATIENCE_SECONDS + 4 * POLL_SECONDS
+        while not self._watching_is_over.is_set() and time.monotonic() < deadline:  # the thread ends this process
+            # Handlers of signals raise here, those of data loaders for one; `join` would take a thread for ended then.
+            with suppress(Exception):
+                self._watching_is_over.wait(POLL_SECONDS)
         self._speak_and_leave()
 
     # --- in the thread ---
 
     def _run(self) -> None:
+        try:
+            self._watch()
+        finally:
+            self._watching_is_over.set()
+
+    def _watch(self) -> None:
         while not self._stopping:
             try:
                 ready = readable([self.channel.connection, self._signals[0]], POLL_SECONDS)
@@ -139,7 +161,7 @@ class FailureWatch:
                 case "bye":
                     self._stopping = True
         if not is_open and not self._stopping:
-            self._leave((0,), "rank 0 died without a word: killed, or crashed")
+            self._leave((0,), f"{self.root} died without a word: killed, or crashed")
 
     def _complain_if_late(self) -> None:
         wait = longest_wait()
@@ -179,14 +201,14 @@ class FailureWatch:
     def _speak_and_leave(self) -> NoReturn:
         """Nobody has said why: say what is known here."""
         error = self._error
-        if self.rank != 0 and (error is None or is_of_communication(error)):
-            self._leave((0,), "rank 0 does not answer: frozen, or its machine is gone")
+        if self.rank != 0 and (error is None or is_of_others(error)):
+            self._leave((0,), f"{self.root} does not answer: frozen, or its machine is gone")
         end_process(1, self._text, self._linger)
 
     def _leave(self, blamed: tuple[int, ...], reason: str) -> NoReturn:
         """End with the verdict, in as many words as this rank's part in it needs."""
-        state, error = present_state(self._error), self._error
-        is_own_fault = error is not None and not is_of_communication(error)
+        state, error = self._state_soon(), self._error
+        is_own_fault = error is not None and not is_of_others(error)
         if self.rank in blamed and is_own_fault:
             text = self._text  # empty if it has been printed before
         elif self.rank in blamed:
@@ -199,6 +221,13 @@ class FailureWatch:
             also = f"\n[rank {self.rank}] failed too: {summary_of(error)}" if is_own_fault else ""
             text = f"[rank {self.rank}] stopping: {reason}. Rank {self.rank} {doing}{also}\n"
         end_process(1, text, self._linger)
+
+    def _state_soon(self) -> RankState:
+        """The present state; the main thread may be on its way into a wait, or out of one that has just failed."""
+        deadline = time.monotonic() + MOMENT_SECONDS
+        while (state := present_state(self._error)).wait is None and time.monotonic() < deadline:
+            time.sleep(0.02)
+        return state
 
     def _linger(self) -> None:
         if self.hub is not None:

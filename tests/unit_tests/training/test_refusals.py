@@ -51,6 +51,12 @@ REFUSED: list[tuple[Any, str, str, str]] = [
         SMALL_GPT,
     ),
     (
+        runtime.require_timeline_within_run,
+        "--timeline x --timeline-step 2 11",
+        r"--timeline-step 2 11: iterations from 1 to --train-iters \(10\) can be recorded",
+        SMALL_GPT,
+    ),
+    (
         layout.require_world_fits_layout,
         "--tensor-model-parallel-size 2",
         r"1 processes \(WORLD_SIZE\) do not divide by --tensor-model-parallel-size 2 = 2",

@@ -3,85 +3,39 @@
 from __future__ import annotations
 
 import atexit
-import multiprocessing as mp
 import os
 import signal
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.worker_pool import _pool
+from tests.fresh_ranks import End, run_to_the_end
 
 TIMEOUT = 1.5
 """Of communications, in seconds."""
 
 
-@dataclass
-class End:
-    """How a rank's process ended."""
-
-    code: int | None
-    said: str
-
-
 def run_until_the_end(folder: Path, world_size: int, scenario: Callable[..., None], *args: Any) -> list[End]:
-    """Run `scenario(*args)` on fresh processes that watch each other; none is alive afterwards."""
-    _pool()  # its fork server has imported torch
-    context = mp.get_context("forkserver")
-    processes = [
-        context.Process(target=_rank, args=(str(folder), list(sys.path), rank, world_size, scenario, args))
-        for rank in range(world_size)
-    ]
-    for process in processes:
-        process.start()
-    try:
-        codes = _wait_for(processes)
-    finally:
-        for process in processes:
-            process.kill()
-            process.join()
-    return [End(code, (folder / f"rank{rank}").read_text()) for rank, code in enumerate(codes)]
+    """Run `scenario(*args)` on fresh processes that watch each other."""
+    return run_to_the_end(folder, world_size, watched, scenario, *args)
 
 
-def _wait_for(processes: list[Any]) -> list[int | None]:
-    """Exit codes; None of those that live on when the others have ended for a second, as only a frozen one does."""
-    deadline = time.monotonic() + 40
-    while any(process.is_alive() for process in processes) and time.monotonic() < deadline:
-        time.sleep(0.05)
-        if not all(process.is_alive() for process in processes):
-            deadline = min(deadline, time.monotonic() + 15)
-        if sum(process.is_alive() for process in processes) == 1:
-            deadline = min(deadline, time.monotonic() + 1.5 * TIMEOUT)
-    return [process.exitcode for process in processes]
-
-
-def _rank(
-    folder: str, path: list[str], rank: int, world_size: int, scenario: Callable[..., None], args: tuple[Any, ...]
-) -> None:
-    sys.path[:] = path
-    stderr = os.open(f"{folder}/rank{rank}", os.O_CREAT | os.O_WRONLY | os.O_APPEND)
-    os.dup2(stderr, 2)
-    os.environ.update(GLOO_SOCKET_IFNAME="lo", MASTER_ADDR="127.0.0.1")
-    import torch
+def watched(scenario: Callable[..., None], *args: Any) -> None:
+    """What a program does around its work."""
     import torch.distributed as dist
 
     from megatron.training.errors import exit_at_once_on_error
     from megatron.training.failure import hub, watch
     from megatron.training.failure.start import start_failure_watch, stop_failure_watch
 
-    torch.set_num_threads(1)
     hub.ANSWER_SECONDS, watch.PATIENCE_SECONDS, watch.SIGNAL_SECONDS = 1.0, 3.0, 0.5
     with exit_at_once_on_error():
-        store = dist.FileStore(f"{folder}/store", world_size)
-        dist.init_process_group(
-            "gloo", store=store, rank=rank, world_size=world_size, timeout=timedelta(seconds=TIMEOUT + 0.5)
-        )
+        dist.init_process_group("gloo", timeout=timedelta(seconds=TIMEOUT + 0.5))
         start_failure_watch(TIMEOUT)
         try:
             scenario(*args)

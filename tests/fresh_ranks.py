@@ -1,0 +1,92 @@
+"""Ranks in processes of their own, which may end as they like, unlike those of the worker pool."""
+
+from __future__ import annotations
+
+import multiprocessing as mp
+import os
+import socket
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tests.worker_pool import _pool
+
+
+@dataclass
+class End:
+    """How a rank's process ended."""
+
+    code: int | None
+    """None if it had not."""
+    said: str
+    """What it printed, to both streams."""
+
+
+def run_to_the_end(
+    folder: Path, world_size: int, fn: Callable[..., None], *args: Any, timeout: float = 60, patience: float = 15
+) -> list[End]:
+    """Run `fn(*args)` on `world_size` fresh processes with a launcher's environment; none is alive afterwards.
+
+    Args:
+        folder: where what they print is kept.
+        timeout: seconds after which all are killed.
+        patience: the same, counted from the end of the first one.
+    """
+    _pool()  # its fork server has imported torch
+    context = mp.get_context("forkserver")
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    processes = [
+        context.Process(target=_rank, args=(str(folder), list(sys.path), rank, world_size, port, fn, args))
+        for rank in range(world_size)
+    ]
+    for process in processes:
+        process.start()
+    try:
+        _wait_for(processes, timeout, patience)
+        codes = [process.exitcode for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+            process.join()
+    return [End(code, (folder / f"rank{rank}").read_text()) for rank, code in enumerate(codes)]
+
+
+def _wait_for(processes: list[Any], timeout: float, patience: float) -> None:
+    """Until all have ended, or all but one for two seconds, as only a frozen one does."""
+    deadline = time.monotonic() + timeout
+    first_end = last_but_one = None
+    while (alive := sum(process.is_alive() for process in processes)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+        if alive < len(processes) and first_end is None:
+            first_end = time.monotonic()
+            deadline = min(deadline, first_end + patience)
+        if alive == 1 < len(processes) and last_but_one is None:
+            last_but_one = time.monotonic()
+            deadline = min(deadline, last_but_one + 2.0)
+
+
+def _rank(
+    folder: str, path: list[str], rank: int, world_size: int, port: int, fn: Callable[..., None], args: tuple[Any, ...]
+) -> None:
+    sys.path[:] = path
+    printed = os.open(f"{folder}/rank{rank}", os.O_CREAT | os.O_WRONLY | os.O_APPEND)
+    os.dup2(printed, 1)
+    os.dup2(printed, 2)
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(world_size),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+        GLOO_SOCKET_IFNAME="lo",
+        OMP_NUM_THREADS="1",
+    )
+    import torch
+
+    torch.set_num_threads(1)
+    fn(*args)
+    sys.stdout.flush()
