@@ -56,7 +56,7 @@ def run_to_the_end(
 
 
 def _wait_for(processes: list[Any], timeout: float, patience: float) -> None:
-    """Until all have ended, or all but one for two seconds, as only a frozen one does."""
+    """Until all have ended, or all but one for ten seconds, as only a frozen one does."""
     deadline = time.monotonic() + timeout
     first_end = last_but_one = None
     while (alive := sum(process.is_alive() for process in processes)) and time.monotonic() < deadline:
@@ -66,7 +66,7 @@ def _wait_for(processes: list[Any], timeout: float, patience: float) -> None:
             deadline = min(deadline, first_end + patience)
         if alive == 1 < len(processes) and last_but_one is None:
             last_but_one = time.monotonic()
-            deadline = min(deadline, last_but_one + 2.0)
+            deadline = min(deadline, last_but_one + 10.0)
 
 
 def _rank(
