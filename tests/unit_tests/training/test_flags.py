@@ -44,6 +44,8 @@ ADDED_FLAGS = {
     "--config",
     "--metrics-jsonl",
     "--no-progress-bar",
+    "--timeline",
+    "--timeline-step",
     "--torch-compile",
     "--cpu-offloading",
     "--cpu-offloading-num-layers",

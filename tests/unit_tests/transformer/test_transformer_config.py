@@ -349,7 +349,7 @@ def test_a_layout_is_parsed_checked_and_gives_the_number_of_chunks() -> None:
     assert one.virtual_pipeline_model_parallel_size is None
     with pytest.raises(ValueError, match="has 8 transformer layers .t., num_layers is 9"):
         dataclasses.replace(made, num_layers=9)
-    with pytest.raises(ValueError, match=r"has 2 stages for each of the .* \(2\), found .* \(4\)"):
+    with pytest.raises(ValueError, match=r"has 2 stages for each of the .* \(2\) ranks, found .* \(4\)"):
         dataclasses.replace(made, virtual_pipeline_model_parallel_size=4)
 
 
