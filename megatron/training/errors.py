@@ -10,8 +10,8 @@ from contextlib import contextmanager
 import torch.distributed as dist
 
 from megatron.core.dist_checkpointing.core import CheckpointingException
+from megatron.training.failure.process import end_process
 from megatron.training.failure.start import current_watch, stop_failure_watch
-from megatron.training.failure.watch import end_process
 from megatron.training.nan_check import NonFiniteLoss
 
 _USERS = (ValueError, OSError, NotImplementedError, NonFiniteLoss, CheckpointingException)

@@ -7,11 +7,11 @@ import logging
 import selectors
 import socket
 import threading
-import time
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any
 
+from megatron.training.failure.clock import REAL, Clock
 from megatron.training.failure.line_channel import LineChannel, tune
 from megatron.training.failure.state import RankState
 from megatron.training.failure.verdict import Member, Verdict, judge, named
@@ -39,6 +39,7 @@ class Hub:
     server: socket.socket
     token: str
     world_size: int
+    clock: Clock = REAL
     members: dict[int, Member] = field(default_factory=dict)
     channels: dict[int, LineChannel] = field(default_factory=dict)
     left: set[int] = field(default_factory=set)
@@ -60,15 +61,15 @@ class Hub:
         selector.register(self.server, selectors.EVENT_READ, None)
         try:
             while not self._is_over():
-                wait = 0.5 if self._deadline is None else max(0.0, min(0.5, self._deadline - time.monotonic()))
-                for key, _ in selector.select(wait):
+                wait = 0.5 if self._deadline is None else max(0.0, min(0.5, self._deadline - self.clock.now()))
+                for key, _ in self.clock.select(selector, wait):
                     if key.data is None:
                         connection, _ = self.server.accept()
                         tune(connection)
                         selector.register(connection, selectors.EVENT_READ, LineChannel(connection))
                     else:
                         self._serve(key.data, selector)
-                if self._deadline is not None and time.monotonic() >= self._deadline:
+                if self._deadline is not None and self.clock.now() >= self._deadline:
                     self._deadline = None
                     self._decide()
         except Exception:  # a fault of the watch must not end a run that goes well
@@ -140,7 +141,7 @@ class Hub:
         if self.speaker is None and not self.dead:  # a death explains what else fails within moments of it
             self.speaker = rank
             self.channels[rank].send({"kind": "speak"})
-            self._deadline = time.monotonic() + ANSWER_SECONDS
+            self._deadline = self.clock.now() + ANSWER_SECONDS
 
     def _lost(self, rank: int) -> None:
         del self.channels[rank]
@@ -151,7 +152,7 @@ class Hub:
             self._decide_within(SETTLE_SECONDS)
 
     def _decide_within(self, seconds: float) -> None:
-        deadline = time.monotonic() + seconds
+        deadline = self.clock.now() + seconds
         if self.speaker is None:
             self._deadline = deadline if self._deadline is None else min(self._deadline, deadline)
 
@@ -190,7 +191,7 @@ class Hub:
 
     def linger(self) -> None:
         """Wait until the others have closed their connections, for a while."""
-        deadline = time.monotonic() + LINGER_SECONDS
+        deadline = self.clock.now() + LINGER_SECONDS
         others = [channel for rank, channel in self.channels.items() if rank != 0]
         for channel in others:
-            channel.wait_for_close(deadline - time.monotonic())
+            channel.wait_for_close(deadline - self.clock.now(), self.clock)

@@ -6,10 +6,11 @@ import json
 import selectors
 import socket
 import threading
-import time
 from collections.abc import Iterable
 from contextlib import suppress
 from typing import Any
+
+from megatron.training.failure.clock import REAL, Clock
 
 MOST_BYTES = 2**20
 """A line longer than this is nobody's that belongs here."""
@@ -24,12 +25,12 @@ def tune(connection: socket.socket) -> None:
             connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
 
 
-def readable(connections: Iterable[socket.socket], seconds: float) -> list[socket.socket]:
+def readable(connections: Iterable[socket.socket], seconds: float, clock: Clock = REAL) -> list[socket.socket]:
     """Those of the connections that have something to read, or are closed, once there are any or `seconds` are over."""
     with selectors.DefaultSelector() as selector:  # `select.select` knows no descriptor above 1023
         for connection in connections:
             selector.register(connection, selectors.EVENT_READ)
-        return [key.fileobj for key, _ in selector.select(max(0.0, seconds))]  # type: ignore[misc]
+        return [key.fileobj for key, _ in clock.select(selector, seconds)]  # type: ignore[misc]
 
 
 class LineChannel:
@@ -64,11 +65,11 @@ class LineChannel:
             return [], False
         return messages, bool(data) and len(self._received) < MOST_BYTES
 
-    def wait_for_close(self, seconds: float) -> None:
+    def wait_for_close(self, seconds: float, clock: Clock = REAL) -> None:
         """Wait until the other end has closed, dropping what it says."""
-        deadline = time.monotonic() + seconds
-        while (left := deadline - time.monotonic()) > 0:
-            if not readable([self.connection], left) or not self.receive()[1]:
+        deadline = clock.now() + seconds
+        while (left := deadline - clock.now()) > 0:
+            if not readable([self.connection], left, clock) or not self.receive()[1]:
                 return
 
     def close(self) -> None:

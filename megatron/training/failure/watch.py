@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import faulthandler
-import multiprocessing
 import os
 import re
 import signal
 import socket
-import sys
 import threading
-import time
-import traceback
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, NoReturn
 
+from megatron.training.failure.clock import REAL, Clock
 from megatron.training.failure.hub import Hub
 from megatron.training.failure.line_channel import LineChannel, readable
-from megatron.training.failure.state import RankState, longest_wait, main_stack, present_state
+from megatron.training.failure.process import ThisProcess
+from megatron.training.failure.state import RankState
 from megatron.training.failure.verdict import Member
 
 PATIENCE_SECONDS = 6.0
@@ -49,6 +47,8 @@ class FailureWatch:
         hub: on rank 0, and the thread it runs in.
         timeout_seconds: a communication that takes longer is complained about.
         heeds_sigterm: end on SIGTERM with a message; False where the program itself reacts to it.
+        process: what is watched.
+        clock: real time, or a test's.
     """
 
     def __init__(
@@ -59,8 +59,11 @@ class FailureWatch:
         timeout_seconds: float,
         hub: tuple[Hub, threading.Thread] | None = None,
         heeds_sigterm: bool = True,
+        process: ThisProcess | None = None,
+        clock: Clock = REAL,
     ) -> None:
         self.rank, self.root, self.channel, self.hub = rank, root, channel, hub
+        self.process, self.clock = process or ThisProcess(), clock
         self.timeout_seconds, self.heeds_sigterm = timeout_seconds, heeds_sigterm
         self._error: BaseException | None = None
         self._text = ""
@@ -71,7 +74,7 @@ class FailureWatch:
         self._watching_is_over = threading.Event()
         self._signals = socket.socketpair()
         self._previous: Callable[..., Any] | int | None = None
-        self._thread = threading.Thread(target=self._run, name="failure watch", daemon=True)
+        self._thread = threading.Thread(target=self.run, name="failure watch", daemon=True)
 
     # --- from the main thread ---
 
@@ -99,9 +102,9 @@ class FailureWatch:
             signal.set_wakeup_fd(-1)
             signal.signal(signal.SIGTERM, self._previous)
         if self.hub is not None:
-            self.hub[1].join(timeout=5)
+            self.clock.join(self.hub[1], 5)
             self.hub[0].close()
-            self.hub[1].join(timeout=2)
+            self.clock.join(self.hub[1], 2)
         self.channel.close()
 
     def note(self, error: BaseException) -> None:
@@ -111,21 +114,24 @@ class FailureWatch:
     def fail(self, error: BaseException, text: str) -> NoReturn:
         """End all ranks because of `error`; `text` is printed here if this is the first failure."""
         self._error, self._text = error, text
-        message = {"kind": "complaint", "state": present_state(error).to_json()}
+        message = {"kind": "complaint", "state": self.process.state(error).to_json()}
         if not is_of_others(error):
             message |= {"kind": "failed", "summary": summary_of(error)}
-        self._failed_at = time.monotonic()
+        now = self.clock.now()
+        if self._failed_at is None:  # patience counts from the first complaint
+            self._failed_at = now
         self.channel.send(message)
-        deadline = self._failed_at + PATIENCE_SECONDS + 4 * POLL_SECONDS
-        while not self._watching_is_over.is_set() and time.monotonic() < deadline:  # the thread ends this process
+        deadline = now + PATIENCE_SECONDS + 4 * POLL_SECONDS
+        while not self._watching_is_over.is_set() and self.clock.now() < deadline:  # the thread ends this process
             # Handlers of signals raise here, those of data loaders for one; `join` would take a thread for ended then.
             with suppress(Exception):
-                self._watching_is_over.wait(POLL_SECONDS)
+                self.clock.wait_for(self._watching_is_over, POLL_SECONDS)
         self._speak_and_leave()
 
     # --- in the thread ---
 
-    def _run(self) -> None:
+    def run(self) -> None:
+        """Watch until `stop`, or until this process ends; the work of its thread."""
         try:
             self._watch()
         finally:
@@ -134,7 +140,7 @@ class FailureWatch:
     def _watch(self) -> None:
         while not self._stopping:
             try:
-                ready = readable([self.channel.connection, self._signals[0]], POLL_SECONDS)
+                ready = readable([self.channel.connection, self._signals[0]], POLL_SECONDS, self.clock)
             except (OSError, ValueError):  # closed by `stop`
                 return
             if self._signals[0] in ready:
@@ -143,7 +149,7 @@ class FailureWatch:
                 self._hear()
             if not self._stopping:
                 self._complain_if_late()
-                if self._failed_at is not None and time.monotonic() - self._failed_at > PATIENCE_SECONDS:
+                if self._failed_at is not None and self.clock.now() - self._failed_at > PATIENCE_SECONDS:
                     self._speak_and_leave()
 
     def _hear(self) -> None:
@@ -151,9 +157,9 @@ class FailureWatch:
         for message in messages:
             match message["kind"]:
                 case "report":
-                    self.channel.send({"kind": "state", "state": present_state(self._error).to_json()})
+                    self.channel.send({"kind": "state", "state": self.process.state(self._error).to_json()})
                 case "speak":
-                    write(self._text)
+                    self.process.write(self._text)
                     self._text = ""
                     self.channel.send({"kind": "told"})
                 case "verdict":
@@ -164,25 +170,25 @@ class FailureWatch:
             self._leave((0,), f"{self.root} died without a word: killed, or crashed")
 
     def _complain_if_late(self) -> None:
-        wait = longest_wait()
+        wait = self.process.longest_wait()
         if self._has_complained or wait is None or wait.seconds < self.timeout_seconds:
             return
         self._has_complained = True
-        self._failed_at = time.monotonic()
+        self._failed_at = self.clock.now()
         self._text = f"waited too long: {wait}\n"
         self.channel.send({"kind": "complaint", "state": RankState(wait, "").to_json()})
 
     def _on_signal(self, numbers: bytes) -> None:
         if signal.SIGTERM not in numbers:
             return
-        deadline = time.monotonic() + SIGNAL_SECONDS
-        while (left := deadline - time.monotonic()) > 0:
-            if readable([self.channel.connection], left):
+        deadline = self.clock.now() + SIGNAL_SECONDS
+        while (left := deadline - self.clock.now()) > 0:
+            if readable([self.channel.connection], left, self.clock):
                 self._hear()
-        state = present_state(self._error)
+        state = self.process.state(self._error)
         self.channel.send({"kind": "failed", "summary": "ended by SIGTERM", "state": state.to_json()})
         doing = f"in {state.wait}" if state.wait else f"at {state.at}"
-        end_process(128 + signal.SIGTERM, f"[rank {self.rank}] ended by SIGTERM, {doing}\n", self._linger)
+        self.process.end(128 + signal.SIGTERM, f"[rank {self.rank}] ended by SIGTERM, {doing}\n", self._linger)
 
     def _forget_in_child(self) -> None:
         """A forked process (of a data loader) must not hold the connection open, nor treat signals as this one does."""
@@ -203,7 +209,7 @@ class FailureWatch:
         error = self._error
         if self.rank != 0 and (error is None or is_of_others(error)):
             self._leave((0,), f"{self.root} does not answer: frozen, or its machine is gone")
-        end_process(1, self._text, self._linger)
+        self.process.end(1, self._text, self._linger)
 
     def _leave(self, blamed: tuple[int, ...], reason: str) -> NoReturn:
         """End with the verdict, in as many words as this rank's part in it needs."""
@@ -212,7 +218,7 @@ class FailureWatch:
         if self.rank in blamed and is_own_fault:
             text = self._text  # empty if it has been printed before
         elif self.rank in blamed:
-            stack = f". Its Python stack:\n{main_stack()}" if error is None else f"\n{self._text}"
+            stack = f". Its Python stack:\n{self.process.stack()}" if error is None else f"\n{self._text}"
             text = f"[rank {self.rank}] stopping: {reason}{stack}"
         elif is_own_fault and reason.endswith(summary_of(error)):
             text = f"[rank {self.rank}] stopping: {reason}, as here\n"
@@ -220,18 +226,18 @@ class FailureWatch:
             doing = f"waited: {state.wait}" if state.wait else f"was at {state.at}"
             also = f"\n[rank {self.rank}] failed too: {summary_of(error)}" if is_own_fault else ""
             text = f"[rank {self.rank}] stopping: {reason}. Rank {self.rank} {doing}{also}\n"
-        end_process(1, text, self._linger)
+        self.process.end(1, text, self._linger)
 
     def _state_soon(self) -> RankState:
         """The present state; the main thread may be on its way into a wait, or out of one that has just failed."""
-        deadline = time.monotonic() + MOMENT_SECONDS
-        while (state := present_state(self._error)).wait is None and time.monotonic() < deadline:
-            time.sleep(0.02)
+        deadline = self.clock.now() + MOMENT_SECONDS
+        while (state := self.process.state(self._error)).wait is None and self.clock.now() < deadline:
+            self.clock.sleep(0.02)
         return state
 
     def _linger(self) -> None:
         if self.hub is not None:
-            self.hub[1].join(timeout=1)
+            self.clock.join(self.hub[1], 1)
             self.hub[0].linger()
 
 
@@ -239,31 +245,3 @@ def summary_of(error: BaseException | None) -> str:
     """Type and message of an exception, the latter cut to a line."""
     first, *more = str(error).strip().splitlines() or [""]
     return f"{type(error).__name__}: {first[:300]}{' …' if more or len(first) > 300 else ''}"
-
-
-def write(text: str) -> None:
-    """Print to standard error in one piece, so that ranks do not interleave; nothing if there is nothing."""
-    if text:
-        with suppress(OSError, ValueError):
-            sys.stdout.flush()
-        os.write(2, text.encode(errors="replace"))
-
-
-_ending = threading.Lock()
-
-
-def end_process(status: int, text: str, before: Callable[[], None] = lambda: None) -> NoReturn:
-    """Print `text`, then end this process and its helpers at once; an orderly end would wait for ranks that are gone.
-
-    The first thread that comes here decides; others wait for the end.
-    """
-    _ending.acquire()
-    try:
-        write(text)
-        for child in multiprocessing.active_children():
-            child.kill()
-        before()
-    except BaseException:
-        write(traceback.format_exc())
-    finally:
-        os._exit(status)

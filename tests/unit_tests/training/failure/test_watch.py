@@ -1,237 +1,215 @@
-"""However a rank ends, the others end soon and say which rank it was and what they waited for."""
+"""However a rank ends, the others end soon and say which rank it was and what they waited for: in simulated time."""
 
 from __future__ import annotations
 
-import atexit
-import os
 import signal
-import sys
-import time
+import socket
+import threading
 from collections.abc import Callable
-from datetime import timedelta
-from pathlib import Path
-from typing import Any
 
 import pytest
 
-from tests.fresh_ranks import End, run_to_the_end
+from megatron.training.failure import hub
+from megatron.training.failure.clock import REAL
+from megatron.training.failure.hub import ANSWER_SECONDS, SETTLE_SECONDS
+from megatron.training.failure.watch import PATIENCE_SECONDS, POLL_SECONDS, SIGNAL_SECONDS
+from tests.unit_tests.training.failure.simulated import FakeClock, Rank, SimulatedRun, simulate
 
-# Seconds of patience decide what these tests see: on a machine with other work they fail for no fault of the watch.
-pytestmark = pytest.mark.slow
-
-TIMEOUT = 1.5
-"""Of communications, in seconds."""
-
-
-def run_until_the_end(folder: Path, world_size: int, scenario: Callable[..., None], *args: Any) -> list[End]:
-    """Run `scenario(*args)` on fresh processes that watch each other."""
-    return run_to_the_end(folder, world_size, watched, scenario, *args)
+TIMEOUT = 60.0
+"""Of communications, in seconds, as simulated time is free."""
+GRADIENTS = "all-reduce of gradients over all ranks 0, 1 and 2"
+VICTIM_ACTS_AT = 5.0
 
 
-def watched(scenario: Callable[..., None], *args: Any) -> None:
-    """What a program does around its work."""
-    import torch.distributed as dist
-
-    from megatron.training.errors import exit_at_once_on_error
-    from megatron.training.failure import hub, watch
-    from megatron.training.failure.start import start_failure_watch, stop_failure_watch
-
-    hub.ANSWER_SECONDS, watch.PATIENCE_SECONDS, watch.SIGNAL_SECONDS = 1.0, 3.0, 0.5
-    with exit_at_once_on_error():
-        dist.init_process_group("gloo", timeout=timedelta(seconds=TIMEOUT + 0.5))
-        start_failure_watch(TIMEOUT)
-        try:
-            scenario(*args)
-        except SystemExit:
-            atexit._run_exitfuncs()  # which multiprocessing leaves out
-            raise
-        stop_failure_watch()
-        dist.destroy_process_group()
+@pytest.fixture(autouse=True)
+def unix_sockets(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They have no options of TCP."""
+    monkeypatch.setattr(hub, "tune", lambda connection: None)
 
 
-def reduce_for_ever(victim: int, end: Callable[[], None], steps: int = 3) -> None:
-    """Sum over all ranks again and again; after some steps the victim does `end`."""
-    import torch
-    import torch.distributed as dist
+def training(victim: int, act: Callable[[Rank], None]) -> Callable[[Rank], None]:
+    """All three sum gradients, and after a while the victim does something else."""
 
-    from megatron.core.collectives import all_reduce
+    def scenario(rank: Rank) -> None:
+        if rank.rank == victim:
+            rank.compute("model.py:7 in forward", VICTIM_ACTS_AT)
+            act(rank)
+        else:
+            rank.communicate(GRADIENTS, 0, 1, 2)
 
-    for step in range(10**9):
-        if dist.get_rank() == victim and step == steps:
-            end()
-        all_reduce(torch.ones(4), what="gradients")
-
-
-def kill_itself() -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
+    return scenario
 
 
-def leave_without_a_word() -> None:
-    os._exit(3)
+def others(run: SimulatedRun, victim: int) -> list[Rank]:
+    return [rank for rank in run.ranks if rank.rank != victim]
 
 
-def crash() -> None:
-    os.abort()
+def die(rank: Rank) -> None:
+    rank.die(-9)
+    rank.run.clock.block(lambda: False)
 
 
-def freeze() -> None:
-    os.kill(os.getpid(), signal.SIGSTOP)
+def hang(rank: Rank) -> None:
+    rank.compute("slow.py:3 in hang")
 
 
-def hang() -> None:
-    while True:
-        time.sleep(0.01)
-
-
-def be_terminated() -> None:
-    os.kill(os.getpid(), signal.SIGTERM)
-    time.sleep(30)
-
-
-def users_error() -> None:
+def fail(rank: Rank) -> None:
     raise ValueError("--data-path holds nothing")
 
 
-def program_error() -> None:
-    raise KeyError("lost")
+@pytest.mark.parametrize("victim", [0, 1, 2])
+def test_a_death_is_known_at_once(victim: int) -> None:
+    run = simulate(3, training(victim, die), TIMEOUT)
+    for rank in others(run, victim):
+        assert rank.code == 1
+        assert rank.said.startswith(f"[rank {rank.rank}] stopping: rank {victim} (pid {100 + victim} on here) died")
+        assert GRADIENTS in rank.said and rank.said.count("\n") == 1
+        assert rank.ended_at <= VICTIM_ACTS_AT + SETTLE_SECONDS + POLL_SECONDS
 
 
-def go_home() -> None:
-    sys.exit(0)
+def test_deaths_of_a_moment_are_told_together() -> None:
+    def scenario(rank: Rank) -> None:
+        if rank.rank == 0:
+            rank.communicate(GRADIENTS, 0, 1, 2)
+        rank.compute("model.py:7 in forward", VICTIM_ACTS_AT + 0.1 * rank.rank)
+        die(rank)
+
+    run = simulate(3, scenario, TIMEOUT)
+    assert "rank 1 (pid 101 on here) and rank 2 (pid 102 on here) died" in run.ranks[0].said
 
 
-WAITED = "all-reduce of gradients over all ranks 0, 1 and 2"
+@pytest.mark.parametrize("victim", [0, 2])
+def test_the_first_failure_alone_is_explained(victim: int) -> None:
+    run = simulate(3, training(victim, fail), TIMEOUT)
+    assert run.ranks[victim].said == f"[rank {victim}] ValueError: --data-path holds nothing\n"
+    for rank in others(run, victim):
+        assert f"stopping: rank {victim} (pid" in rank.said and GRADIENTS in rank.said
+        assert "failed: ValueError: --data-path holds nothing" in rank.said
+    assert [rank.code for rank in run.ranks] == [1, 1, 1]
 
 
-@pytest.mark.parametrize("victim, end", [(0, kill_itself), (2, kill_itself), (1, leave_without_a_word), (2, crash)])
-def test_a_death_is_known_at_once(tmp_path: Path, victim: int, end: Callable[[], None]) -> None:
-    ends = run_until_the_end(tmp_path, 3, reduce_for_ever, victim, end)
-    for rank in {0, 1, 2} - {victim}:
-        assert ends[rank].code == 1
-        assert f"[rank {rank}] stopping: rank {victim}" in ends[rank].said and "died" in ends[rank].said
-        assert WAITED in ends[rank].said and "Traceback" not in ends[rank].said
-        assert ends[rank].said.count("\n") == 1
-    assert ends[victim].code not in (0, None)
-
-
-def test_the_first_failure_alone_is_explained(tmp_path: Path, victim: int = 0) -> None:
-    ends = run_until_the_end(tmp_path, 3, reduce_for_ever, victim, users_error)
-    assert ends[victim].said == f"[rank {victim}] ValueError: --data-path holds nothing\n"
-    for rank in {0, 1, 2} - {victim}:
-        assert f"stopping: rank {victim}" in ends[rank].said
-        assert "failed: ValueError: --data-path holds nothing" in ends[rank].said
-        assert WAITED in ends[rank].said
-    assert [end.code for end in ends] == [1, 1, 1]
-
-
-def test_traceback_of_a_programs_fault(tmp_path: Path) -> None:
-    ends = run_until_the_end(tmp_path, 2, reduce_for_ever, 1, program_error)
-    assert ends[1].said.startswith("[rank 1] Traceback") and "in program_error" in ends[1].said
-    assert "failed: KeyError: 'lost'" in ends[0].said and "Traceback" not in ends[0].said
-
-
-def test_all_fail_alike(tmp_path: Path) -> None:
+def test_all_fail_alike() -> None:
     """One rank says it whole, the others point to that one."""
-    ends = run_until_the_end(tmp_path, 3, users_error)
-    whole = [
-        rank for rank, end in enumerate(ends) if end.said == f"[rank {rank}] ValueError: --data-path holds nothing\n"
-    ]
+    run = simulate(3, fail, TIMEOUT)
+    whole = [rank for rank in run.ranks if rank.said == f"[rank {rank.rank}] ValueError: --data-path holds nothing\n"]
     assert len(whole) == 1
-    for rank in {0, 1, 2} - set(whole):
-        assert f"stopping: rank {whole[0]} (pid" in ends[rank].said
-        reason, _, rest = ends[rank].said.partition("failed: ValueError: --data-path holds nothing")
-        assert reason and (rest == ", as here\n" or "was at" in rest)  # the verdict may be faster than its own failure
-    assert [end.code for end in ends] == [1, 1, 1]
+    for rank in others(run, whole[0].rank):
+        assert rank.said.endswith("failed: ValueError: --data-path holds nothing, as here\n")
+        assert f"stopping: rank {whole[0].rank} (pid" in rank.said
+    assert [rank.code for rank in run.ranks] == [1, 1, 1]
 
 
-def test_a_rank_that_hangs_is_found(tmp_path: Path, victim: int = 2) -> None:
-    ends = run_until_the_end(tmp_path, 3, reduce_for_ever, victim, hang)
-    assert [end.code for end in ends] == [1, 1, 1]
-    for rank in {0, 1, 2} - {victim}:
-        assert f"rank {victim} (pid" in ends[rank].said and "did not come" in ends[rank].said
-        assert "test_watch.py" in ends[rank].said and "in hang" in ends[rank].said  # where it is
-        assert WAITED in ends[rank].said
-    assert "Its Python stack:" in ends[victim].said and "in hang" in ends[victim].said
+@pytest.mark.parametrize("victim", [0, 2])
+def test_a_rank_that_hangs_is_found_after_the_timeout(victim: int) -> None:
+    run = simulate(3, training(victim, hang), TIMEOUT)
+    assert [rank.code for rank in run.ranks] == [1, 1, 1]
+    for rank in others(run, victim):
+        assert f"rank {victim} (pid" in rank.said and "did not come" in rank.said and GRADIENTS in rank.said
+        assert f"rank {victim} is at slow.py:3 in hang" in rank.said
+        assert TIMEOUT <= rank.ended_at <= TIMEOUT + ANSWER_SECONDS
+    assert "Its Python stack:\n  slow.py:3 in hang" in run.ranks[victim].said
 
 
-def test_a_rank_that_is_frozen_is_found(tmp_path: Path) -> None:
-    ends = run_until_the_end(tmp_path, 3, reduce_for_ever, 1, freeze)
-    for rank in (0, 2):
-        assert ends[rank].code == 1
-        assert "rank 1 (pid" in ends[rank].said and "does not answer" in ends[rank].said
+def test_a_frozen_rank_does_not_answer() -> None:
+    run = simulate(3, training(1, Rank.freeze), TIMEOUT)
+    for rank in others(run, 1):
+        assert rank.code == 1 and "rank 1 (pid 101 on here) does not answer" in rank.said
+        assert rank.ended_at <= TIMEOUT + 2 * ANSWER_SECONDS + 2 * POLL_SECONDS
 
 
-def test_frozen_rank_zero_is_found(tmp_path: Path) -> None:
-    ends = run_until_the_end(tmp_path, 2, reduce_for_ever, 0, freeze)
-    assert ends[1].code == 1 and "rank 0" in ends[1].said and "all-reduce of gradients" in ends[1].said
+def test_a_frozen_rank_zero_has_the_others_end_by_themselves() -> None:
+    run = simulate(3, training(0, Rank.freeze), TIMEOUT)
+    for rank in others(run, 0):
+        assert rank.code == 1 and "rank 0 (pid 100 on here) does not answer" in rank.said and GRADIENTS in rank.said
+        assert TIMEOUT + PATIENCE_SECONDS <= rank.ended_at <= TIMEOUT + PATIENCE_SECONDS + 4 * POLL_SECONDS
 
 
-def test_sigterm_ends_all_with_a_message(tmp_path: Path) -> None:
-    ends = run_until_the_end(tmp_path, 3, reduce_for_ever, 1, be_terminated)
-    assert ends[1].code == 128 + signal.SIGTERM
-    assert "[rank 1] ended by SIGTERM" in ends[1].said
-    assert all("rank 1 (pid" in ends[rank].said and "SIGTERM" in ends[rank].said for rank in (0, 2))
+def test_a_transport_that_gives_up_first_says_the_same() -> None:
+    """Its own timeout ends the wait in an error before the watch would complain."""
+    run = simulate(3, training(2, hang), TIMEOUT, transport_timeout=TIMEOUT / 2)
+    for rank in others(run, 2):
+        assert "rank 2 (pid 102 on here) did not come: rank 2 is at slow.py:3 in hang" in rank.said
+        assert rank.ended_at < TIMEOUT
 
 
-def test_a_rank_that_ends_early(tmp_path: Path) -> None:
-    ends = run_until_the_end(tmp_path, 3, reduce_for_ever, 2, go_home)
-    assert ends[2].code == 0
-    for rank in (0, 1):
-        assert ends[rank].code == 1 and "rank 2 (pid" in ends[rank].said
-        assert "ended while others still waited for it" in ends[rank].said
+def test_sigterm_ends_all_with_a_message() -> None:
+    def be_terminated(rank: Rank) -> None:
+        rank.terminate()
+        rank.compute("model.py:7 in forward")
+
+    run = simulate(3, training(1, be_terminated), TIMEOUT)
+    assert run.ranks[1].code == 128 + signal.SIGTERM
+    assert run.ranks[1].said == "[rank 1] ended by SIGTERM, at model.py:7 in forward\n"
+    for rank in others(run, 1):
+        assert "rank 1 (pid 101 on here)" in rank.said and "SIGTERM" in rank.said
 
 
-def some_steps_with_helpers() -> None:
-    import torch
+def test_sigterm_of_a_launcher_because_another_has_died_does_not_hide_the_death() -> None:
+    def scenario(rank: Rank) -> None:
+        if rank.rank == 2:
+            rank.compute("model.py:7 in forward", VICTIM_ACTS_AT)
+            for other in rank.run.ranks[:2]:
+                other.terminate()
+            die(rank)
+        rank.communicate(GRADIENTS, 0, 1, 2)
 
-    from megatron.core.collectives import all_reduce
-
-    dataset = torch.utils.data.TensorDataset(torch.arange(8))
-    for _ in torch.utils.data.DataLoader(dataset, num_workers=1, multiprocessing_context="fork"):
-        all_reduce(torch.ones(4))
-    time.sleep(0.2 * torch.distributed.get_rank())  # they leave one after the other
-
-
-def test_nothing_is_said_of_a_run_that_goes_well(tmp_path: Path) -> None:
-    ends = run_until_the_end(tmp_path, 3, some_steps_with_helpers)
-    assert [(end.code, end.said) for end in ends] == [(0, "")] * 3
-
-
-def die_with_a_helper(victim: int) -> None:
-    import torch
-    import torch.distributed as dist
-
-    from megatron.core.collectives import all_reduce
-
-    loader = torch.utils.data.DataLoader(range(10**6), num_workers=1, multiprocessing_context="fork")  # type: ignore[arg-type]
-    for step, _ in enumerate(loader):
-        if step == 3 and dist.get_rank() == victim:
-            kill_itself()
-        all_reduce(torch.ones(4), what="gradients")
+    run = simulate(3, scenario, TIMEOUT)
+    for rank in others(run, 2):
+        assert "stopping: rank 2 (pid 102 on here) died" in rank.said
+        assert rank.ended_at <= VICTIM_ACTS_AT + SIGNAL_SECONDS
 
 
-def test_helpers_do_not_hide_a_death(tmp_path: Path) -> None:
-    """A data loader's process inherits connections, and holds them open for seconds."""
-    ends = run_until_the_end(tmp_path, 2, die_with_a_helper, 1)
-    assert ends[0].code == 1 and "rank 1 (pid" in ends[0].said and "died" in ends[0].said
+def test_a_rank_that_ends_early() -> None:
+    run = simulate(3, training(2, lambda rank: None), TIMEOUT)
+    assert run.ranks[2].code == 0
+    for rank in others(run, 2):
+        assert rank.code == 1 and "rank 2 (pid 102 on here) ended while others still waited for it" in rank.said
 
 
-def meet_wrongly() -> None:
-    import torch
-    import torch.distributed as dist
+def test_ranks_that_wait_for_each_other() -> None:
+    def scenario(rank: Rank) -> None:
+        rank.communicate(f"all-reduce of part {rank.rank}", 0, 1)
 
-    from megatron.core.activity import communicating
-    from megatron.core.collectives import all_reduce
-
-    groups = [dist.new_group([0, 1]), dist.new_group([0, 1])]
-    with communicating("barrier", groups[1]):
-        pass
-    all_reduce(torch.ones(4), group=groups[dist.get_rank()], what=f"part {dist.get_rank()}")
+    run = simulate(2, scenario, TIMEOUT)
+    for rank in run.ranks:
+        assert rank.code == 1 and "ranks 0 and 1 wait for each other" in rank.said
+        assert "rank 0 in all-reduce of part 0" in rank.said and "rank 1 in all-reduce of part 1" in rank.said
 
 
-def test_ranks_that_wait_for_each_other(tmp_path: Path) -> None:
-    ends = run_until_the_end(tmp_path, 2, meet_wrongly)
-    for end in ends:
-        assert end.code == 1
-        assert "ranks 0 and 1 wait for each other" in end.said
-        assert "rank 0 in all-reduce of part 0" in end.said and "rank 1 in all-reduce of part 1" in end.said
+def test_nothing_is_said_of_a_run_that_goes_well() -> None:
+    """Also when its ranks leave long after each other: the end of one that has said goodbye is no death."""
+    run = simulate(3, lambda rank: rank.compute("model.py:7 in forward", 1.0 + 3.0 * rank.rank), TIMEOUT)
+    assert [(rank.code, rank.said) for rank in run.ranks] == [(0, "")] * 3
+
+
+def test_a_slow_step_is_no_failure() -> None:
+    run = simulate(2, lambda rank: rank.compute("model.py:7 in forward", 9 * TIMEOUT), TIMEOUT)
+    assert [(rank.code, rank.said) for rank in run.ranks] == [(0, "")] * 2
+
+
+def test_a_fake_clock_needs_no_time() -> None:
+    clock, seen = FakeClock(), []
+
+    def nap(seconds: float) -> None:
+        clock.sleep(seconds)
+        seen.append(clock.now())
+
+    for seconds in (500.0, 20.0, 300.0):
+        clock.start(lambda seconds=seconds: nap(seconds))  # type: ignore[misc]
+    started = REAL.now()
+    clock.run()
+    assert seen == [20.0, 300.0, 500.0] and REAL.now() - started < 100
+
+
+def test_the_real_clock_waits_for_what_comes() -> None:
+    here, there = socket.socketpair()
+    there.send(b"x")
+    with here, there, hub.selectors.DefaultSelector() as selector:
+        selector.register(here, hub.selectors.EVENT_READ)
+        assert [key.fileobj for key, _ in REAL.select(selector, 60)] == [here]
+        here.recv(1)
+        assert REAL.select(selector, -1.0) == []
+    event = threading.Event()
+    assert not REAL.wait_for(event, 0.0)
+    event.set()
+    assert REAL.wait_for(event, 60)
