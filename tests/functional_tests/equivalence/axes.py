@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
+from math import prod
 
 from megatron.training.arguments import build_parser, parse_args, validate_args
 from megatron.training.library_configs import (
@@ -32,6 +33,7 @@ LAYOUT_AXES: dict[str, dict[str, Flags]] = {
     "tp": {n: f"--tensor-model-parallel-size {n}" for n in ("1", "2", "4")},
     "sp": {"off": "", "on": "--sequence-parallel"},
     "pp": {n: f"--pipeline-model-parallel-size {n}" for n in ("1", "2", "4")},
+    "cp": {n: f"--context-parallel-size {n}" for n in ("1", "2", "4")},
     "dp": dict.fromkeys(("1", "2", "4"), ""),
     "sharding": {"none": "", "optimizer": "--use-distributed-optimizer"},
 }
@@ -47,9 +49,12 @@ OTHER_AXES: dict[str, dict[str, Flags]] = {
     "recompute": {
         "none": "",
         "selective": "--recompute-activations",
+        "modules": "--recompute-granularity selective --recompute-modules core_attn mlp layernorm",
         "uniform": "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1",
         "block": "--recompute-granularity full --recompute-method block --recompute-num-layers 1",
     },
+    "offload": {"none": "", "first layer": "--cpu-offloading --cpu-offloading-num-layers 1"},
+    "tp overlap": {"off": "", "on": "--tp-comm-overlap"},
     "average": {"scaled": "", "collective": "--ddp-average-in-collective"},
     "weight gradients": {"fused": "", "unfused": "--no-gradient-accumulation-fusion"},
     "micro-batch": {n: f"--micro-batch-size {n}" for n in ("1", "2")},
@@ -96,7 +101,7 @@ def num_layers(row: Row) -> int:
 
 def num_ranks(row: Row) -> int:
     """Processes of a layout."""
-    return int(row["tp"]) * int(row["pp"]) * int(row["dp"])
+    return prod(int(row[axis]) for axis in ("tp", "cp", "pp", "dp"))
 
 
 def microbatches(row: Row, batch: int = GLOBAL_BATCH) -> int:
@@ -105,7 +110,10 @@ def microbatches(row: Row, batch: int = GLOBAL_BATCH) -> int:
 
 
 RULES = [
-    Rule(("tp", "pp", "dp"), lambda tp, pp, dp: int(tp) * int(pp) * int(dp) <= MAX_RANKS),
+    Rule(("tp", "pp", "dp", "cp"), lambda *sizes: prod(map(int, sizes)) <= MAX_RANKS),
+    Rule(("pp", "offload"), lambda pp, offload: offload == "none" or pp == "1"),
+    Rule(("recompute", "offload"), lambda recompute, offload: offload == "none" or recompute == "none"),
+    Rule(("sp", "tp overlap"), lambda sp, overlap: overlap == "off" or sp == "on"),
     Rule(("tp", "sp"), lambda tp, sp: tp != "1" or sp == "off"),
     Rule(("pp", "placement"), lambda pp, placement: placement == "even" or pp != "1"),
     Rule(("tp", "query groups"), lambda tp, groups: groups == "all" or int(groups) >= int(tp)),
