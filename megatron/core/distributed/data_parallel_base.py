@@ -47,6 +47,9 @@ class _BaseDataParallel(torch.nn.Module):
     def zero_grad_buffer(self) -> None:
         """Zero all gradients; call at the start of every step."""
 
+    def finish_param_sync(self) -> None:
+        """Afterwards every rank has all weights that the wrapper spreads over ranks."""
+
     def broadcast_params(self) -> None:
         """Give all data-parallel replicas the weights of the first one."""
 

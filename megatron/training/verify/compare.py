@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy
@@ -22,9 +22,9 @@ class Bounds:
     gradients: relative 2-norm of each parameter's gradient. An fp32 sum of n terms in any order is within n·2⁻²⁴ of
         the exact one, in practice √n·2⁻²⁴: with the sums of a small model (n of some thousands) a few 1e-6.
     loss, grad_norm, validation: relative.
-    weights: relative to the distance that the weights moved, plus one rounding to fp32 a step. The Adam update
-        g / (|g| + eps) amplifies a relative deviation of g by no more than 1 + max|g|/eps, so the bound means something
-        only with an eps of the size of the gradients, where this factor is about 10.
+    weights: relative to the distance that the weights moved, plus one rounding a step. The Adam update g / (|g| + eps)
+        amplifies a relative deviation of g by no more than 1 + max|g|/eps, so the bound means something only with an
+        eps of the size of the gradients, where this factor is about 10.
     """
 
     gradients: float = 1e-5
@@ -34,8 +34,10 @@ class Bounds:
     weights: float = 1e-4
     rounding: float = 2.0**-24
     """Of a weight, each step."""
-    spread: Mapping[str, float] = field(default_factory=dict)
-    """Allowed deviation of single parameters' gradients, where it is known better than by `gradients`."""
+    of_gradient: Mapping[str, float] = field(default_factory=dict)
+    """Of single parameters, instead of `gradients`."""
+    of_weight: Mapping[str, float] = field(default_factory=dict)
+    """Of single parameters, relative to the distance that they moved, instead of `weights` and `rounding`."""
 
 
 @dataclass(frozen=True)
@@ -46,12 +48,19 @@ class Deviation:
     found: float
     allowed: float
     where: str = ""
-    """The step or the parameter in which it is largest."""
+    """The step or the parameter in which it is largest in terms of what is allowed there."""
 
     @property
     def is_violation(self) -> bool:
         """Not-a-number violates, too."""
         return not self.found <= self.allowed
+
+    @property
+    def share(self) -> float:
+        """Deviation as a share of what is allowed."""
+        if self.found <= self.allowed == 0.0:
+            return 0.0
+        return self.found / self.allowed if self.allowed else numpy.inf
 
     def __str__(self) -> str:
         mark = "VIOLATED" if self.is_violation else "ok"
@@ -64,34 +73,60 @@ def compare(found: Measurement, reference: Measurement, bounds: Bounds | None = 
 
     The reference's initial weights, in whatever type, must be those of the measurement to the bit.
     """
-    bounds = bounds or Bounds()
+    b = bounds or Bounds()
+    first, last = _relative(found.losses, reference.losses), _relative(found.grad_norms, reference.grad_norms)
+    validation = _relative([found.validation_loss], [reference.validation_loss])
+    gradient_bound = lambda name: b.of_gradient.get(name, b.gradients)  # noqa: E731
+    weight_bound = _weight_bound(reference, b)
     return [
         _same_initial_weights(found, reference),
         _agreement(found),
         Deviation("gradient of vocabulary padding", found.padding_gradient, 0.0),
-        _worst("loss", _relative(found.losses, reference.losses), bounds.loss),
-        _worst("gradients", _gradient_deviations(found, reference, bounds), 1.0, scale=bounds.gradients),
-        _worst("gradient norm", _relative(found.grad_norms, reference.grad_norms), bounds.grad_norm),
-        _worst("weights", _weight_deviations(found, reference, bounds), 1.0, scale=bounds.weights),
-        _worst("validation loss", _relative([found.validation_loss], [reference.validation_loss]), bounds.validation),
-        Deviation("batch sizes", float(found.batch_sizes != reference.batch_sizes), 0.0),
+        _worst("loss", first, b.loss),
+        _worst("gradients", gradient_deviations(found, reference).items(), gradient_bound),
+        _worst("gradient norm", last, b.grad_norm),
+        _worst("weights", weight_deviations(found, reference).items(), weight_bound),
+        _worst("validation loss", validation, b.validation),
+        Deviation("steps of another batch size", _different(found.batch_sizes, reference.batch_sizes), 0.0),
     ]
 
 
-def violations(deviations: list[Deviation]) -> list[Deviation]:
+def violations(deviations: Sequence[Deviation]) -> list[Deviation]:
     """Those that are too large."""
     return [deviation for deviation in deviations if deviation.is_violation]
 
 
-def _worst(quantity: str, parts: Iterator[tuple[str, float]], allowed: float, scale: float = 1.0) -> Deviation:
-    """The largest of (place, deviation), both it and what is allowed multiplied by `scale`."""
-    place, value = "", 0.0
-    for where, deviation in parts:
-        if not deviation <= value:  # not-a-number wins and stays
-            place, value = where, deviation
+def spread(runs: Sequence[Measurement], reference: Measurement, factor: float) -> Bounds:
+    """Bounds of `factor` times the largest deviation that some of `runs` have, for each quantity and parameter."""
+
+    def largest(of: Callable[[Measurement], float]) -> float:
+        return factor * max(map(of, runs))
+
+    def largest_by_name(of: Callable[[Measurement, Measurement], dict[str, float]]) -> dict[str, float]:
+        tables = [of(run, reference) for run in runs]
+        return {name: factor * max(table[name] for table in tables) for name in tables[0]}
+
+    return Bounds(
+        loss=largest(lambda run: max(d for _, d in _relative(run.losses, reference.losses))),
+        grad_norm=largest(lambda run: max(d for _, d in _relative(run.grad_norms, reference.grad_norms))),
+        validation=largest(
+            lambda run: max(d for _, d in _relative([run.validation_loss], [reference.validation_loss]))
+        ),
+        of_gradient=largest_by_name(gradient_deviations),
+        of_weight=largest_by_name(weight_deviations),
+    )
+
+
+def _worst(quantity: str, parts: object, allowed: float | Callable[[str], float]) -> Deviation:
+    """The one of (place, deviation) that is largest in terms of what is allowed there."""
+    worst = Deviation(quantity, 0.0, allowed if isinstance(allowed, float) else 0.0)
+    for where, value in parts:  # type: ignore[attr-defined]
+        one = Deviation(quantity, value, allowed if isinstance(allowed, float) else allowed(where), where)
+        if not one.share < worst.share:  # not-a-number wins
+            worst = one
         if numpy.isnan(value):
             break
-    return Deviation(quantity, value * scale, allowed * scale, place)
+    return worst
 
 
 def _same_initial_weights(found: Measurement, reference: Measurement) -> Deviation:
@@ -107,37 +142,57 @@ def _same_initial_weights(found: Measurement, reference: Measurement) -> Deviati
 def _agreement(found: Measurement) -> Deviation:
     """Copies of a weight or gradient on several ranks are equal to the bit, at the beginning and at the end."""
     parts = {"initial weight": found.initial, "gradient": found.gradients, "weight": found.final}
-    disagreements = ((f"{kind} of {p.disagreement[1]}", p.disagreement[0]) for kind, p in parts.items())
+    disagreements = [(f"{kind} of {p.disagreement[1]}", p.disagreement[0]) for kind, p in parts.items()]
     return _worst("copies on several ranks", disagreements, 0.0)
 
 
-def _relative(found: list[float], reference: list[float]) -> Iterator[tuple[str, float]]:
+def _different(found: list[int], reference: list[int]) -> float:
+    return float(abs(len(found) - len(reference)) + sum(a != b for a, b in zip(found, reference)))
+
+
+def _relative(found: Sequence[float], reference: Sequence[float]) -> Iterator[tuple[str, float]]:
     if len(found) != len(reference):
         yield f"{len(found)} steps instead of {len(reference)}", numpy.inf
     for step, (mine, theirs) in enumerate(zip(found, reference), start=1):
-        yield f"step {step}", abs(mine - theirs) / max(abs(theirs), numpy.finfo(float).tiny)
+        yield f"step {step}", abs(mine - theirs) / max(abs(theirs), float(numpy.finfo(float).tiny))
 
 
-def _pairs(found: dict[str, Array], reference: dict[str, Array]) -> Iterator[tuple[str, Array, Array]]:
-    for name, theirs in reference.items():
-        mine = found.get(name)
-        fits = mine is not None and mine.shape == theirs.shape
-        yield name, mine.astype(numpy.float64) if fits else numpy.full(theirs.shape, numpy.nan), theirs  # type: ignore[union-attr]
+def _difference(found: Mapping[str, Array], name: str, theirs: Array) -> float:
+    """2-norm of the difference; not-a-number where the tensor is missing or has another shape."""
+    mine = found.get(name)
+    if mine is None or mine.shape != theirs.shape:
+        return numpy.nan
+    return float(numpy.linalg.norm(mine.astype(numpy.float64) - theirs))
 
 
-def _gradient_deviations(found: Measurement, reference: Measurement, bounds: Bounds) -> Iterator[tuple[str, float]]:
-    """(parameter, deviation of its gradient as a multiple of what is allowed)."""
+def gradient_deviations(found: Measurement, reference: Measurement) -> dict[str, float]:
+    """Deviation of each parameter's gradient, relative to its norm (or to `TINY_GRADIENT` of the largest norm)."""
     norms = {name: float(numpy.linalg.norm(g)) for name, g in reference.gradients.tensors.items()}
     floor = TINY_GRADIENT * max(norms.values(), default=0.0)
-    for name, mine, theirs in _pairs(found.gradients.tensors, reference.gradients.tensors):
-        allowed = bounds.spread.get(name, bounds.gradients) * max(norms[name], floor)
-        yield name, float(numpy.linalg.norm(mine - theirs)) / allowed
+    return {
+        name: _difference(found.gradients.tensors, name, theirs) / max(norms[name], floor)
+        for name, theirs in reference.gradients.tensors.items()
+    }
 
 
-def _weight_deviations(found: Measurement, reference: Measurement, bounds: Bounds) -> Iterator[tuple[str, float]]:
-    """(parameter, deviation of its final weights as a multiple of what is allowed)."""
-    steps = len(reference.losses)
-    for name, mine, theirs in _pairs(found.final.tensors, reference.final.tensors):
-        moved = numpy.linalg.norm(theirs - reference.initial.tensors[name])
-        allowed = bounds.weights * moved + bounds.rounding * steps * numpy.linalg.norm(theirs)
-        yield name, float(numpy.linalg.norm(mine - theirs) / allowed)
+def weight_deviations(found: Measurement, reference: Measurement) -> dict[str, float]:
+    """Deviation of each parameter's final weights, relative to the distance that they moved."""
+    return {
+        name: _difference(found.final.tensors, name, theirs) / _moved(reference, name)
+        for name, theirs in reference.final.tensors.items()
+    }
+
+
+def _moved(reference: Measurement, name: str) -> float:
+    moved = float(numpy.linalg.norm(reference.final.tensors[name] - reference.initial.tensors[name]))
+    return max(moved, float(numpy.finfo(float).tiny))
+
+
+def _weight_bound(reference: Measurement, bounds: Bounds) -> Callable[[str], float]:
+    def allowed(name: str) -> float:
+        if name in bounds.of_weight:
+            return bounds.of_weight[name]
+        size = float(numpy.linalg.norm(reference.final.tensors[name]))
+        return bounds.weights + bounds.rounding * len(reference.losses) * size / _moved(reference, name)
+
+    return allowed

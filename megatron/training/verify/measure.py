@@ -24,7 +24,7 @@ from megatron.training.train_step import StepResult
 from megatron.training.training import set_up, train
 from megatron.training.verify import tensors
 from megatron.training.verify.batches import RandomDocuments
-from megatron.training.verify.float64 import Float64, widen
+from megatron.training.verify.modes import Float64, Reordered, widen
 from megatron.training.verify.tensors import WholeTensors
 
 VOCABULARY = ("embedding.word_embeddings.weight", "output_layer.weight")
@@ -97,7 +97,13 @@ class _Recorder:
 
 
 def measure(
-    program: Program, argv: Sequence[str], samples: Samples, *, in_float64: bool = False, rounded_to: Any = None
+    program: Program,
+    argv: Sequence[str],
+    samples: Samples,
+    *,
+    in_float64: bool = False,
+    rounded_to: torch.dtype = torch.float32,
+    reordered: int | None = None,
 ) -> Measurement | None:
     """Train as `argv` says on samples made for the purpose; the measurement on rank 0, None elsewhere.
 
@@ -105,14 +111,16 @@ def measure(
 
     Args:
         in_float64: compute everything in float64, from the same initial weights.
-        rounded_to: with `in_float64`, the type to which the initial weights are rounded first; default float32.
+        rounded_to: with `in_float64`, the type to which the initial weights are rounded first.
+        reordered: compute sums of matrix products in another order, which depends on this number.
     """
     mode = Float64() if in_float64 else None
-    with mode or contextlib.nullcontext():
+    another_order = contextlib.nullcontext() if reordered is None else Reordered(reordered)
+    with mode or contextlib.nullcontext(), another_order:
         initialize_megatron(parsed_args=parse_args(argv=list(argv)), for_training=True)
         run = set_up(
             _data_provider(samples),
-            _provider(program.model_provider, mode, rounded_to or torch.float32),
+            _provider(program.model_provider, mode, rounded_to),
             ModelType.encoder_or_decoder,
             program.forward_step,
         )
@@ -120,6 +128,8 @@ def measure(
         recorder.watch_gradients(run)
         initial = tensors.gather(tensors.pieces_of(run.model, tensors.weights))
         train(run, [recorder.note_step])
+        for chunk in run.model:
+            chunk.finish_param_sync()  # type: ignore[operator]
         final = tensors.gather(tensors.pieces_of(run.model, tensors.weights))
         validation = evaluate(run.forward_step_func, run.valid_data, run.model)
         assert validation is not None and recorder.gradient_pieces is not None

@@ -34,6 +34,12 @@ LAYOUT_AXES: dict[str, dict[str, Flags]] = {
     "sp": {"off": "", "on": "--sequence-parallel"},
     "pp": {n: f"--pipeline-model-parallel-size {n}" for n in ("1", "2", "4")},
     "cp": {n: f"--context-parallel-size {n}" for n in ("1", "2", "4")},
+    "cp type": {
+        "p2p": "",
+        "all_gather": "--cp-comm-type all_gather",
+        "a2a": "--cp-comm-type a2a",
+        "a2a+p2p": "--cp-comm-type a2a+p2p --hierarchical-context-parallel-sizes 2 2",
+    },
     "dp": dict.fromkeys(("1", "2", "4"), ""),
     "sharding": {"none": "", "optimizer": "--use-distributed-optimizer"},
 }
@@ -46,6 +52,16 @@ OTHER_AXES: dict[str, dict[str, Flags]] = {
         "accounted": "--account-for-loss-in-pipeline-split",
     },
     "rank order": {"tp-dp-pp": "", "tp-pp-dp": "--use-tp-pp-dp-mapping"},
+    "overlap": {
+        "none": "",
+        "gradients": "--overlap-grad-reduce --ddp-bucket-size 4000",
+        "gradients and weights": "--overlap-grad-reduce --overlap-param-gather --ddp-bucket-size 4000 "
+        "--use-distributed-optimizer",
+    },
+    "optimizer instances": {
+        "1": "",
+        "2": "--num-distributed-optimizer-instances 2 --use-distributed-optimizer",
+    },
     "recompute": {
         "none": "",
         "selective": "--recompute-activations",
@@ -114,6 +130,13 @@ RULES = [
     Rule(("pp", "offload"), lambda pp, offload: offload == "none" or pp == "1"),
     Rule(("recompute", "offload"), lambda recompute, offload: offload == "none" or recompute == "none"),
     Rule(("sp", "tp overlap"), lambda sp, overlap: overlap == "off" or sp == "on"),
+    Rule(("cp", "cp type"), lambda cp, kind: kind == "p2p" or cp == "4" or (cp == "2" and kind != "a2a+p2p")),
+    Rule(
+        ("sharding", "overlap"), lambda sharding, overlap: overlap != "gradients and weights" or sharding == "optimizer"
+    ),
+    Rule(("sharding", "optimizer instances"), lambda sharding, n: n == "1" or sharding == "optimizer"),
+    Rule(("dp", "cp", "optimizer instances"), lambda dp, cp, n: int(dp) * int(cp) >= int(n)),
+    Rule(("pp", "cp", "rank order"), lambda pp, cp, order: order == "tp-dp-pp" or (pp != "1" and cp == "1")),
     Rule(("tp", "sp"), lambda tp, sp: tp != "1" or sp == "off"),
     Rule(("pp", "placement"), lambda pp, placement: placement == "even" or pp != "1"),
     Rule(("tp", "query groups"), lambda tp, groups: groups == "all" or int(groups) >= int(tp)),
@@ -122,7 +145,6 @@ RULES = [
         lambda size, dp, mbs: int(dp) * int(mbs) <= (4 if size == "growing" else GLOBAL_BATCH),
     ),
     Rule(("average", "loss"), lambda average, loss: not (average == "collective" and loss == "per token")),
-    Rule(("pp", "rank order"), lambda pp, order: pp != "1" or order == "tp-dp-pp"),
 ]
 
 
