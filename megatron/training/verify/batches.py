@@ -13,7 +13,7 @@ from megatron.training.utils import dense_attention_mask, get_ltor_masks_and_pos
 MEAN_DOCUMENT = 6
 """Tokens between two ends of a document on average: several documents to a sample, some to a context parallel part."""
 
-VALID_SHARES = (1.0, 0.3, 0.75, 0.05, 0.5, 1.0, 0.15, 0.9)
+VALID_SHARES = (1.0, 0.3, 0.75, 0.05, 0.5, 0.0, 0.15, 0.9)
 """With uneven samples: share of the tokens, from the left, that sample 0, 1, 2, … counts in its loss."""
 
 

@@ -25,7 +25,8 @@ BASE = """
 """.split()
 """A small GPT whose gradients are all of a size, and an Adam whose eps is of that size: see `Bounds`."""
 
-STEPS = 5
+PRICE_OF_A_RANK = 0.5
+"""New combinations that one more rank along an axis must bring."""
 MAX_RANKS = 8
 GLOBAL_BATCH = 8
 
@@ -33,6 +34,14 @@ LAYOUT_AXES: dict[str, dict[str, Flags]] = {
     "tp": {n: f"--tensor-model-parallel-size {n}" for n in ("1", "2", "4")},
     "sp": {"off": "", "on": "--sequence-parallel"},
     "pp": {n: f"--pipeline-model-parallel-size {n}" for n in ("1", "2", "4")},
+    "schedule": {
+        "1f1b": "",
+        "gpipe": "--pipeline-schedule gpipe",
+        "zb-h1": "--pipeline-schedule zb-h1",
+        "interleaved 2": "--num-virtual-stages-per-pipeline-rank 2",
+        "interleaved 4": "--num-virtual-stages-per-pipeline-rank 4",
+        "zb-v": "--pipeline-schedule zb-v --num-virtual-stages-per-pipeline-rank 2",
+    },
     "cp": {n: f"--context-parallel-size {n}" for n in ("1", "2", "4")},
     "cp type": {
         "p2p": "",
@@ -98,9 +107,8 @@ NUMERIC_AXES: dict[str, dict[str, Flags]] = {
         "mostly padding": "--vocab-size 60 --make-vocab-size-divisible-by 64",
     },
     "batch size": {
-        "constant": f"--global-batch-size {GLOBAL_BATCH} --train-iters {STEPS}",
-        # 4, 4, 8, 8, 8
-        "growing": f"--global-batch-size {GLOBAL_BATCH} --rampup-batch-size 4 4 8 --train-samples 32",
+        "constant": f"--global-batch-size {GLOBAL_BATCH}",
+        "growing": f"--global-batch-size {GLOBAL_BATCH} --rampup-batch-size 4 4 8",  # 4, 4, 8, 8, ...
     },
     "optimizer": {"adam": "", "sgd": "--optimizer sgd --sgd-momentum 0.9"},
 }
@@ -109,9 +117,14 @@ NUMERIC_AXES: dict[str, dict[str, Flags]] = {
 ALL_AXES: dict[str, dict[str, Flags]] = {**LAYOUT_AXES, **OTHER_AXES, **NUMERIC_AXES}
 
 
+def num_chunks(row: Row) -> int:
+    """Virtual stages of each pipeline rank."""
+    return {"interleaved 2": 2, "interleaved 4": 4, "zb-v": 2}.get(row["schedule"], 1)
+
+
 def num_layers(row: Row) -> int:
     """Layers of the model: as many as its stages ask for, not fewer than two."""
-    stages = int(row["pp"])
+    stages = int(row["pp"]) * num_chunks(row)
     return {"even": max(2, stages), "uneven": stages + 1, "accounted": 2 * stages - 1}[row["placement"]]
 
 
@@ -120,16 +133,25 @@ def num_ranks(row: Row) -> int:
     return prod(int(row[axis]) for axis in ("tp", "cp", "pp", "dp"))
 
 
-def microbatches(row: Row, batch: int = GLOBAL_BATCH) -> int:
-    """Micro-batches that each rank runs in a step."""
-    return batch // (int(row["dp"]) * int(row["micro-batch"]))
-
-
 RULES = [
-    Rule(("tp", "pp", "dp", "cp"), lambda *sizes: prod(map(int, sizes)) <= MAX_RANKS),
     Rule(("pp", "offload"), lambda pp, offload: offload == "none" or pp == "1"),
     Rule(("recompute", "offload"), lambda recompute, offload: offload == "none" or recompute == "none"),
     Rule(("sp", "tp overlap"), lambda sp, overlap: overlap == "off" or sp == "on"),
+    Rule(
+        ("pp", "schedule"),
+        lambda pp, schedule: schedule == "1f1b" or (pp != "1" and (pp, schedule) != ("4", "interleaved 4")),
+    ),
+    Rule(
+        ("schedule", "placement"),
+        lambda schedule, placement: placement == "even" or num_chunks({"schedule": schedule}) == 1,
+    ),
+    Rule(
+        ("schedule", "pp", "dp", "micro-batch", "batch size"),
+        lambda schedule, pp, dp, mbs, size: (
+            "interleaved" not in schedule
+            or (4 if size == "growing" else GLOBAL_BATCH) // (int(dp) * int(mbs)) % int(pp) == 0
+        ),
+    ),
     Rule(("cp", "cp type"), lambda cp, kind: kind == "p2p" or cp == "4" or (cp == "2" and kind != "a2a+p2p")),
     Rule(
         ("sharding", "overlap"), lambda sharding, overlap: overlap != "gradients and weights" or sharding == "optimizer"
@@ -148,16 +170,20 @@ RULES = [
 ]
 
 
-def flags_of(row: Row, *, axes: dict[str, dict[str, Flags]] | None = None) -> list[str]:
-    """The command line of a layout."""
+def flags_of(row: Row, steps: int, *, axes: dict[str, dict[str, Flags]] | None = None) -> list[str]:
+    """The command line of a layout that trains `steps` iterations."""
     words = list(BASE) + ["--num-layers", str(num_layers(row))]
+    if row["batch size"] == "growing":
+        words += ["--train-samples", str(GLOBAL_BATCH * (steps - 1))]
+    else:
+        words += ["--train-iters", str(steps)]
     for name, values in (axes or ALL_AXES).items():
         flags = values[row[name]]
         words += (flags(row) if callable(flags) else flags).split()
     return words
 
 
-def reference_of(row: Row) -> tuple[list[str], bool]:
+def reference_of(row: Row, steps: int) -> tuple[list[str], bool]:
     """(the command line of one process that computes the same, whether its samples are uneven).
 
     The mean over micro-batches of means over tokens depends on which samples form a micro-batch, where samples count
@@ -166,7 +192,7 @@ def reference_of(row: Row) -> tuple[list[str], bool]:
     """
     uneven = row["tokens"] == "uneven" or row["documents"] != "off"
     size = row["micro-batch"] if uneven and row["loss"] == "per micro-batch" else "1"
-    return [*flags_of(row, axes=NUMERIC_AXES), "--micro-batch-size", size], row["tokens"] == "uneven"
+    return [*flags_of(row, steps, axes=NUMERIC_AXES), "--micro-batch-size", size], row["tokens"] == "uneven"
 
 
 @cache
@@ -193,10 +219,21 @@ def is_built(flags: str, ranks: int = 8) -> bool:
     return True
 
 
-def design() -> Design:
-    """All axes with the values that are built."""
+def plain_row(**values: str) -> Row:
+    """One process without anything special, but for the axes given (`_` for a blank in their names)."""
+    row = {name: next(iter(choices)) for name, choices in ALL_AXES.items()}
+    changed = {name.replace("_", " "): value for name, value in values.items()}
+    if unknown := [f"{n}={v}" for n, v in changed.items() if v not in ALL_AXES.get(n, ())]:
+        raise ValueError(f"no such values of axes: {unknown}")
+    return row | changed
+
+
+def design(most_ranks: int = MAX_RANKS) -> Design:
+    """All axes with the values that are built, for layouts of up to `most_ranks` processes."""
+    fits = Rule(("tp", "pp", "dp", "cp"), lambda *sizes: prod(map(int, sizes)) <= most_ranks)
     built = {
         name: [value for value, flags in values.items() if callable(flags) or is_built(flags)]
         for name, values in ALL_AXES.items()
     }
-    return Design(built, RULES)
+    prices = {(axis, n): PRICE_OF_A_RANK * int(n) for axis in ("tp", "cp", "pp", "dp") for n in built[axis]}
+    return Design(built, [fits, *RULES], prices)

@@ -35,7 +35,14 @@ class Rule:
 class Design:
     """The space of rows: axes with their values, and rules. The first value of an axis is its plain one."""
 
-    def __init__(self, axes: Mapping[str, Sequence[str]], rules: Iterable[Rule]) -> None:
+    def __init__(
+        self,
+        axes: Mapping[str, Sequence[str]],
+        rules: Iterable[Rule],
+        prices: Mapping[tuple[str, str], float] | None = None,
+    ) -> None:
+        """`prices` say how many new combinations an expensive value must bring before it is taken."""
+        self.prices = prices or {}
         self.axes = {name: list(values) for name, values in axes.items()}
         self.rules: dict[str, list[Rule]] = {name: [] for name in self.axes}
         for rule in rules:
@@ -95,7 +102,7 @@ class Design:
         for name in names:
             values = list(self.axes[name])
             generator.shuffle(values)
-            gains = {value: self._gain_of(name, value, row, near) for value in values}
+            gains = {v: self._gain_of(name, v, row, near) - self.prices.get((name, v), 0.0) for v in values}
             for value in sorted(values, key=lambda v: -gains[v]):
                 if self.completed({**row, name: value}) is not None:
                     row[name] = value

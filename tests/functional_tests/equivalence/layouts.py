@@ -7,11 +7,15 @@ import io
 from functools import cache, lru_cache
 from typing import Any
 
-from megatron.training.verify.compare import Bounds, Deviation, compare
+from megatron.training.verify.compare import Deviation, compare
 from megatron.training.verify.measure import Measurement, Program, Samples, measure
 from tests.functional_tests.equivalence import axes, mutations
 from tests.functional_tests.equivalence.covering import Row
 from tests.worker_pool import run_ranks
+
+STEPS = 5
+FAST_STEPS = 3
+"""Iterations in the matrix, and in the fast selection."""
 
 
 @cache
@@ -27,27 +31,27 @@ def matrix() -> list[Row]:
 
 @cache
 def fast_selection() -> list[Row]:
-    """Layouts in which every pair of values occurs."""
+    """Layouts that run in every test session: every pair of values occurs in one."""
     design = axes.design()
     return design.cover(design.combinations(design.axes, 2))
 
 
 def name_of(row: Row) -> str:
     """E.g. `tp=2 pp=2 schedule=1f1b`: what is not plain."""
-    plain = {name: next(iter(values)) for name, values in axes.ALL_AXES.items()}
+    plain = axes.plain_row()
     words = [f"{name}={value}" for name, value in row.items() if value != plain[name]]
     return " ".join(words) or "plain"
 
 
-def deviations(row: Row, mutation: str | None = None, bounds: Bounds | None = None) -> list[Deviation]:
+def deviations(row: Row, steps: int, mutation: str | None = None) -> list[Deviation]:
     """How far a layout is from its reference, with a planted mistake or without one."""
-    words, uneven = axes.reference_of(row)
+    words, uneven = axes.reference_of(row, steps)
     reference = reference_run(tuple(words), uneven)
-    found = run(axes.num_ranks(row), axes.flags_of(row), uneven, mutation=mutation)
-    return compare(found, reference, bounds)
+    found = run(axes.num_ranks(row), axes.flags_of(row, steps), uneven, mutation=mutation)
+    return compare(found, reference)
 
 
-@lru_cache(maxsize=16)
+@lru_cache(maxsize=64)
 def reference_run(words: tuple[str, ...], uneven: bool) -> Measurement:
     """One process in float64."""
     return run(1, list(words), uneven, in_float64=True)

@@ -1,7 +1,7 @@
 """Planted mistakes, one line each, that the fast selection must notice.
 
-A mutation replaces one function of the library in every worker. It says which layouts are able to notice it, by the values
-of their axes, and which comparison (or which check's message) must.
+A mutation replaces one function of the library in every worker. It says which layouts are able to notice it, by the
+values of their axes, and which comparison (or which check's message) must.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 
 from megatron.core.collectives import InFlight
+from megatron.core.pipeline_parallel.plan import plan_pipeline
 from megatron.core.process_groups_config import default_process_groups
 from megatron.core.utils import get_pg_rank, get_pg_size
 
@@ -62,10 +63,12 @@ def planted(name: str | None) -> Iterator[None]:
     else:
         wrong = mutation.change(right)
     setattr(owner, attribute, wrong)
+    plan_pipeline.cache_clear()  # workers remember plans from run to run
     try:
         yield
     finally:
         setattr(owner, attribute, right)
+        plan_pipeline.cache_clear()
 
 
 def nothing(right: Any) -> Any:
@@ -86,7 +89,7 @@ def own_rows(x: torch.Tensor, group: Any) -> torch.Tensor:
 CORE = "megatron.core"
 TP = f"{CORE}.tensor_parallel"
 FINALIZE = f"{CORE}.distributed.finalize_model_grads"
-EXECUTOR = f"{CORE}.pipeline_parallel.executor"
+MICROBATCH = f"{CORE}.pipeline_parallel.microbatch"
 NORM_GRADS = f"{CORE}.optimizer.megatron_optimizer:MegatronOptimizer.get_main_grads_for_grad_norm"
 
 MUTATIONS = [
@@ -106,10 +109,10 @@ MUTATIONS = [
         "loss",
     ),
     Mutation(
-        "row-parallel outputs are summed over data parallel ranks",
+        "row-parallel outputs are summed over data instead of tensor parallel ranks",
         f"{TP}.mappings:_reduce",
         lambda right: lambda x, group: right(x, default_process_groups().dp),
-        {"tp": MANY, "sp": "off", "dp": MANY},
+        {"tp": MANY, "sp": "off"},
         "loss",
     ),
     Mutation(
@@ -194,7 +197,7 @@ MUTATIONS = [
     ),
     Mutation(
         "the loss is not divided by the number of micro-batches",
-        f"{EXECUTOR}:_scaled_loss",
+        f"{MICROBATCH}:_scaled_loss",
         lambda right: lambda outputs, num_microbatches, config: right(outputs, 1, config),
         {"dp": ("1", "2"), "loss": "per micro-batch"},
         "gradients",
@@ -249,6 +252,21 @@ MUTATIONS = [
         {"tp": MANY, "block": "llama"},
         "initial weights",
     ),
+    # --- pipeline ---
+    Mutation(
+        "one warm-up forward too many",
+        f"{CORE}.pipeline_parallel.orders:_one_by_one",
+        lambda right: lambda warmup, request: right(warmup + 1, request),
+        {"pp": MANY, "schedule": ("1f1b", "interleaved 2", "interleaved 4")},
+        "predicted were",
+    ),
+    Mutation(
+        "one warm-up forward too few",
+        f"{CORE}.pipeline_parallel.orders:_one_by_one",
+        lambda right: lambda warmup, request: right(warmup - 1, request),
+        {"pp": MANY, "schedule": ("1f1b", "interleaved 2", "interleaved 4")},
+        "before its forward",
+    ),
     # --- data ---
     Mutation(
         "all replicas read the same samples",
@@ -269,27 +287,27 @@ MUTATIONS = [
         "each rank updates the part of its neighbour",
         f"{CORE}.distributed.bucket_layout:BucketLayout.shard",
         lambda right: lambda self, rank, num_shards: right(self, (rank + 1) % num_shards, num_shards),
-        {"sharding": "optimizer", "dp": MANY},
+        {"sharding": "optimizer", "dp": MANY, "optimizer instances": "1"},
         "weights",
     ),
     Mutation(
         "updated weights are not gathered",
         f"{CORE}.distributed.bucket_group:start_all_gather",
         lambda right: lambda x, group, into, what: InFlight(into, None),
-        {"sharding": "optimizer", "dp": MANY},
+        {"sharding": "optimizer", "dp": MANY, "optimizer instances": "1"},
         "loss",
     ),
     Mutation(
         "forward does not wait for overlapped gathers",
         f"{CORE}.distributed.overlap:WeightGatherer.require",
         nothing,
-        {"overlap": "gradients and weights", "dp": MANY},
+        {"overlap": "gradients and weights", "dp": MANY, "optimizer instances": "1"},
         "loss",
     ),
     Mutation(
         "gradients are sent off before the last micro-batch",
         f"{CORE}.distributed.overlap:GradReducer.gradient_added",
-        lambda right: lambda self, param: (setattr(self, "is_last_microbatch", True), right(self, param)),
+        lambda right: lambda self, param: None if setattr(self, "is_last_microbatch", True) else right(self, param),
         {"overlap": ("gradients", "gradients and weights"), "dp": ("1", "2"), "micro-batch": "1"},
         "after its bucket was sent off",
     ),
@@ -305,7 +323,7 @@ MUTATIONS = [
         "recomputed layers pass no gradient to their input",
         f"{TP}.recompute:_backward",
         lambda right: lambda args, *rest: [None for _ in right(args, *rest)],
-        {"recompute": ("uniform", "block")},
+        {"recompute": ("uniform", "block"), "pp": "1"},
         "gradients",
     ),
     # --- context parallel ---
@@ -323,7 +341,7 @@ MUTATIONS = [
     ),
     Mutation(
         "each context parallel rank divides by its own tokens",
-        f"{EXECUTOR}:_tokens_of_samples",
+        f"{MICROBATCH}:_tokens_of_samples",
         lambda right: lambda num_tokens, config: torch.as_tensor(num_tokens).clamp(min=1),
         {"cp": MANY, "loss": "per micro-batch"},
         "gradients",

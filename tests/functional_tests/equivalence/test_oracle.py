@@ -21,13 +21,12 @@ def numeric_rows() -> list[Row]:
     """Every pair of values that change the numbers, in the plain layout."""
     design = axes.design()
     rows = design.cover(design.combinations(axes.NUMERIC_AXES, 2))
-    plain = {name: values[0] for name, values in design.axes.items() if name not in axes.NUMERIC_AXES}
-    return [{**row, **plain} for row in rows]
+    return [axes.plain_row() | {name: row[name] for name in axes.NUMERIC_AXES} for row in rows]
 
 
 @pytest.mark.parametrize("row", numeric_rows(), ids=layouts.name_of)
 def test_reference_is_a_plain_gpt(row: Row) -> None:
-    words, uneven = axes.reference_of(row)
+    words, uneven = axes.reference_of(row, layouts.STEPS)
     reference = layouts.reference_run(tuple(words), uneven)
     plain = plain_training(row, reference.initial.tensors, uneven, reference.batch_sizes)
     assert plain.losses == pytest.approx(reference.losses, rel=EQUAL)
