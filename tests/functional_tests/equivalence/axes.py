@@ -26,7 +26,8 @@ BASE = """
 """A small GPT whose gradients are all of a size, and an Adam whose eps is of that size: see `Bounds`."""
 
 PRICE_OF_A_RANK = 0.5
-"""New combinations that one more rank along an axis must bring."""
+PRICE_OF_COMPILING = 8.0
+"""New combinations that one more rank along an axis must bring, and those that compiling must."""
 MAX_RANKS = 8
 GLOBAL_BATCH = 8
 
@@ -82,6 +83,7 @@ OTHER_AXES: dict[str, dict[str, Flags]] = {
     "tp overlap": {"off": "", "on": "--tp-comm-overlap"},
     "average": {"scaled": "", "collective": "--ddp-average-in-collective"},
     "weight gradients": {"fused": "", "unfused": "--no-gradient-accumulation-fusion"},
+    "compile": {"off": "", "on": "--torch-compile"},
     "micro-batch": {n: f"--micro-batch-size {n}" for n in ("1", "2")},
 }
 """How else the same numbers can be computed."""
@@ -134,6 +136,7 @@ def num_ranks(row: Row) -> int:
 
 
 RULES = [
+    Rule(("tp", "pp", "dp", "cp"), lambda *sizes: prod(map(int, sizes)) <= MAX_RANKS),
     Rule(("pp", "offload"), lambda pp, offload: offload == "none" or pp == "1"),
     Rule(("recompute", "offload"), lambda recompute, offload: offload == "none" or recompute == "none"),
     Rule(("sp", "tp overlap"), lambda sp, overlap: overlap == "off" or sp == "on"),
@@ -228,12 +231,15 @@ def plain_row(**values: str) -> Row:
     return row | changed
 
 
-def design(most_ranks: int = MAX_RANKS) -> Design:
-    """All axes with the values that are built, for layouts of up to `most_ranks` processes."""
-    fits = Rule(("tp", "pp", "dp", "cp"), lambda *sizes: prod(map(int, sizes)) <= most_ranks)
+def design(*, fast: bool = False) -> Design:
+    """All axes with the values that are built; `fast` leaves out those that take minutes."""
     built = {
         name: [value for value, flags in values.items() if callable(flags) or is_built(flags)]
         for name, values in ALL_AXES.items()
     }
-    prices = {(axis, n): PRICE_OF_A_RANK * int(n) for axis in ("tp", "cp", "pp", "dp") for n in built[axis]}
-    return Design(built, [fits, *RULES], prices)
+    if fast:
+        built["compile"] = ["off"]
+    prices = {("compile", "on"): PRICE_OF_COMPILING} | {
+        (axis, n): PRICE_OF_A_RANK * int(n) for axis in ("tp", "cp", "pp", "dp") for n in built[axis]
+    }
+    return Design(built, RULES, prices)

@@ -57,7 +57,8 @@ class Design:
         """A whole row with these values, plain ones preferred; None if the rules leave none."""
         if not self.allows(partial):
             return None
-        return self._extend(dict(partial), [name for name in self.axes if name not in partial])
+        row = self._extend(dict(partial), [name for name in self.axes if name not in partial])
+        return row and {name: row[name] for name in self.axes}
 
     def _extend(self, row: Row, names: list[str]) -> Row | None:
         if not names:

@@ -31,9 +31,13 @@ def matrix() -> list[Row]:
 
 @cache
 def fast_selection() -> list[Row]:
-    """Layouts that run in every test session: every pair of values occurs in one."""
-    design = axes.design()
-    return design.cover(design.combinations(design.axes, 2))
+    """Layouts that run in every test session: every pair of values occurs in one, and what planted mistakes need."""
+    design = axes.design(fast=True)
+    rows = design.cover(design.combinations(design.axes, 2))
+    for mutation in mutations.MUTATIONS:
+        if not any(mutation.matters_in(row) for row in rows):
+            rows += filter(None, [design.completed(mutation.smallest_layout())])
+    return rows
 
 
 def name_of(row: Row) -> str:

@@ -42,6 +42,10 @@ class Mutation:
         """Whether a layout is one of those that must notice it."""
         return all(row[a] in (wanted if isinstance(wanted, tuple) else (wanted,)) for a, wanted in self.layout.items())
 
+    def smallest_layout(self) -> dict[str, str]:
+        """The first of the values wanted of each axis."""
+        return {axis: wanted if isinstance(wanted, str) else wanted[0] for axis, wanted in self.layout.items()}
+
 
 @contextmanager
 def planted(name: str | None) -> Iterator[None]:
