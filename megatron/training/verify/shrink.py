@@ -101,7 +101,7 @@ def shrink(argv: Sequence[str], ranks: int | None, steps: int) -> Shrunk:
     )
     args = parse_args(argv=list(argv))
     args.put("world_size", ranks, Source("flag", "--nproc"))
-    validate_args(args, {"tokenizer_type": "NullTokenizer"})
+    validate_args(args, {} if args.tokenizer_type else {"tokenizer_type": "NullTokenizer"})
     _refuse_what_cannot_be_compared(args)
     numbers = _Numbers(args)
     sized = numbers.words()

@@ -210,7 +210,7 @@ MUTATIONS = [
         "tokens are counted over tensor parallel instead of data parallel ranks",
         f"{FINALIZE}:_divide_by_tokens",
         lambda right: lambda model, num_tokens, groups: right(model, num_tokens, replace(groups, dp_cp=groups.tp)),
-        {"loss": "per token", "dp": MANY},
+        {"loss": "per token", "dp": MANY, "tp": "1"},
         "gradients",
     ),
     Mutation(
@@ -269,7 +269,14 @@ MUTATIONS = [
         f"{CORE}.pipeline_parallel.orders:_one_by_one",
         lambda right: lambda warmup, request: right(warmup - 1, request),
         {"pp": MANY, "schedule": ("1f1b", "interleaved 2", "interleaved 4")},
-        "before its forward",
+        "does not complete",
+    ),
+    Mutation(
+        "postponed gradients of weights are forgotten",
+        f"{TP}.weight_grad_queue:WeightGradQueue.run",
+        nothing,
+        {"schedule": ("zb-h1", "zb-v"), "pp": MANY},
+        "gradients",
     ),
     # --- data ---
     Mutation(
