@@ -28,6 +28,21 @@ LAYOUTS = {
     ),
     "tp2-pp2": (4, "--tensor-model-parallel-size 2 --pipeline-model-parallel-size 2"),
     "tp2-sp-dp2-distopt": (4, "--tensor-model-parallel-size 2 --sequence-parallel --use-distributed-optimizer"),
+    "pp2-interleaved": (2, "--pipeline-model-parallel-size 2 --num-virtual-stages-per-pipeline-rank 2"),
+    "pp2-zero-bubble-v-bf16": (
+        2,
+        "--pipeline-model-parallel-size 2 --num-virtual-stages-per-pipeline-rank 2 --pipeline-schedule zb-v --bf16",
+    ),
+    "dp2-distopt-overlap": (
+        2,
+        "--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather --ddp-bucket-size 4000",
+    ),
+    "dp4-two-instances": (4, "--use-distributed-optimizer --num-distributed-optimizer-instances 2"),
+    "tp2-sp-recompute-modules": (
+        2,
+        "--tensor-model-parallel-size 2 --sequence-parallel --recompute-granularity selective "
+        "--recompute-modules core_attn mlp layernorm",
+    ),
 }
 
 _TRACKED = ("iteration", "consumed_samples", "lm loss", "grad-norm", "learning-rate", "loss-scale", "params-norm")
@@ -40,7 +55,8 @@ def history(path: Path) -> list[tuple]:
 
 @pytest.mark.parametrize(
     ("layout", "ckpt_format"),
-    [(layout, "torch_dist") for layout in LAYOUTS] + [("tp2-pp2", "torch"), ("tp2-sp-dp2-distopt", "torch")],
+    [(layout, "torch_dist") for layout in LAYOUTS]
+    + [("tp2-pp2", "torch"), ("tp2-sp-dp2-distopt", "torch"), ("pp2-interleaved", "torch")],
 )
 def test_resume_is_bit_exact(layout: str, ckpt_format: str, tmp_path: Path) -> None:
     world_size, parallel = LAYOUTS[layout]
@@ -73,20 +89,39 @@ def test_resume_within_a_batch_size_ramp_up(tmp_path: Path) -> None:
     assert history(parts) == expected
 
 
-def test_resume_into_another_layout_continues_the_curve(tmp_path: Path) -> None:
+FAMILIES = {
+    "tensor, sequence, sharded": (
+        4,
+        "--tensor-model-parallel-size 2 --sequence-parallel --use-distributed-optimizer",
+    ),
+    "interleaved": (2, "--pipeline-model-parallel-size 2 --num-virtual-stages-per-pipeline-rank 2"),
+    "context, overlapped": (
+        4,
+        "--context-parallel-size 2 --use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather "
+        "--ddp-bucket-size 4000",
+    ),
+    "zero bubble, folded": (
+        2,
+        "--pipeline-model-parallel-size 2 --num-virtual-stages-per-pipeline-rank 2 --pipeline-schedule zb-v",
+    ),
+    "tensor, recomputed": (
+        4,
+        "--tensor-model-parallel-size 4 --recompute-granularity full --recompute-method block --recompute-num-layers 2",
+    ),
+}
+
+
+def test_resume_into_other_layouts_continues_the_curve(tmp_path: Path) -> None:
+    """Each family stops after four iterations and the next one goes on: one curve, that of one process."""
     flags = f"--train-iters {FULL} --attention-dropout 0 --hidden-dropout 0 --lr-decay-style cosine"
     whole, parts = tmp_path / "whole.jsonl", tmp_path / "parts.jsonl"
     pretrain_gpt(1, f"{flags} --metrics-jsonl {whole}")
-    save = f"--save {tmp_path / 'save'} --save-interval 5 --metrics-jsonl {parts}"
-    stages = [
-        (4, "--tensor-model-parallel-size 2 --sequence-parallel --use-distributed-optimizer"),
-        (2, "--pipeline-model-parallel-size 2"),
-        (4, "--context-parallel-size 2 --use-distributed-optimizer"),
-        (4, "--tensor-model-parallel-size 4"),
-    ]
-    for number, (world_size, parallel) in enumerate(stages, start=1):
-        stop = f"--exit-interval {5 * number}"
+    each = FULL // len(FAMILIES)
+    save = f"--save {tmp_path / 'save'} --save-interval {each} --metrics-jsonl {parts}"
+    for number, (world_size, parallel) in enumerate(FAMILIES.values(), start=1):
+        stop = f"--exit-interval {each * number}"
         pretrain_gpt(world_size, f"{flags} {save} --load {tmp_path / 'save'} {stop} {parallel}")
     for row, one in zip(train_rows(parts), train_rows(whole), strict=True):
         assert row["iteration"] == one["iteration"]
         assert row["lm loss"] == pytest.approx(one["lm loss"], rel=1e-5)
+        assert row["grad-norm"] == pytest.approx(one["grad-norm"], rel=1e-4)
