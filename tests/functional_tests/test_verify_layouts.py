@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -104,10 +105,17 @@ def test_program_that_holds() -> None:
     assert "VIOLATED" not in done.stdout
 
 
-def test_refusals() -> None:
-    done = run_tool("--", *MODEL.split(), "--data-parallel-random-init")
-    assert done.returncode == 2
-    assert "there is no layout to verify" in done.stderr
-    done = run_tool("--program", "nowhere.py", "--", *MODEL.split())
-    assert done.returncode == 2
-    assert "there is no such Python file" in done.stderr
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--", *MODEL.split()], "there is no layout to verify"),
+        (["--nproc", "2", "--", *MODEL.split(), "--data-parallel-random-init"], "no one process computes the same"),
+        (["--program", "nowhere.py", "--", *MODEL.split()], "there is no such Python file"),
+    ],
+)
+def test_refusals(words: list[str], message: str, monkeypatch: Any, capsys: Any) -> None:
+    monkeypatch.setattr(sys, "argv", ["verify_layouts.py", *words])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(str(ROOT / "tools" / "verify_layouts.py"), run_name="__main__")
+    assert end.value.code == 2
+    assert message in capsys.readouterr().err

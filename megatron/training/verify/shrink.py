@@ -101,7 +101,9 @@ def shrink(argv: Sequence[str], ranks: int | None, steps: int) -> Shrunk:
     )
     args = parse_args(argv=list(argv))
     args.put("world_size", ranks, Source("flag", "--nproc"))
-    validate_args(args, {} if args.tokenizer_type else {"tokenizer_type": "NullTokenizer"})
+    for name, value in _MADE_UP.items():
+        args.put(name, value, Source("program"))
+    validate_args(args)
     _refuse_what_cannot_be_compared(args)
     numbers = _Numbers(args)
     sized = numbers.words()
@@ -118,6 +120,16 @@ def shrink(argv: Sequence[str], ranks: int | None, steps: int) -> Shrunk:
         uneven=uneven,
         changes=numbers.changes,
     )
+
+
+_MADE_UP = {
+    "tokenizer_type": "NullTokenizer",
+    "vocab_size": 1000,
+    "mock_data": True,
+    "data_path": None,
+    "split": "1,0,0",
+}
+"""Data and vocabulary are not those of the flags: what is wrong with them does not matter here."""
 
 
 def _ranks_of_model(args: Settings) -> int:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
-import io
 import multiprocessing
 import os
 import socket
+import tempfile
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -170,15 +170,16 @@ def _rank_main(
     pipe: Any, environment: dict[str, str], program: str, words: list[str], samples: Samples, options: dict[str, Any]
 ) -> None:
     os.environ.update(environment)
-    printed = io.StringIO()
-    try:
-        if device.is_cpu():
-            torch.set_num_threads(1)
-        with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
-            result = measure(load_program(program), words, samples, **options)
-        pipe.send((None, result))
-    except BaseException:
-        pipe.send((f"{printed.getvalue()[-2000:]}\n{traceback.format_exc()}", None))
+    with tempfile.TemporaryFile("w+") as printed:  # a file of its own: those who print a crash need its descriptor
+        try:
+            if device.is_cpu():
+                torch.set_num_threads(1)
+            with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
+                result = measure(load_program(program), words, samples, **options)
+            pipe.send((None, result))
+        except BaseException:
+            printed.seek(0)
+            pipe.send((f"{printed.read()[-2000:]}\n{traceback.format_exc()}", None))
     pipe.close()
 
 

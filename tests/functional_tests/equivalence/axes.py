@@ -51,7 +51,11 @@ LAYOUT_AXES: dict[str, dict[str, Flags]] = {
         "a2a+p2p": "--cp-comm-type a2a+p2p --hierarchical-context-parallel-sizes 2 2",
     },
     "dp": dict.fromkeys(("1", "2", "4"), ""),
-    "sharding": {"none": "", "optimizer": "--use-distributed-optimizer"},
+    "sharding": {
+        "none": "",
+        "optimizer": "--use-distributed-optimizer",
+        "weights": "--use-torch-fsdp2 --no-gradient-accumulation-fusion --untie-embeddings-and-output-weights",
+    },
 }
 """The axes of which every three values that may stand together do so in some layout."""
 
@@ -110,7 +114,7 @@ NUMERIC_AXES: dict[str, dict[str, Flags]] = {
     },
     "batch size": {
         "constant": f"--global-batch-size {GLOBAL_BATCH}",
-        "growing": f"--global-batch-size {GLOBAL_BATCH} --rampup-batch-size 4 4 8",  # 4, 4, 8, 8, ...
+        "growing": f"--global-batch-size {GLOBAL_BATCH} --rampup-batch-size 4 4 4",  # 4, 8, 8, ...
     },
     "optimizer": {"adam": "", "sgd": "--optimizer sgd --sgd-momentum 0.9"},
 }
@@ -159,6 +163,10 @@ RULES = [
     Rule(
         ("sharding", "overlap"), lambda sharding, overlap: overlap != "gradients and weights" or sharding == "optimizer"
     ),
+    *(
+        Rule(("sharding", axis), lambda sharding, value, only=value: sharding != "weights" or value == only)
+        for axis, value in {"pp": "1", "output": "untied", "weight gradients": "unfused", "overlap": "none"}.items()
+    ),
     Rule(("sharding", "optimizer instances"), lambda sharding, n: n == "1" or sharding == "optimizer"),
     Rule(("dp", "cp", "optimizer instances"), lambda dp, cp, n: int(dp) * int(cp) >= int(n)),
     Rule(("pp", "cp", "rank order"), lambda pp, cp, order: order == "tp-dp-pp" or (pp != "1" and cp == "1")),
@@ -177,7 +185,7 @@ def flags_of(row: Row, steps: int, *, axes: dict[str, dict[str, Flags]] | None =
     """The command line of a layout that trains `steps` iterations."""
     words = list(BASE) + ["--num-layers", str(num_layers(row))]
     if row["batch size"] == "growing":
-        words += ["--train-samples", str(GLOBAL_BATCH * (steps - 1))]
+        words += ["--train-samples", str(4 + GLOBAL_BATCH * (steps - 1))]
     else:
         words += ["--train-iters", str(steps)]
     for name, values in (axes or ALL_AXES).items():
@@ -239,6 +247,7 @@ def design(*, fast: bool = False) -> Design:
     }
     if fast:
         built["compile"] = ["off"]
+        built["schedule"] = [value for value in built["schedule"] if value != "interleaved 4"]
     prices = {("compile", "on"): PRICE_OF_COMPILING} | {
         (axis, n): PRICE_OF_A_RANK * int(n) for axis in ("tp", "cp", "pp", "dp") for n in built[axis]
     }

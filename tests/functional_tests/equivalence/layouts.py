@@ -14,7 +14,7 @@ from tests.functional_tests.equivalence.covering import Row
 from tests.worker_pool import run_ranks
 
 STEPS = 5
-FAST_STEPS = 3
+FAST_STEPS = 2
 """Iterations in the matrix, and in the fast selection."""
 
 

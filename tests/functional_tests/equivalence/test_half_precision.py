@@ -12,7 +12,7 @@ from megatron.training.verify.measure import Measurement
 from megatron.training.verify.verify import SPREAD_FACTOR, SPREAD_RUNS
 from tests.functional_tests.equivalence import axes, layouts, mutations
 
-STEPS = 3
+STEPS = 2
 ROW = axes.plain_row(block="llama", output="untied", vocabulary="padded")
 BF16 = "--bf16"
 
