@@ -37,6 +37,10 @@ LAYOUTS = {
         2,
         "--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather --ddp-bucket-size 4000",
     ),
+    "dp2-fully-sharded": (
+        2,
+        "--use-torch-fsdp2 --no-gradient-accumulation-fusion --untie-embeddings-and-output-weights",
+    ),
     "dp4-two-instances": (4, "--use-distributed-optimizer --num-distributed-optimizer-instances 2"),
     "tp2-sp-recompute-modules": (
         2,
@@ -90,6 +94,7 @@ def test_resume_within_a_batch_size_ramp_up(tmp_path: Path) -> None:
 
 
 FAMILIES = {
+    "fully sharded": (2, "--use-torch-fsdp2 --no-gradient-accumulation-fusion"),
     "tensor, sequence, sharded": (
         4,
         "--tensor-model-parallel-size 2 --sequence-parallel --use-distributed-optimizer",
@@ -113,10 +118,13 @@ FAMILIES = {
 
 def test_resume_into_other_layouts_continues_the_curve(tmp_path: Path) -> None:
     """Each family stops after four iterations and the next one goes on: one curve, that of one process."""
-    flags = f"--train-iters {FULL} --attention-dropout 0 --hidden-dropout 0 --lr-decay-style cosine"
+    each = 4
+    flags = (
+        f"--train-iters {each * len(FAMILIES)} --attention-dropout 0 --hidden-dropout 0 --lr-decay-style cosine "
+        "--untie-embeddings-and-output-weights"
+    )
     whole, parts = tmp_path / "whole.jsonl", tmp_path / "parts.jsonl"
     pretrain_gpt(1, f"{flags} --metrics-jsonl {whole}")
-    each = FULL // len(FAMILIES)
     save = f"--save {tmp_path / 'save'} --save-interval {each} --metrics-jsonl {parts}"
     for number, (world_size, parallel) in enumerate(FAMILIES.values(), start=1):
         stop = f"--exit-interval {each * number}"

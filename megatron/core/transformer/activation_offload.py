@@ -138,7 +138,7 @@ class _ForwardPass:
         assert store is not None
         if weights is not None:
             weights.take()  # a pass that did not go backward may have put them away
-        stays = {param.untyped_storage().data_ptr() for param in layer.parameters()} | self.shared
+        stays: set[int] = set()
         # Tensors that several operations keep are put away once. They live until the layer is done, so that
         # no other one can take their address meanwhile.
         known: dict[tuple[Any, ...], tuple[Tensor, _PutAway]] = {}
@@ -147,6 +147,8 @@ class _ForwardPass:
         def pack(tensor: Tensor) -> Tensor | _PutAway:
             nonlocal goes_backward
             goes_backward = True
+            if not stays:  # asked only now: fully sharded weights are whole while the layer runs, and not before
+                stays.update({param.untyped_storage().data_ptr() for param in layer.parameters()} | self.shared)
             storage = tensor.untyped_storage()
             repeats = storage.nbytes() < tensor.numel() * tensor.element_size()  # expanded
             if not with_activations or repeats or tensor.numel() < SMALLEST or storage.data_ptr() in stays:

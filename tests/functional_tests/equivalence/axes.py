@@ -120,6 +120,7 @@ NUMERIC_AXES: dict[str, dict[str, Flags]] = {
 }
 """What changes the numbers, for one process as for many: a reference is made for each combination."""
 
+AXES_BY_THREE = [name for name in LAYOUT_AXES | OTHER_AXES if name != "compile"]
 ALL_AXES: dict[str, dict[str, Flags]] = {**LAYOUT_AXES, **OTHER_AXES, **NUMERIC_AXES}
 
 

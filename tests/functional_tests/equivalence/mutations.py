@@ -202,7 +202,7 @@ MUTATIONS = [
     Mutation(
         "the loss is not divided by the number of micro-batches",
         f"{MICROBATCH}:_scaled_loss",
-        lambda right: lambda outputs, num_microbatches, config: right(outputs, 1, config),
+        lambda right: lambda outputs, num_microbatches, *rest: right(outputs, 1, *rest),
         {"dp": ("1", "2"), "loss": "per micro-batch"},
         "gradients",
     ),
@@ -353,7 +353,7 @@ MUTATIONS = [
     Mutation(
         "each context parallel rank divides by its own tokens",
         f"{MICROBATCH}:_tokens_of_samples",
-        lambda right: lambda num_tokens, config: torch.as_tensor(num_tokens).clamp(min=1),
+        lambda right: lambda num_tokens, *rest: torch.as_tensor(num_tokens).clamp(min=1),
         {"cp": MANY, "loss": "per micro-batch"},
         "gradients",
     ),

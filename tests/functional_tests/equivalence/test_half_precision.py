@@ -20,7 +20,6 @@ LAYOUTS: dict[str, dict[str, str]] = {
     "sequence parallel": {"tp": "2", "sp": "on"},
     "tensor parallel": {"tp": "4"},
     "ring": {"cp": "2"},
-    "heads exchanged": {"cp": "2", "cp type": "a2a"},
     "pipeline, recompute": {"pp": "2", "recompute": "uniform"},
     "distributed optimizer, overlap": {"dp": "2", "sharding": "optimizer", "overlap": "gradients and weights"},
 }
