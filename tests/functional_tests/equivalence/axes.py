@@ -57,7 +57,7 @@ LAYOUT_AXES: dict[str, dict[str, Flags]] = {
         "weights": "--use-torch-fsdp2 --no-gradient-accumulation-fusion --untie-embeddings-and-output-weights",
     },
 }
-"""The axes of which every three values that may stand together do so in some layout."""
+"""How work is divided over ranks, and in which order they do it."""
 
 OTHER_AXES: dict[str, dict[str, Flags]] = {
     "placement": {
@@ -120,7 +120,8 @@ NUMERIC_AXES: dict[str, dict[str, Flags]] = {
 }
 """What changes the numbers, for one process as for many: a reference is made for each combination."""
 
-AXES_BY_THREE = [name for name in LAYOUT_AXES | OTHER_AXES if name != "compile"]
+AXES_BY_THREE = [*LAYOUT_AXES, "overlap"]
+"""The axes of which every three values that may stand together do so in some layout."""
 ALL_AXES: dict[str, dict[str, Flags]] = {**LAYOUT_AXES, **OTHER_AXES, **NUMERIC_AXES}
 
 

@@ -63,14 +63,14 @@ def test_fast_selection_has_every_allowed_pair() -> None:
 
 
 @pytest.mark.slow
-def test_matrix_has_every_triple_of_what_numbers_do_not_depend_on() -> None:
+def test_matrix_has_every_triple_of_what_divides_the_work() -> None:
     design = axes.design()
     rows = layouts.matrix()
+    assert len(rows) >= 150
     names = axes.AXES_BY_THREE
     assert all(design.allows(row) and axes.num_ranks(row) <= axes.MAX_RANKS for row in rows)
     assert combinations_in(rows, 2, list(design.axes)) >= set(design.combinations(design.axes, 2))
     assert combinations_in(rows, 3, names) >= set(design.combinations(names, 3))
-    assert combinations_in(rows, 4, list(axes.LAYOUT_AXES)) >= set(design.combinations(axes.LAYOUT_AXES, 4))
 
 
 def test_a_flag_that_is_not_built_yet_leaves_its_value_out() -> None:

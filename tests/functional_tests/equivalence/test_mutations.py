@@ -12,7 +12,7 @@ from tests.worker_pool import RankFailure
 
 
 def smallest_layout(name: str) -> Row:
-    """The layout of the fast selection in which a mistake matters that runs fastest: fewest ranks, then fewest stages."""
+    """Of the fast selection the layout with fewest ranks, then fewest layers, in which a mistake matters."""
     rows = [row for row in layouts.fast_selection() if BY_NAME[name].matters_in(row)]
     assert rows, f"no layout of the fast selection can notice this: {name}"
     return min(rows, key=lambda row: (axes.num_ranks(row), axes.num_layers(row), row["micro-batch"] == "1"))
