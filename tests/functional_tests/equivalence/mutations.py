@@ -22,6 +22,8 @@ from megatron.core.process_groups_config import default_process_groups
 from megatron.core.utils import get_pg_rank, get_pg_size
 
 MANY = ("2", "4")
+BUFFERS = ("none", "optimizer")
+"""Ways of sharding with which gradients are summed in buckets."""
 
 
 @dataclass(frozen=True)
@@ -189,14 +191,14 @@ MUTATIONS = [
         "gradients of replicas are summed instead of averaged",
         f"{CORE}.distributed.distributed_data_parallel:DistributedDataParallel._gradient_scaling_factor",
         lambda right: lambda self, group: 1.0,
-        {"dp": MANY, "average": "scaled", "loss": "per micro-batch"},
+        {"dp": MANY, "sharding": BUFFERS, "average": "scaled", "loss": "per micro-batch"},
         "gradients",
     ),
     Mutation(
         "gradients of replicas are averaged twice",
         f"{CORE}.distributed.distributed_data_parallel:DistributedDataParallel._gradient_scaling_factor",
         lambda right: lambda self, group: 1.0 / get_pg_size(group),
-        {"dp": MANY, "average": "collective"},
+        {"dp": MANY, "sharding": BUFFERS, "average": "collective"},
         "gradients",
     ),
     Mutation(
