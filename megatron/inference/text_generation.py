@@ -21,6 +21,7 @@ from megatron.core.tensor_parallel import (
     reduce_from_tensor_model_parallel_region,
 )
 from megatron.core.utils import get_batch_on_this_cp_rank, get_model_config
+from megatron.inference.forward_only import evaluating
 from megatron.inference.sampling import SamplingParams, row_generators, sample
 
 
@@ -31,19 +32,24 @@ def pad_right(windows: Sequence[Sequence[int]], multiple: int) -> Tensor:
     return torch.tensor([[*window, *[0] * (width - len(window))] for window in windows])
 
 
+def length_multiple(model: list[nn.Module]) -> int:
+    """What a sequence's length must be a multiple of, so that it divides over the ranks.
+
+    Sequence parallelism cuts the sequence into equal parts, context parallelism into two for each rank.
+    """
+    config, cp_size = get_model_config(model[0]), parallel_state.get_context_parallel_world_size()
+    multiple = config.tensor_model_parallel_size if config.sequence_parallel else 1
+    return math.lcm(multiple * cp_size, 2 * cp_size) if cp_size > 1 else multiple
+
+
 def last_logits(model: list[nn.Module], windows: Sequence[Sequence[int]], vocab_size: int) -> Tensor | None:
     """[b, vocab_size] logits of the token after each window, on all ranks of the last stage; None elsewhere.
 
     All ranks of the model take part. Gathers the logits of one position a row over the tensor-parallel group, and sums
     them over the context-parallel group, where one rank has them.
     """
-    config = get_model_config(model[0])
     cp_group = parallel_state.get_context_parallel_group()
-    # Sequence parallelism cuts the sequence into equal parts, context parallelism into two for each rank.
-    multiple = config.tensor_model_parallel_size if config.sequence_parallel else 1
-    if cp_group.size() > 1:
-        multiple = math.lcm(multiple * cp_group.size(), 2 * cp_group.size())
-    tokens = pad_right(windows, multiple).to(current_device())
+    tokens = pad_right(windows, length_multiple(model)).to(current_device())
     positions = torch.arange(tokens.size(1), device=tokens.device).expand_as(tokens)
     ends = torch.tensor([len(window) - 1 for window in windows], device=tokens.device)
     own = get_batch_on_this_cp_rank({"tokens": tokens, "position_ids": positions}, cp_group)
@@ -114,24 +120,20 @@ def generate(
         ValueError: no prompt, an empty one, or a token outside the vocabulary.
     """
     check_prompts(prompts, vocab_size)
-    was_training = [chunk.training for chunk in model]
-    for chunk in model:
-        chunk.eval()
     texts = [list(prompt) for prompt in prompts]
     unfinished = list(range(len(texts)))
     generators = row_generators(params, len(texts))
-    for _ in range(params.num_tokens_to_generate):
-        if not unfinished:
-            break
-        logits = last_logits(model, [texts[row][-max_context:] for row in unfinished], vocab_size)
-        drawn = None if logits is None else sample(logits, params, [generators[row] for row in unfinished])
-        for row, token in zip(list(unfinished), share_next_tokens(drawn, len(unfinished))):
-            if token == end_of_document:
-                unfinished.remove(row)
-            else:
-                texts[row].append(token)
-    for chunk, training in zip(model, was_training):
-        chunk.train(training)
+    with evaluating(model):
+        for _ in range(params.num_tokens_to_generate):
+            if not unfinished:
+                break
+            logits = last_logits(model, [texts[row][-max_context:] for row in unfinished], vocab_size)
+            drawn = None if logits is None else sample(logits, params, [generators[row] for row in unfinished])
+            for row, token in zip(list(unfinished), share_next_tokens(drawn, len(unfinished))):
+                if token == end_of_document:
+                    unfinished.remove(row)
+                else:
+                    texts[row].append(token)
     return [text[len(prompt) :] for text, prompt in zip(texts, prompts)]
 
 

@@ -200,6 +200,7 @@ class GPTModel(LanguageModule):
         *,
         inference_params: Any = None,
         loss_mask: Tensor | None = None,
+        output_positions: Tensor | None = None,
     ) -> Tensor:
         """Loss of each token [b, s] fp32 if `labels` are given, else logits [b, s, v] (or [b, s, v/tp], see
         `parallel_output`); before the last stage the hidden states [s, b, h].
@@ -215,6 +216,8 @@ class GPTModel(LanguageModule):
             extra_block_kwargs: further arguments of the transformer block.
             runtime_gather_output: overrides `parallel_output`.
             loss_mask: unused here; the training program weighs the losses.
+            output_positions: [b, s] bool: the positions whose logits are wanted, [1, n, v] in the order of [b, s].
+                Where ranks have whole sequences, the others do not go through the output layer. Excludes `labels`.
         """
         if decoder_input is None and self.pre_process:
             assert input_ids is not None
@@ -230,7 +233,12 @@ class GPTModel(LanguageModule):
         if not self.post_process:
             return hidden_states
         weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
+        selects_early = output_positions is not None and not self.config.sequence_parallel
+        if selects_early:
+            hidden_states = _at(hidden_states, output_positions)
         logits, _ = self.output_layer(hidden_states, weight=weight, runtime_gather_output=runtime_gather_output)
+        if output_positions is not None and not selects_early:
+            logits = _at(logits, output_positions)
         if labels is None:
             return logits.transpose(0, 1).contiguous()
         return self.compute_language_model_loss(labels, logits)
@@ -262,3 +270,8 @@ class GPTModel(LanguageModule):
     ) -> ShardedStateDict:
         """Where each parameter of this chunk stands in the whole model."""
         return super().sharded_state_dict(prefix, sharded_offsets, metadata)
+
+
+def _at(x: Tensor, positions: Tensor | None) -> Tensor:
+    """[n, 1, ...] of `x` [s, b, ...] where `positions` [b, s] hold."""
+    return x.transpose(0, 1)[positions].unsqueeze(1)
