@@ -1,0 +1,1 @@
+"""Programs that measure a trained model, or finetune it and measure it then."""

@@ -1,0 +1,47 @@
+"""The flags of tasks, and which task reads which."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from megatron.training.settings import refuse_unless, was_given
+
+FINETUNING = ("epochs", "keep_last", "train_data", "valid_data")
+READ_BY: dict[str, tuple[str, ...]] = {
+    "WIKITEXT103": ("valid_data", "overlapping_eval"),
+    "LAMBADA": ("valid_data", "strict_lambada"),
+}
+"""Task -> the task flags that it reads."""
+
+
+def add_task_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Add the flags of tasks to `parser`."""
+    group = parser.add_argument_group("tasks")
+    group.add_argument(
+        "--task", required=True, choices=tuple(READ_BY), metavar="NAME", help=f"one of {names_of_tasks()}"
+    )
+    group.add_argument("--epochs", type=int, help="passes over the training data; 0 only evaluates")
+    group.add_argument("--keep-last", action="store_true", help="train on the last, incomplete batch of an epoch too")
+    group.add_argument("--train-data", nargs="+", metavar="PATH", help="files, for RACE folders, to train on")
+    group.add_argument("--valid-data", nargs="*", metavar="PATH", help="files, for RACE folders, to evaluate on")
+    group.add_argument("--overlapping-eval", type=int, default=32, help="tokens by which WIKITEXT103 moves its window")
+    group.add_argument(
+        "--strict-lambada", action="store_true", help="LAMBADA: all tokens of the last word must be right"
+    )
+    return parser
+
+
+def names_of_tasks() -> str:
+    """All tasks, for messages."""
+    return ", ".join(READ_BY)
+
+
+def refuse_flags_of_other_tasks(args: Any) -> None:
+    """Raises `ConfigurationError` if a flag is given that `--task` does not read."""
+    for name in sorted({name for names in READ_BY.values() for name in names}):
+        readers = [task for task, names in READ_BY.items() if name in names]
+        refuse_unless(
+            args.task in readers or not was_given(args, name),
+            f"--{name.replace('_', '-')} has no meaning for --task {args.task}; {', '.join(readers)} read it",
+        )

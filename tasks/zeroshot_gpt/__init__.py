@@ -1,0 +1,1 @@
+"""Tasks that a GPT does as it is, without finetuning."""
