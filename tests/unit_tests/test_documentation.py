@@ -11,6 +11,7 @@ from megatron.training.arguments import build_parser
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("examples/**/*.md")]
+PROGRAMS = ("tools", "tasks", "benchmarks")
 ELSEWHERE = {
     *("--nnodes", "--node-rank", "--nproc-per-node", "--master-addr", "--standalone"),  # torchrun
     *("--nodes", "--ntasks-per-node", "--gpus-per-node", "--wrap"),  # sbatch
@@ -19,10 +20,10 @@ ELSEWHERE = {
 
 
 def known_flags() -> set[str]:
-    """Flags of training, and those that a program under tools/ or benchmarks/ adds itself."""
+    """Flags of training, and those that a program under tools/, tasks/ or benchmarks/ adds itself."""
     flags = {name for action in build_parser()._actions for name in action.option_strings}
     tokenizer_flags = ROOT / "megatron/training/tokenizer/flags.py"
-    for program in [*ROOT.glob("tools/*.py"), *ROOT.glob("benchmarks/*.py"), tokenizer_flags]:
+    for program in [*(path for folder in PROGRAMS for path in ROOT.glob(f"{folder}/*.py")), tokenizer_flags]:
         flags |= set(re.findall(r'"(--[a-z][\w-]*)"', program.read_text()))
     return flags | ELSEWHERE
 
