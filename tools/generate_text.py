@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for the progr
 from megatron.inference.sampling import SamplingParams
 from megatron.inference.text_generation import generate
 from megatron.training import get_args, get_model, get_tokenizer, initialize_megatron, print_rank_0
-from megatron.training.checkpoint_load import load_run
+from megatron.training.checkpoint.load import load_run
 from megatron.training.errors import exit_at_once_on_error
 from pretrain_gpt import model_provider
 

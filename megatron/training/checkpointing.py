@@ -1,6 +1,6 @@
 """Saving and loading checkpoints: the names that programs call.
 
-What they do stands in `checkpoint_save` and `checkpoint_load`. They take the settings from `get_args()` and the
+What they do stands in `checkpoint.save` and `checkpoint.load`. They take the settings from `get_args()` and the
 counters of samples from `get_train_state()`.
 """
 
@@ -12,17 +12,17 @@ from typing import Any
 
 from torch import nn
 
-from megatron.training.checkpoint_context import CheckpointContext, context_in
-from megatron.training.checkpoint_find import load_args_from_checkpoint
-from megatron.training.checkpoint_load import load_run
-from megatron.training.checkpoint_paths import (
+from megatron.training.checkpoint.context import CheckpointContext, context_in
+from megatron.training.checkpoint.find import load_args_from_checkpoint
+from megatron.training.checkpoint.load import load_run
+from megatron.training.checkpoint.paths import (
     Place,
     checkpoint_exists,
     get_checkpoint_name,
     get_checkpoint_tracker_filename,
     read_metadata,
 )
-from megatron.training.checkpoint_save import save_run
+from megatron.training.checkpoint.save import save_run
 from megatron.training.global_vars import get_args, get_train_state, set_train_state
 
 __all__ = [

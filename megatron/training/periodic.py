@@ -12,7 +12,7 @@ import torch
 from megatron.core import device
 from megatron.core.num_microbatches_calculator import get_num_microbatches
 from megatron.core.utils import check_param_hashes_across_dp_replicas
-from megatron.training.checkpoint_save import save_run
+from megatron.training.checkpoint.save import save_run
 from megatron.training.evaluation import evaluate_and_print_results
 from megatron.training.global_vars import get_signal_handler, get_timers, get_trackers
 from megatron.training.initialize import print_datetime

@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from megatron.core.num_microbatches_calculator import get_num_microbatches
-from megatron.training.checkpoint_context import CheckpointContext
+from megatron.training.checkpoint.context import CheckpointContext
 from megatron.training.logging.log_line import IntervalTotals
 from megatron.training.logging.progress import ProgressLine
 from megatron.training.train_state import TrainState

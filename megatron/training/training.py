@@ -13,8 +13,8 @@ import torch
 from megatron.core.enums import ModelType
 from megatron.core.num_microbatches_calculator import get_num_microbatches, update_num_microbatches
 from megatron.core.utils import get_model_config
-from megatron.training.checkpoint_data import restore_position
-from megatron.training.checkpoint_load import load_run
+from megatron.training.checkpoint.data import restore_position
+from megatron.training.checkpoint.load import load_run
 from megatron.training.errors import exit_at_once_on_error
 from megatron.training.evaluation import evaluate_and_print_results
 from megatron.training.failure.start import stop_failure_watch

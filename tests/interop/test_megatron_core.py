@@ -31,7 +31,7 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed, set_initialization_seed
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.training.checkpoint_extra_state import empty_extra_states
+from megatron.training.checkpoint.extra_state import empty_extra_states
 from tests.worker_pool import run_ranks
 
 PEER = os.environ.get("MEGATRON_CORE_PEER")

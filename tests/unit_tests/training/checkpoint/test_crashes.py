@@ -19,9 +19,9 @@ from pathlib import Path
 import pytest
 
 from megatron.core.dist_checkpointing.manifest import damaged_files, read_manifest
-from megatron.training.checkpoint_paths import saved_iterations
-from tests.unit_tests.training.crash_nursery import Habit, Nursery, continued, uninterrupted
-from tests.unit_tests.training.tiny_run import Plan
+from megatron.training.checkpoint.paths import saved_iterations
+from tests.unit_tests.training.checkpoint.crash_nursery import Habit, Nursery, continued, uninterrupted
+from tests.unit_tests.training.checkpoint.tiny_run import Plan
 from tests.worker_pool import run_ranks
 
 SMALL = Plan(tp=2, layers=2, dist_opt=True)
@@ -136,7 +136,7 @@ def fill_disk(disk: str, background: bool) -> list[str]:
     import io
 
     from megatron.core.dist_checkpointing.core import CheckpointingException
-    from tests.unit_tests.training.tiny_run import TinyRun
+    from tests.unit_tests.training.checkpoint.tiny_run import TinyRun
 
     run = TinyRun(Plan())
     folder = f"{disk}/saved"

@@ -20,9 +20,9 @@ import torch
 import torch.distributed as dist
 
 from megatron.core.dist_checkpointing.core import CheckpointingException
-from megatron.training.checkpoint_paths import TRACKER_FNAME
+from megatron.training.checkpoint.paths import TRACKER_FNAME
 from megatron.training.checkpointing import checkpoint_exists
-from tests.unit_tests.training.tiny_run import Plan, TinyRun
+from tests.unit_tests.training.checkpoint.tiny_run import Plan, TinyRun
 
 NO_LIMIT = resource.RLIM_INFINITY
 

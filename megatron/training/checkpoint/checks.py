@@ -17,8 +17,8 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.dist_checkpointing.serialization import split_for_saving
 from megatron.core.dist_checkpointing.strategies.catalog import Catalog
 from megatron.core.dist_checkpointing.strategies.reading import plan_load
-from megatron.training.checkpoint_arguments import require_same_model as require_same_settings
-from megatron.training.checkpoint_state import bare, model_keys
+from megatron.training.checkpoint.arguments import require_same_model as require_same_settings
+from megatron.training.checkpoint.state import bare, model_keys
 from megatron.training.settings import ConfigurationError
 
 MOST_LINES = 40

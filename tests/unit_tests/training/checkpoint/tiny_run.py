@@ -25,9 +25,9 @@ from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed, set_i
 from megatron.core.transformer.enums import AttnBackend
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.training.checkpoint_context import CheckpointContext
-from megatron.training.checkpoint_load import load_run
-from megatron.training.checkpoint_save import save_run
+from megatron.training.checkpoint.context import CheckpointContext
+from megatron.training.checkpoint.load import load_run
+from megatron.training.checkpoint.save import save_run
 from megatron.training.train_state import TrainState
 
 VOCAB, LENGTH, BATCH = 48, 8, 8

@@ -43,9 +43,9 @@ from megatron.core.dist_checkpointing.strategies.torch_files import (
     metadata_file,
     pickled,
 )
-from megatron.training.checkpoint_context import CheckpointContext
-from megatron.training.checkpoint_paths import iteration_name, unfinished_name
-from megatron.training.checkpoint_replication import ReplicationGroup, rank_name
+from megatron.training.checkpoint.context import CheckpointContext
+from megatron.training.checkpoint.paths import iteration_name, unfinished_name
+from megatron.training.checkpoint.replication import ReplicationGroup, rank_name
 
 KINDS = ("local", "in_memory")
 _MEMORY = Path("/dev/shm")

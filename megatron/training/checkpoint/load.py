@@ -19,13 +19,13 @@ from megatron.core.dist_checkpointing.strategies.common import TorchCommonLoadSt
 from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelLoadStrategyWrapper
 from megatron.core.dist_checkpointing.strategies.scattered import ScatteredLoadStrategy
 from megatron.core.dist_checkpointing.validation import StrictHandling, parse_strict_flag
-from megatron.training.checkpoint_checks import (
+from megatron.training.checkpoint.checks import (
     plain_shape_mismatches,
     require_same_model,
     sharded_shape_mismatches,
 )
-from megatron.training.checkpoint_data import DATA_KEY, position_object
-from megatron.training.checkpoint_find import (
+from megatron.training.checkpoint.data import DATA_KEY, position_object
+from megatron.training.checkpoint.find import (
     Found,
     candidates,
     find_checkpoint,
@@ -34,24 +34,24 @@ from megatron.training.checkpoint_find import (
     report_missing,
     saved_args,
 )
-from megatron.training.checkpoint_local import KINDS as LOCAL_KINDS
-from megatron.training.checkpoint_local import common_of_own_rank, local_iterations, local_root
-from megatron.training.checkpoint_optimizer import (
+from megatron.training.checkpoint.local import KINDS as LOCAL_KINDS
+from megatron.training.checkpoint.local import common_of_own_rank, local_iterations, local_root
+from megatron.training.checkpoint.optimizer import (
     MODEL_SPACE,
     OptimizerRequest,
     full_precision_request,
     kind_of_optimizer,
     load_full_precision,
 )
-from megatron.training.checkpoint_save import DP_ZERO, content_metadata, place_of_rank
-from megatron.training.checkpoint_state import (
+from megatron.training.checkpoint.save import DP_ZERO, content_metadata, place_of_rank
+from megatron.training.checkpoint.state import (
     load_model,
     restore_rng_state,
     restored_state,
     rng_object,
     sharded_model,
 )
-from megatron.training.checkpoint_torch import load_torch_optimizer, read_own, read_position
+from megatron.training.checkpoint.torch_format import load_torch_optimizer, read_own, read_position
 from megatron.training.train_state import TrainState
 from megatron.training.utils import gather_weights, print_rank_0
 

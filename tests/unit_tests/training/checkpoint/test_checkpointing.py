@@ -15,7 +15,7 @@ import torch
 
 from megatron.core.dist_checkpointing import load_plain_tensors
 from megatron.core.dist_checkpointing.core import CheckpointingException
-from megatron.training.checkpoint_paths import begin_checkpoint, detect_format, publish_checkpoint
+from megatron.training.checkpoint.paths import begin_checkpoint, detect_format, publish_checkpoint
 from megatron.training.checkpointing import (
     checkpoint_exists,
     get_checkpoint_name,
@@ -24,7 +24,7 @@ from megatron.training.checkpointing import (
     read_metadata,
 )
 from megatron.training.train_state import TrainState
-from tests.unit_tests.training.tiny_run import BATCH, Plan, TinyRun
+from tests.unit_tests.training.checkpoint.tiny_run import BATCH, Plan, TinyRun
 from tests.worker_pool import run_ranks
 
 # ---- bit-exact resumption ----
@@ -405,12 +405,12 @@ def save_without_space(folder: str, format: str, failing: int) -> list[str]:
     """Error messages of two saves: with a rank that cannot write, and with a folder that cannot be
     written."""
     from megatron.core.dist_checkpointing.strategies import file_plan
-    from megatron.training import checkpoint_torch
+    from megatron.training.checkpoint import torch_format
 
     run = TinyRun(Plan(tp=2, dist_opt=True, format=format))
     run.train(1)
     run.save(folder)
-    module, name = (checkpoint_torch, "save_torch_file") if format == "torch" else (file_plan, "write_plans")
+    module, name = (torch_format, "save_torch_file") if format == "torch" else (file_plan, "write_plans")
     original = getattr(module, name)
 
     def full(*args: Any) -> Any:

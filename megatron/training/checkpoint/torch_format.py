@@ -21,15 +21,15 @@ from megatron.core.dist_checkpointing.manifest import write_manifest
 from megatron.core.dist_checkpointing.safe_load import safe_torch_load
 from megatron.core.dist_checkpointing.strategies.sharded_files import gather_to_first
 from megatron.core.dist_checkpointing.strategies.torch_files import save_torch_file
-from megatron.training.checkpoint_data import stateful_part
-from megatron.training.checkpoint_paths import (
+from megatron.training.checkpoint.data import stateful_part
+from megatron.training.checkpoint.paths import (
     DISTRIB_OPTIM_FNAME,
     MODEL_FNAME,
     OWN_PLACE,
     Place,
     find_first_rank_file,
 )
-from megatron.training.checkpoint_state import common_entries, plain_model, rng_states_of_replicas
+from megatron.training.checkpoint.state import common_entries, plain_model, rng_states_of_replicas
 from megatron.training.train_state import TrainState
 
 

@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from megatron.core.dist_checkpointing.core import CheckpointingException
-from megatron.training.checkpoint_paths import saved_iterations
-from megatron.training.checkpoint_retention import outdated
-from tests.unit_tests.training.tiny_run import Plan, TinyRun
+from megatron.training.checkpoint.paths import saved_iterations
+from megatron.training.checkpoint.retention import outdated
+from tests.unit_tests.training.checkpoint.tiny_run import Plan, TinyRun
 from tests.worker_pool import run_ranks
 
 FORMATS = ["torch_dist", "safetensors", "torch"]
@@ -261,7 +261,7 @@ class Wrapper:
 
 def save_position(plan: Plan, folder: str) -> None:
     from megatron.core import parallel_state
-    from megatron.training.checkpoint_data import restore_position
+    from megatron.training.checkpoint.data import restore_position
 
     run = TinyRun(plan)
     run.train(1)

@@ -7,7 +7,7 @@ import argparse
 import pytest
 
 from megatron.training.arguments import parse_args, validate_args
-from megatron.training.checkpoint_arguments import apply_checkpoint_args, require_same_model
+from megatron.training.checkpoint.arguments import apply_checkpoint_args, require_same_model
 from megatron.training.settings import ConfigurationError
 from tests.unit_tests.training.settings_for_tests import parsed, validated
 

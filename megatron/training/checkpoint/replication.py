@@ -13,8 +13,8 @@ import torch.distributed as dist
 
 from megatron.core.dist_checkpointing.collective import rank_and_size, together
 from megatron.core.dist_checkpointing.durable import sync_directory, write_durably
-from megatron.training.checkpoint_context import CheckpointContext
-from megatron.training.checkpoint_paths import unfinished_name
+from megatron.training.checkpoint.context import CheckpointContext
+from megatron.training.checkpoint.paths import unfinished_name
 
 
 def replication_groups(world_size: int, jump: int, factor: int) -> list[list[int]]:

@@ -9,7 +9,7 @@ import threading
 from collections.abc import Iterable
 from pathlib import Path
 
-from megatron.training.checkpoint_paths import saved_iterations, unfinished_name
+from megatron.training.checkpoint.paths import saved_iterations, unfinished_name
 
 
 def remove_old_checkpoints(args: argparse.Namespace, folder: Path, newest: int, non_persistent: bool) -> list[int]:

@@ -16,8 +16,8 @@ from megatron.core.dist_checkpointing.manifest import damaged_files, read_manife
 from megatron.core.dist_checkpointing.serialization import get_default_load_sharded_strategy
 from megatron.core.dist_checkpointing.strategies.catalog import Catalog, find_damage
 from megatron.core.dist_checkpointing.strategies.sharded_files import ShardedFilesLoadStrategy
-from megatron.training.checkpoint_arguments import apply_checkpoint_args
-from megatron.training.checkpoint_paths import (
+from megatron.training.checkpoint.arguments import apply_checkpoint_args
+from megatron.training.checkpoint.paths import (
     checkpoint_exists,
     complete_directory,
     detect_format,
@@ -26,7 +26,7 @@ from megatron.training.checkpoint_paths import (
     read_tracker,
     saved_iterations,
 )
-from megatron.training.checkpoint_torch import read_first_rank
+from megatron.training.checkpoint.torch_format import read_first_rank
 from megatron.training.utils import print_rank_0
 
 FORMATS = ("torch_dist", "safetensors", "torch")

@@ -15,7 +15,7 @@ from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQu
 from megatron.core.dist_checkpointing.strategies.background import BackgroundSaver
 from megatron.core.dist_checkpointing.strategies.base import SaveShardedStrategy
 from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
-from megatron.training.checkpoint_paths import discard_checkpoint
+from megatron.training.checkpoint.paths import discard_checkpoint
 
 WRITERS = {"mcore": "process", "thread": "thread"}
 """`--async-strategy` -> how the library calls it."""

@@ -10,9 +10,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron.training.checkpoint_local import local_root, visible_shares
-from megatron.training.checkpoint_replication import replication_groups
-from tests.unit_tests.training.tiny_run import Plan, TinyRun
+from megatron.training.checkpoint.local import local_root, visible_shares
+from megatron.training.checkpoint.replication import replication_groups
+from tests.unit_tests.training.checkpoint.tiny_run import Plan, TinyRun
 from tests.worker_pool import run_ranks
 
 

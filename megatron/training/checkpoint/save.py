@@ -13,14 +13,14 @@ from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.collective import on_first_rank, together
 from megatron.core.dist_checkpointing.serialization import CONTENT_METADATA
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
-from megatron.training.checkpoint_context import CheckpointContext, Saved
-from megatron.training.checkpoint_data import DATA_KEY, sharded_position
-from megatron.training.checkpoint_extra_state import empty_extra_states
-from megatron.training.checkpoint_find import require_known_format
-from megatron.training.checkpoint_local import KINDS as LOCAL_KINDS
-from megatron.training.checkpoint_local import local_root, save_local
-from megatron.training.checkpoint_optimizer import MODEL_SPACE
-from megatron.training.checkpoint_paths import (
+from megatron.training.checkpoint.context import CheckpointContext, Saved
+from megatron.training.checkpoint.data import DATA_KEY, sharded_position
+from megatron.training.checkpoint.extra_state import empty_extra_states
+from megatron.training.checkpoint.find import require_known_format
+from megatron.training.checkpoint.local import KINDS as LOCAL_KINDS
+from megatron.training.checkpoint.local import local_root, save_local
+from megatron.training.checkpoint.optimizer import MODEL_SPACE
+from megatron.training.checkpoint.paths import (
     OWN_PLACE,
     Place,
     begin_checkpoint,
@@ -28,9 +28,9 @@ from megatron.training.checkpoint_paths import (
     non_persistent_folder,
     publish_checkpoint,
 )
-from megatron.training.checkpoint_retention import remove_old_checkpoints
-from megatron.training.checkpoint_state import common_entries, sharded_model, sharded_rng_state
-from megatron.training.checkpoint_torch import save_torch
+from megatron.training.checkpoint.retention import remove_old_checkpoints
+from megatron.training.checkpoint.state import common_entries, sharded_model, sharded_rng_state
+from megatron.training.checkpoint.torch_format import save_torch
 from megatron.training.train_state import TrainState
 from megatron.training.utils import gather_weights, print_rank_0
 

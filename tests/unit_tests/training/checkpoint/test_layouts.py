@@ -22,9 +22,9 @@ from megatron.core.dist_checkpointing import load_plain_tensors
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.dist_checkpointing.serialization import split_for_saving
-from megatron.training.checkpoint_save import content_metadata
-from megatron.training.checkpoint_state import sharded_model
-from tests.unit_tests.training.tiny_run import Plan, TinyRun
+from megatron.training.checkpoint.save import content_metadata
+from megatron.training.checkpoint.state import sharded_model
+from tests.unit_tests.training.checkpoint.tiny_run import Plan, TinyRun
 from tests.worker_pool import run_ranks
 
 STEPS = 5
