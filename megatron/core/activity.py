@@ -32,16 +32,17 @@ class activity:
         peer: the one rank of `group` that is waited for; None if all are.
         details: numbers that tell it from others of its name.
         started: `time.perf_counter()` when it began.
+        cpu_started: `time.thread_time()` when it began, if somebody listened; else 0.
         outer: the activity of the same thread around it.
     """
 
-    __slots__ = ("details", "group", "name", "outer", "peer", "started")
+    __slots__ = ("cpu_started", "details", "group", "name", "outer", "peer", "started")
 
     def __init__(
         self, name: str, *, group: ProcessGroup | None = None, peer: int | None = None, **details: Any
     ) -> None:
         self.name, self.group, self.peer, self.details = name, group, peer, details
-        self.started = 0.0
+        self.started = self.cpu_started = 0.0
         self.outer: activity | None = None
 
     @property
@@ -55,6 +56,8 @@ class activity:
         _now[thread] = self
         if _state.synchronize is not None:
             _state.synchronize()
+        if _state.listener is not None:
+            self.cpu_started = time.thread_time()
         self.started = time.perf_counter()
         return self
 

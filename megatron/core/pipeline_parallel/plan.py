@@ -8,7 +8,7 @@ from functools import lru_cache
 from megatron.core.pipeline_parallel.check import Peaks, simulate
 from megatron.core.pipeline_parallel.orders import ScheduleRequest, compute_orders, predicted_peaks
 from megatron.core.pipeline_parallel.schedule import Order, Step
-from megatron.core.pipeline_parallel.timeline import Costs, Timeline, planned_timeline
+from megatron.core.pipeline_parallel.timeline import Durations, Timeline, planned_timeline
 from megatron.core.pipeline_parallel.transfers import with_transfers
 
 
@@ -23,7 +23,7 @@ class PipelinePlan:
     """The same with transfers."""
     peaks: list[Peaks]
 
-    def timeline(self, costs: Costs | None = None) -> Timeline:
+    def timeline(self, costs: Durations | None = None) -> Timeline:
         """When each computation would run, see `planned_timeline`."""
         return planned_timeline(self.orders, self.request.placement, costs)
 

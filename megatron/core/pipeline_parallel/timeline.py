@@ -8,9 +8,24 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from megatron.core.pipeline_parallel.schedule import Compute, Kind, Order
 from megatron.core.stage_placement import Placement
+
+
+class Durations(Protocol):
+    """How long everything takes, in any unit."""
+
+    @property
+    def transfer(self) -> float:
+        """From the end of a computation to the earliest begin of one on another rank that needs its result."""
+
+    def work(self, compute: Compute, stage: int) -> float:
+        """Time of one computation on a virtual stage."""
+
+    def gap(self, compute: Compute, stage: int) -> float:
+        """How long its rank does something else between the computation before and this one."""
 
 
 @dataclass(frozen=True)
@@ -22,6 +37,14 @@ class Costs:
     weight_grad: float | Sequence[float] = 1.0
     transfer: float = 0.0
     """From one rank to another."""
+
+    def work(self, compute: Compute, stage: int) -> float:
+        """Time of one computation: that of its kind on this stage, whichever the microbatch."""
+        return self.of(compute.kind, stage)
+
+    def gap(self, compute: Compute, stage: int) -> float:
+        """Ranks do nothing else."""
+        return 0.0
 
     def of(self, kind: Kind, stage: int) -> float:
         """Time of one computation on a virtual stage; a whole backward is the sum of its two parts."""
@@ -68,7 +91,7 @@ class Timeline:
         object.__setattr__(self, "bubble_fraction", idle)
 
 
-def planned_timeline(orders: list[Order], placement: Placement, costs: Costs | None = None) -> Timeline:
+def planned_timeline(orders: list[Order], placement: Placement, costs: Durations | None = None) -> Timeline:
     """Start and end of every computation, each as early as its rank and its inputs allow.
 
     Args:
@@ -92,8 +115,8 @@ def planned_timeline(orders: list[Order], placement: Placement, costs: Costs | N
                 if ready is None:
                     break
                 stage = placement.stage_of(rank, compute.chunk)
-                start = max(ready, row[-1].end if row else 0.0)
-                row.append(Span(rank, compute, start, start + costs.of(compute.kind, stage)))
+                start = max(ready, row[-1].end + costs.gap(compute, stage) if row else 0.0)
+                row.append(Span(rank, compute, start, start + costs.work(compute, stage)))
                 ends[compute.kind, compute.microbatch, stage] = row[-1].end
                 progress = True
     stuck = {rank: order[len(row)] for rank, (order, row) in enumerate(zip(orders, spans)) if len(row) < len(order)}
@@ -103,7 +126,7 @@ def planned_timeline(orders: list[Order], placement: Placement, costs: Costs | N
 
 
 def _inputs_ready(
-    compute: Compute, rank: int, placement: Placement, costs: Costs, ends: dict[tuple[Kind, int, int], float]
+    compute: Compute, rank: int, placement: Placement, costs: Durations, ends: dict[tuple[Kind, int, int], float]
 ) -> float | None:
     """When the last input of a computation is there; None if it is not known yet."""
     microbatch, stage = compute.microbatch, placement.stage_of(rank, compute.chunk)

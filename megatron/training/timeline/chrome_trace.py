@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from megatron.training.timeline.spans import MeasuredStep
+from megatron.training.timeline.spans import MeasuredStep, Span
+from megatron.training.timeline.undisturbed import undisturbed
 
 NAMES = {
     "F": "forward",
@@ -32,7 +33,8 @@ def chrome_trace(step: MeasuredStep) -> dict[str, Any]:
                 args["microbatch"] = span.microbatch
             if span.chunk is not None:
                 args["chunk"] = span.chunk
-            events.append(_event(rank.rank, span.label or span.text, NAMES[span.kind], span.start, span.end, args))
+            event = _event(rank.rank, span.label or span.text, NAMES[span.kind], span.start, span.end, args)
+            events.append({**event, **_thread_clock(span)})
     for stage, spans in enumerate(step.planned.ranks):
         events += _named(PLANNED + stage, f"planned: pipeline rank {stage}", PLANNED + stage)
         for planned in spans:
@@ -40,16 +42,31 @@ def chrome_trace(step: MeasuredStep) -> dict[str, Any]:
             args = {"microbatch": compute.microbatch, "chunk": compute.chunk}
             name = NAMES[compute.kind.value]
             events.append(_event(PLANNED + stage, repr(compute), name, planned.start, planned.end, args))
+    return {"traceEvents": events, "displayTimeUnit": "ms", "otherData": numbers_of(step)}
+
+
+def numbers_of(step: MeasuredStep) -> dict[str, float | None]:
+    """What the spans add up to: shares of 1, and seconds."""
+    alone = undisturbed(step)
     return {
-        "traceEvents": events,
-        "displayTimeUnit": "ms",
-        "otherData": {
-            "iteration": step.iteration,
-            "measured bubble": step.measured_bubble,
-            "planned bubble": step.planned.bubble_fraction,
-            "planned bubble with equal stages": step.ideal_bubble,
-        },
+        "iteration": step.iteration,
+        "seconds": step.seconds,
+        "processor seconds of all ranks": sum(rank.cpu_seconds for rank in step.ranks),
+        "processor share of computations": step.processor_share,
+        "in collectives": step.share("collective"),
+        "waiting for transfers": step.share("p2p"),
+        "measured bubble": step.measured_bubble,
+        "undisturbed bubble": alone and alone.bubble,
+        "planned bubble": step.planned.bubble_fraction,
+        "planned bubble with even stages": alone and alone.even_bubble,
+        "planned bubble with equal stages": step.ideal_bubble,
     }
+
+
+def _thread_clock(span: Span) -> dict[str, float]:
+    if not span.cpu_end:
+        return {}
+    return {"tts": round(span.cpu_start * 1e6, 3), "tdur": round(span.cpu_seconds * 1e6, 3)}
 
 
 def _named(process: int, name: str, order: int) -> list[dict[str, Any]]:

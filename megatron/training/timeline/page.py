@@ -9,6 +9,7 @@ from megatron.training.timeline.chrome_trace import NAMES
 from megatron.training.timeline.drawing import boxes_svg, labels_svg, scale_for, sections_of, times_of
 from megatron.training.timeline.look import SCRIPT, STYLE
 from megatron.training.timeline.spans import MeasuredStep, RankSpans
+from megatron.training.timeline.undisturbed import undisturbed
 
 MOST_ROWS = 2000
 """Of the table of all spans; the trace has them all."""
@@ -43,7 +44,7 @@ def page(step: MeasuredStep) -> str:
 <p class="note">Milliseconds. Collectives inside computations count in both columns. The bubble is the time between
 the first and the last computation of a pipeline in which its ranks compute nothing, divided by that time. The plan has
 the median time of each computation on each stage, and transfers that cost nothing; “equal stages” is the same
-schedule with stages of one length and backward twice as long as forward.{_synchronized(step)}</p>
+schedule with stages of one length and backward twice as long as forward.{_synchronized(step)}{_disturbed(step)}</p>
 </section>
 <details>
 <summary>All computations, planned and measured</summary>
@@ -69,9 +70,11 @@ def layout_in_words(step: MeasuredStep) -> str:
 
 
 def _cards(step: MeasuredStep) -> Iterator[str]:
+    alone = undisturbed(step)
     numbers = [
         ("Step", f"{step.seconds * 1e3:.1f} ms"),
         ("Bubble measured", _percent(step.measured_bubble)),
+        *([("without other programs", _percent(alone.bubble))] if alone is not None else []),
         ("planned, these times", _percent(step.planned.bubble_fraction)),
         ("planned, equal stages", _percent(step.ideal_bubble)),
         ("Waiting for transfers", _percent(step.share("p2p"))),
@@ -136,6 +139,15 @@ def _table(heads: list[str], rows: list[list[str]]) -> str:
         for name, words, *numbers in rows
     )
     return f'<div class="wide"><table><thead><tr>{columns}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+def _disturbed(step: MeasuredStep) -> str:
+    if undisturbed(step) is None:
+        return ""
+    return (
+        f" Computations had a processor for {_percent(step.processor_share)} of their time; “without other programs” "
+        "is the bubble if they had had one for all of it."
+    )
 
 
 def _synchronized(step: MeasuredStep) -> str:

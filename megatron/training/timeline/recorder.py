@@ -9,6 +9,7 @@ import statistics
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,9 @@ from megatron.training.timeline.spans import MeasuredStep, Place, RankSpans, Spa
 
 _COMPUTE: dict[str, SpanKind] = {name: kind.value for kind, name in ACTIVITIES.items()}
 _CLOCK_ROUNDS = 5
+
+Heard = tuple[activity, float, float]
+"""An activity, and `perf_counter` and `thread_time` at its end."""
 
 
 class Timeline:
@@ -48,11 +52,15 @@ class Timeline:
             return
         assert self.folder is not None
         offset = clock_offset()
-        heard: list[tuple[activity, float]] = []
+        heard: list[Heard] = []
         parallel_state.barrier()
-        with listening(lambda one, ended: heard.append((one, ended)), None if device.is_cpu() else device.synchronize):
+        begun = time.process_time()
+        with listening(
+            lambda one, ended: heard.append((one, ended, time.thread_time())),
+            None if device.is_cpu() else device.synchronize,
+        ):
             yield
-        step = _gather(iteration, heard, offset, len(model), config)
+        step = _gather(iteration, heard, offset, time.process_time() - begun, len(model), config)
         if dist.get_rank() == 0:
             write_step(step, self.folder)
 
@@ -89,7 +97,7 @@ def _boot() -> str:
 
 
 def _gather(
-    iteration: int, heard: list[tuple[activity, float]], offset: float, num_chunks: int, config: Any
+    iteration: int, heard: list[Heard], offset: float, cpu_seconds: float, num_chunks: int, config: Any
 ) -> MeasuredStep:
     place = Place(
         parallel_state.get_tensor_model_parallel_rank(),
@@ -97,8 +105,8 @@ def _gather(
         parallel_state.get_context_parallel_rank(),
         parallel_state.get_data_parallel_rank(),
     )
-    spans = sorted((as_span(one, ended, offset) for one, ended in heard), key=lambda span: (span.start, -span.end))
-    mine = RankSpans(dist.get_rank(), f"{socket.gethostname()}, pid {os.getpid()}", place, tuple(spans))
+    spans = sorted((as_span(*one, offset) for one in heard), key=lambda span: (span.start, -span.end))
+    mine = RankSpans(dist.get_rank(), f"{socket.gethostname()}, pid {os.getpid()}", place, tuple(spans), cpu_seconds)
     everyone: list[Any] = [None] * dist.get_world_size()
     with communicating("all-gather", None, of="spans of the timeline"):
         dist.all_gather_object(everyone, mine)
@@ -112,13 +120,11 @@ def _gather(
 
 def shifted(rank: RankSpans, seconds: float) -> RankSpans:
     """The same later."""
-    spans = tuple(
-        Span(s.kind, s.text, s.start + seconds, s.end + seconds, s.depth, s.microbatch, s.chunk) for s in rank.spans
-    )
-    return RankSpans(rank.rank, rank.host, rank.place, spans)
+    spans = tuple(replace(span, start=span.start + seconds, end=span.end + seconds) for span in rank.spans)
+    return replace(rank, spans=spans)
 
 
-def as_span(one: activity, ended: float, offset: float = 0.0) -> Span:
+def as_span(one: activity, ended: float, cpu_ended: float = 0.0, offset: float = 0.0) -> Span:
     """An activity as a span on rank 0's clock."""
     depth, outer = 0, one.outer
     while outer is not None:
@@ -127,7 +133,8 @@ def as_span(one: activity, ended: float, offset: float = 0.0) -> Span:
     words = in_words(one)
     if one.name in _COMPUTE:
         words = f"{one.name} of microbatch {microbatch}" + (f" on model chunk {chunk}" if chunk else "")
-    return Span(_kind(one), words, one.started + offset, ended + offset, depth, microbatch, chunk)
+    begin, end = one.started + offset, ended + offset
+    return Span(_kind(one), words, begin, end, depth, microbatch, chunk, one.cpu_started, cpu_ended)
 
 
 def _kind(one: activity) -> SpanKind:

@@ -29,11 +29,19 @@ class Span:
     """Number of spans around it."""
     microbatch: int | None = None
     chunk: int | None = None
+    cpu_start: float = 0.0
+    """Processor time of the thread, in seconds from some moment; 0 at both ends if it is unknown."""
+    cpu_end: float = 0.0
 
     @property
     def seconds(self) -> float:
         """How long it took."""
         return self.end - self.start
+
+    @property
+    def cpu_seconds(self) -> float:
+        """How long its thread had a processor; it may have waited, or other programs may have had it."""
+        return self.cpu_end - self.cpu_start
 
     @property
     def label(self) -> str:
@@ -69,6 +77,8 @@ class RankSpans:
     host: str
     place: Place
     spans: tuple[Span, ...]
+    cpu_seconds: float = 0.0
+    """Processor time of the step, of all threads of the process."""
 
     @property
     def computations(self) -> list[Span]:
@@ -144,6 +154,13 @@ class MeasuredStep:
         timelines = [timeline for timeline in self.measured() if timeline.makespan]
         return statistics.fmean([timeline.bubble_fraction for timeline in timelines]) if timelines else 0.0
 
+    @property
+    def processor_share(self) -> float:
+        """Share of the computations' time in which their thread had a processor; less where others use it, too."""
+        computations = [span for rank in self.ranks for span in rank.computations]
+        seconds = sum(span.seconds for span in computations)
+        return sum(span.cpu_seconds for span in computations) / seconds if seconds else 1.0
+
     def share(self, *kinds: SpanKind) -> float:
         """Share of the step that spans of these kinds take, averaged over ranks."""
         if not self.seconds:
@@ -157,7 +174,11 @@ def measured_timeline(ranks: Sequence[RankSpans]) -> Timeline:
     return Timeline([list(_compute_spans(i, rank.computations, first)) for i, rank in enumerate(ranks)])
 
 
+def compute_of(span: Span) -> Compute:
+    """The computation that a span of one shows."""
+    return Compute(COMPUTE[span.kind], span.microbatch or 0, span.chunk or 0)
+
+
 def _compute_spans(rank: int, spans: Iterable[Span], first: float) -> Iterable[ComputeSpan]:
     for span in spans:
-        compute = Compute(COMPUTE[span.kind], span.microbatch or 0, span.chunk or 0)
-        yield ComputeSpan(rank, compute, span.start - first, span.end - first)
+        yield ComputeSpan(rank, compute_of(span), span.start - first, span.end - first)

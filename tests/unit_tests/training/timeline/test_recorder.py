@@ -44,6 +44,8 @@ def test_a_pipeline_with_replicas(tmp_path: Path) -> None:
         assert any(name.startswith("reduce-scatter of gradients over the data parallel ranks") for name in names)
         received = [name for name in names if name.startswith("receive of activations of microbatch")]
         assert len(received) == (4 if rank < 2 else 8)  # the first stage gets none for its first chunk
+    assert 0 < numbers["undisturbed bubble"] < 1 and 0 < numbers["planned bubble with even stages"] < 0.2
+    assert all(event["tdur"] <= 1.1 * event["dur"] + 100 for event in events)  # processor time, in microseconds
     readers = {event["pid"] for event in events if event["cat"] == "data"}
     assert readers == {0, 1, 2, 3}  # first stages read tokens, last ones labels
     html = (tmp_path / "step4.html").read_text()
@@ -68,11 +70,13 @@ def test_nobody_listens_between_recorded_steps() -> None:
 
 
 def test_spans_know_what_is_around_them() -> None:
-    heard: list[tuple[activity, float]] = []
-    listener = listening(lambda one, ended: heard.append((one, ended)))
+    heard: list[tuple[activity, float, float]] = []
+    listener = listening(lambda one, ended: heard.append((one, ended, time.thread_time())))
     with listener, activity("backward", microbatch=2, chunk=1), activity("read batch"):
-        time.sleep(0.001)
-    inner, outer = (as_span(one, ended, offset=10.0) for one, ended in heard)
+        time.sleep(0.03)
+        sum(range(10000))
+    inner, outer = (as_span(*one, offset=10.0) for one in heard)
+    assert 0 < inner.cpu_seconds <= outer.cpu_seconds < outer.seconds - 0.02  # asleep without a processor
     assert (outer.kind, outer.label, outer.depth, inner.kind, inner.depth) == ("B", "B2.1", 0, "data", 1)
     assert outer.text == "backward of microbatch 2 on model chunk 1"
     assert outer.start <= inner.start < inner.end <= outer.end and inner.seconds >= 0.001
