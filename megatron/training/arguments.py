@@ -25,6 +25,7 @@ no_rope_freq_type = layer_pattern
 
 WITHOUT_FLAG: dict[str, Any] = {
     "padded_vocab_size": None,
+    "hf_vocab_size": None,
     "virtual_pipeline_model_parallel_size": None,
     "variable_seq_lengths": False,
     "model_family": None,

@@ -20,6 +20,7 @@ from megatron.core.host_memory import keep_freed_memory
 from megatron.core.stage_placement import placement_shape
 from megatron.core.tensor_parallel.initialization import set_initialization_seed
 from megatron.training.arguments import parse_args, validate_args
+from megatron.training.checkpoint.hf_settings import hf_directory
 from megatron.training.checkpointing import load_args_from_checkpoint
 from megatron.training.explain import explain_and_exit_if_asked, print_args
 from megatron.training.failure.start import start_failure_watch
@@ -54,7 +55,7 @@ def initialize_megatron(
     """
     with configuration_errors_end_the_program():
         args = parsed_args or parse_args(extra_args_provider, ignore_unknown_args)
-        if args.use_checkpoint_args:
+        if args.use_checkpoint_args or hf_directory(args.load) is not None:
             load_args_from_checkpoint(args)
         validate_args(args, args_defaults or {}, for_training=for_training)
     explain_and_exit_if_asked(args)

@@ -14,12 +14,13 @@ from megatron.core.enums import ModelType
 from megatron.core.num_microbatches_calculator import get_num_microbatches, update_num_microbatches
 from megatron.core.utils import get_model_config
 from megatron.training.checkpoint.data import restore_position
+from megatron.training.checkpoint.hf import save_hf
 from megatron.training.checkpoint.load import load_run
 from megatron.training.errors import exit_at_once_on_error
 from megatron.training.evaluation import evaluate_and_print_results
 from megatron.training.failure.start import stop_failure_watch
 from megatron.training.flops import num_floating_point_operations
-from megatron.training.global_vars import get_args, get_timers, get_trackers, set_train_state
+from megatron.training.global_vars import get_args, get_timers, get_tokenizer, get_trackers, set_train_state
 from megatron.training.initialize import initialize_megatron, print_datetime, program_start
 from megatron.training.logging.progress import ProgressLine
 from megatron.training.logging.progress_file import append_start
@@ -99,6 +100,7 @@ def pretrain(
             print_rank_0("skipping training (--skip-train is on) ...")
         else:
             _train_to_the_end(run)
+        _export(run)
         _evaluate_at_the_end(run)
         _close(run)
 
@@ -165,11 +167,18 @@ def _train_to_the_end(run: Run) -> None:
         train(run)
     except StopTraining as stop:
         print_datetime(str(stop))
+        _export(run)
         _close(run)
         sys.exit(0)
     print_datetime("after training is done")
     if run.state.iteration > run.first_iteration:
         save(run)
+
+
+def _export(run: Run) -> None:
+    """Write the model for transformers, if that is asked for."""
+    if run.args.save_hf:
+        save_hf(run.args, run.model, get_tokenizer())
 
 
 def train(run: Run, more_actions: Sequence[Action] = ()) -> None:

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from megatron.core import parallel_state
+from megatron.core.export import ModelShape, from_hf, load_whole_state, to_hf
+from megatron.core.export.families.gpt2 import weights as gpt2_weights
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
-from megatron.core.models.gpt.hf_weights import from_hf, gpt2_weights, load_whole_state, to_hf
 from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
 from megatron.core.transformer.transformer_config import TransformerConfig
 from tests.worker_pool import run_ranks
@@ -57,7 +58,7 @@ def our_logits(tp: int, theirs: dict[str, Tensor], ids: Tensor) -> Tensor:
         LENGTH,
         share_embeddings_and_output_weights=True,
     ).eval()
-    load_whole_state(model, from_hf(gpt2_weights(config), theirs))
+    load_whole_state(model, from_hf(gpt2_weights(ModelShape.of_config(config)), theirs))
     positions = torch.arange(LENGTH).expand_as(ids)
     with torch.no_grad():
         logits = model(ids, positions, None)
@@ -78,7 +79,9 @@ def test_logits(tp: int) -> None:
 def test_weights_return_unchanged() -> None:
     theirs = hf_model().state_dict()
     config = our_config(1)
-    back = to_hf(gpt2_weights(config), from_hf(gpt2_weights(config), theirs))
+    back = to_hf(
+        gpt2_weights(ModelShape.of_config(config)), from_hf(gpt2_weights(ModelShape.of_config(config)), theirs)
+    )
     assert set(back) == set(theirs) - {"lm_head.weight"}  # tied
     assert all(torch.equal(tensor, theirs[name]) for name, tensor in back.items())
 
@@ -87,4 +90,4 @@ def test_missing_weights_are_named() -> None:
     theirs = dict(hf_model().state_dict())
     del theirs["transformer.h.1.ln_2.bias"]
     with pytest.raises(ValueError, match=r"transformer\.h\.1\.ln_2\.bias"):
-        from_hf(gpt2_weights(our_config(1)), theirs)
+        from_hf(gpt2_weights(ModelShape.of_config(our_config(1))), theirs)

@@ -78,6 +78,9 @@ ALWAYS_HERE = (
     "qk_layernorm",
     "qk_l2_norm",
     "norm_epsilon",
+    "apply_residual_connection_post_layernorm",
+    "bias_gelu_fusion",
+    "hf_vocab_size",
 )
 """Likewise, in addition to the public list: weights trained with them are wrong without them."""
 

@@ -17,6 +17,7 @@ from megatron.core.dist_checkpointing.serialization import get_default_load_shar
 from megatron.core.dist_checkpointing.strategies.catalog import Catalog, find_damage
 from megatron.core.dist_checkpointing.strategies.sharded_files import ShardedFilesLoadStrategy
 from megatron.training.checkpoint.arguments import apply_checkpoint_args
+from megatron.training.checkpoint.hf_settings import hf_directory, take_hf_settings
 from megatron.training.checkpoint.paths import (
     checkpoint_exists,
     complete_directory,
@@ -81,6 +82,8 @@ def candidates(args: argparse.Namespace, load_arg: str = "load") -> list[Candida
         FileNotFoundError: neither the folder nor `--pretrained-checkpoint` has a checkpoint.
     """
     folder, weights_only = getattr(args, load_arg), bool(args.finetune)
+    if hf_directory(folder) is not None:
+        return []
     if folder is not None and args.ckpt_step is not None:
         return [Candidate(str(folder), args.ckpt_step, False, weights_only)]
     found = _in_folder(folder, weights_only)
@@ -88,7 +91,7 @@ def candidates(args: argparse.Namespace, load_arg: str = "load") -> list[Candida
         short_lived = _in_folder(non_persistent_folder(args, folder), weights_only)
         found = sorted([*short_lived, *found], key=lambda c: -c.iteration)
     pretrained = getattr(args, "pretrained_checkpoint", None)
-    if found or pretrained is None:
+    if found or pretrained is None or hf_directory(pretrained) is not None:
         return found
     if not checkpoint_exists(pretrained):
         raise FileNotFoundError(
@@ -105,6 +108,12 @@ def _in_folder(folder: str | Path | None, weights_only: bool) -> list[Candidate]
         return [Candidate(str(folder), 0, True, True)]
     older = sorted((i for i in saved_iterations(Path(folder)) if i < latest), reverse=True)
     return [Candidate(str(folder), iteration, False, weights_only) for iteration in (latest, *older)]
+
+
+def hf_source(args: argparse.Namespace, load_arg: str = "load") -> Path | None:
+    """The directory of transformers that the flags name, if there is no checkpoint of `candidates`."""
+    named = hf_directory(getattr(args, load_arg))
+    return named if named is not None else hf_directory(getattr(args, "pretrained_checkpoint", None))
 
 
 def open_candidate(args: argparse.Namespace, candidate: Candidate) -> Found:
@@ -268,6 +277,10 @@ def load_args_from_checkpoint(
     """
     any_format = argparse.Namespace(**{**vars(args), "auto_detect_ckpt_format": True})
     options = candidates(any_format, load_arg)
+    directory = hf_source(args, load_arg)
+    if not options and directory is not None:
+        take_hf_settings(args, directory)
+        return None
     if not options:
         report_missing(args, getattr(args, load_arg))
         return None

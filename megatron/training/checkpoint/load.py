@@ -29,11 +29,13 @@ from megatron.training.checkpoint.find import (
     Found,
     candidates,
     find_checkpoint,
+    hf_source,
     read_catalog_of,
     read_common,
     report_missing,
     saved_args,
 )
+from megatron.training.checkpoint.hf import load_hf
 from megatron.training.checkpoint.local import KINDS as LOCAL_KINDS
 from megatron.training.checkpoint.local import common_of_own_rank, local_iterations, local_root
 from megatron.training.checkpoint.optimizer import (
@@ -87,6 +89,10 @@ def load_run(
         if restored is not None:
             return restored
     found = find_checkpoint(args, load_arg)
+    directory = hf_source(args, load_arg)
+    if found is None and directory is not None:
+        load_hf(args, directory, model, optimizer)
+        return TrainState()
     if found is None:
         if folder is not None:
             report_missing(args, folder)

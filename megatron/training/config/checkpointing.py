@@ -22,8 +22,12 @@ class CheckpointConfig:
     """Leave the optimizer's state out of checkpoints."""
     no_save_rng: bool | None = None
     """Leave random states out of checkpoints."""
+    save_hf: str | None = None
+    """Directory to write the final model to in the form of Hugging Face transformers."""
+    hf_model_type: str | None = None
+    """Kind of model that --save-hf writes (llama, mistral, ...); default: the first that computes the same."""
     load: str | None = None
-    """Folder to load a checkpoint from."""
+    """Folder to load a checkpoint from; hf:DIR is a directory of Hugging Face transformers."""
     no_load_optim: bool | None = None
     """Do not load the optimizer's state."""
     no_load_rng: bool | None = None
@@ -41,7 +45,7 @@ class CheckpointConfig:
     finetune: bool = False
     """Load weights only, and count iterations from zero."""
     pretrained_checkpoint: str | None = None
-    """Folder to load weights from when --load holds no checkpoint."""
+    """Folder (or hf:DIR) to load weights from when --load holds no checkpoint."""
     ckpt_step: int | None = None
     """Load the checkpoint of this iteration instead of the latest."""
     use_checkpoint_args: bool = False

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable
 from megatron.training.capabilities import refuse_capabilities_not_built
 from megatron.training.config.flags import in_terms_of_flags
 from megatron.training.rules.batch import BATCH_RULES, TRAINING_LENGTH_RULES
-from megatron.training.rules.checkpoint import CHECKPOINT_RULES, CHECKPOINT_SOURCE_RULES
+from megatron.training.rules.checkpoint import CHECKPOINT_EXPORT_RULES, CHECKPOINT_RULES, CHECKPOINT_SOURCE_RULES
 from megatron.training.rules.data import DATA_RULES
 from megatron.training.rules.family import FAMILY_RULES
 from megatron.training.rules.layout import LAYOUT_RULES
@@ -46,6 +46,7 @@ RULES: tuple[Rule, ...] = (
     *MODEL_RULES,
     *SCHEDULE_RULES,
     *RUNTIME_RULES,
+    *CHECKPOINT_EXPORT_RULES,
     require_valid_library_configs,
 )
 

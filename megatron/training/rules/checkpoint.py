@@ -5,7 +5,10 @@ from __future__ import annotations
 import argparse
 import os
 
-from megatron.training.settings import refuse_unless, warn
+from megatron.core.dist_checkpointing.core import CheckpointingException
+from megatron.core.export import NotExpressible, family_of_settings
+from megatron.core.export.hf_folder import require_free_or_hf
+from megatron.training.settings import ConfigurationError, refuse_unless, warn
 
 # --- before arguments are taken from a checkpoint -------------------------------------------------
 
@@ -161,3 +164,22 @@ CHECKPOINT_RULES = (
     require_replication_fits,
     prepare_upcycling,
 )
+
+
+# --- after the model is settled ---------------------------------------------------------------------
+
+
+def require_expressible(args: argparse.Namespace) -> None:
+    """`--save-hf` needs a class of transformers that computes the same, and a free directory."""
+    if args.save_hf is None:
+        if args.hf_model_type is not None:
+            raise ConfigurationError(f"--hf-model-type {args.hf_model_type} has no effect without --save-hf")
+        return
+    try:
+        require_free_or_hf(args.save_hf)
+        family_of_settings(vars(args), args.hf_model_type)
+    except (CheckpointingException, NotExpressible) as error:
+        raise ConfigurationError(f"--save-hf {args.save_hf}: {error}") from error
+
+
+CHECKPOINT_EXPORT_RULES = (require_expressible,)

@@ -44,6 +44,8 @@ ADDED_FLAGS = {
     "--config",
     "--metrics-jsonl",
     "--no-progress-bar",
+    "--save-hf",
+    "--hf-model-type",
     "--timeline",
     "--timeline-step",
     "--torch-compile",

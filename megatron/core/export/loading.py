@@ -1,0 +1,116 @@
+"""Filling the shards of any layout from whole tensors."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from megatron.core.dist_checkpointing.collective import together
+from megatron.core.dist_checkpointing.dict_utils import dict_list_map_outplace, nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedStateDict, ShardedTensor, StateDict
+from megatron.core.dist_checkpointing.serialization import load_into
+from megatron.core.dist_checkpointing.strategies.base import LoadShardedStrategy
+from megatron.core.dist_checkpointing.strategies.catalog import Catalog, Chunk, Place, StoredTensor
+from megatron.core.dist_checkpointing.strategies.common import TorchCommonLoadStrategy
+from megatron.core.dist_checkpointing.strategies.reading import (
+    ChunkRead,
+    finish_reads,
+    plan_load,
+    plan_reads,
+)
+from megatron.core.dist_checkpointing.strategies.resharding import Box, narrow
+from megatron.core.dist_checkpointing.strategies.sharded_files import whole_tensor
+
+from .whole_state import DictState, WholeState, sharded_name, stacked_key
+
+
+def catalog_of_state(state: WholeState) -> Catalog:
+    """The tensors as a sharded checkpoint would list them, stacked by layers and singly."""
+    catalog = Catalog()
+    layers: dict[str, dict[int, str]] = defaultdict(dict)
+    for name in state:
+        shape = tuple(state.meta(name).shape)
+        key, layer = stacked_key(name)
+        if layer is not None:
+            layers[key][layer] = name
+            key = sharded_name(name)
+        chunk = Chunk(Box((0,) * len(shape), shape), Place(name, 0, 0))
+        catalog.tensors[key] = StoredTensor(state.meta(name).dtype, shape, None, [chunk])
+    for key, names in layers.items():
+        first = state.meta(next(iter(names.values())))
+        stack = StoredTensor(first.dtype, (max(names) + 1, *first.shape), None)
+        for layer, name in names.items():
+            box = Box((layer,) + (0,) * first.dim(), (1, *state.meta(name).shape))
+            stack.chunks.append(Chunk(box, Place(name, 0, 0)))
+        catalog.tensors[key] = stack
+    return catalog
+
+
+class WholeStateLoadStrategy(LoadShardedStrategy):
+    """Reads each tensor that some local shard needs a part of, once, and copies the parts into place."""
+
+    def __init__(self, state: WholeState) -> None:
+        self.state = state
+        self.catalog = catalog_of_state(state)
+
+    @property
+    def can_handle_sharded_objects(self) -> bool:
+        return True  # a model has none that count: they are left out of what is requested
+
+    def load(self, sharded_state_dict: ShardedStateDict, checkpoint_dir: str | Path) -> StateDict:
+        """In place; nothing is changed on any rank if shapes or names do not fit."""
+        values: list[Any] = list(nested_values(sharded_state_dict))
+        with together(f"cannot load {checkpoint_dir}"):
+            plan = plan_load(values, self.catalog)
+            reads = plan_reads(self.catalog, (target for local in plan.values() for target in local.targets))
+        with together(f"cannot read {checkpoint_dir}"):
+            for local in plan.values():
+                if local.zero_first is not None:
+                    local.zero_first.detach().zero_()
+            self._read(reads)
+            finish_reads(plan.values())
+        return dict_list_map_outplace(lambda v: v.data if isinstance(v, ShardedTensor) else None, sharded_state_dict)
+
+    def _read(self, reads: list[ChunkRead]) -> None:
+        by_name: dict[str, list[ChunkRead]] = defaultdict(list)
+        for read in reads:
+            by_name[read.chunk.place.file].append(read)
+        for name, parts in by_name.items():
+            whole = self.state.read(name)
+            for read in parts:
+                source = narrow(whole.reshape(read.chunk.box.sizes), read.box.moved(read.chunk.box.offsets, -1))
+                narrow(read.target.tensor.detach(), read.box.moved(read.target.box.offsets, -1)).copy_(source)
+
+    def load_tensors_metadata(self, checkpoint_dir: str | Path, metadata: Any = None) -> dict[str, Any]:
+        keys = {stacked_key(name).key for name in self.state}
+        return {
+            key: whole_tensor(key, self.catalog.tensors[key].shape, self.catalog.tensors[key].dtype) for key in keys
+        }
+
+    def load_sharded_metadata(self, checkpoint_dir: str | Path) -> dict[str, Any]:
+        return self.load_tensors_metadata(checkpoint_dir)
+
+
+@torch.no_grad()
+def load_whole_state(model: nn.Module, state: Mapping[str, Tensor] | WholeState) -> None:
+    """Fill this rank's part of `model` from whole tensors; rows of padded vocabulary become zero. All ranks call this.
+
+    Raises:
+        CheckpointingException: a tensor is missing or has another shape than the model.
+    """
+    source = state if isinstance(state, WholeState) else DictState(state)
+    request = model.sharded_state_dict()  # type: ignore[operator]
+    loaded, _, _ = load_into(
+        {},
+        request,
+        Path("the given tensors"),
+        WholeStateLoadStrategy(source),
+        TorchCommonLoadStrategy(),
+        validate_access_integrity=False,
+    )
+    model.load_state_dict(loaded)
