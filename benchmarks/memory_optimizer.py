@@ -43,9 +43,30 @@ class Row:
     params: str
     grads: str
     form: str
-    """replicated, distributed (optimizer) or fsdp2."""
+    """replicated, distributed (optimizer), aware (its precision-aware form) or fsdp2."""
     fixed: float
     shared: float
+    settings: tuple[tuple[str, Any], ...] = ()
+    """Further fields of `OptimizerConfig`."""
+
+    @property
+    def name(self) -> str:
+        """Of the line."""
+        return "-".join([self.params, self.grads, self.form, *self.types.values()])
+
+    @property
+    def types(self) -> dict[str, str]:
+        """Of the state, where it is not float32."""
+        return {k: str(v).removeprefix("torch.") for k, v in self.settings if k.endswith("_dtype")}
+
+
+BF16_GRADS = (("main_grads_dtype", torch.bfloat16),)
+FP16_MAIN = (("main_params_dtype", torch.float16),)
+
+
+def moments(dtype: torch.dtype) -> tuple[tuple[str, Any], ...]:
+    """Both of one type."""
+    return ("exp_avg_dtype", dtype), ("exp_avg_sq_dtype", dtype)
 
 
 ROWS = (
@@ -58,6 +79,15 @@ ROWS = (
     # Ours: the kept fp32 rows are the main parameters; gradients and both moments are cut, too.
     Row("bfloat16", "float32", "fsdp2", 0, 16),
     Row("float32", "float32", "fsdp2", 0, 16),
+    # Precision-aware, with remainders for main parameters unless they are fp16; a scale for each 256 elements.
+    Row("bfloat16", "float32", "aware", 6, 10),
+    Row("bfloat16", "bfloat16", "aware", 4, 10, BF16_GRADS),
+    Row("bfloat16", "bfloat16", "aware", 4, 6, (*BF16_GRADS, *moments(torch.bfloat16))),
+    Row("bfloat16", "bfloat16", "aware", 4, 6 + 2 / 256, (*BF16_GRADS, *moments(torch.float16))),
+    Row("bfloat16", "bfloat16", "aware", 4, 4 + 2 / 256, (*BF16_GRADS, *moments(torch.uint8))),
+    Row("bfloat16", "bfloat16", "aware", 4, 4 + 3 / 256, (*BF16_GRADS, *FP16_MAIN, *moments(torch.uint8))),
+    Row("float16", "float32", "aware", 6, 12),
+    Row("float32", "float32", "aware", 8, 4, moments(torch.bfloat16)),
 )
 
 
@@ -82,8 +112,9 @@ def bytes_per_parameter(row: Row, width: int) -> float:
     model = nn.Sequential(nn.Linear(width, width, bias=False), nn.Linear(width, width, bias=False)).to(dtype)
     num_parameters = sum(param.numel() for param in model.parameters())
     config = TransformerConfig(num_layers=1, hidden_size=8, num_attention_heads=1)
+    is_split = row.form in ("distributed", "aware")
     ddp_config = DistributedDataParallelConfig(
-        grad_reduce_in_fp32=row.grads == "float32", use_distributed_optimizer=row.form == "distributed"
+        grad_reduce_in_fp32=row.grads == "float32", use_distributed_optimizer=is_split
     )
     chunk: Any
     if row.form == "fsdp2":
@@ -91,7 +122,8 @@ def bytes_per_parameter(row: Row, width: int) -> float:
     else:
         chunk = DistributedDataParallel(config, ddp_config, model)
     settings: dict[str, Any] = {"fp16": row.params == "float16", "bf16": row.params == "bfloat16"}
-    settings.update(lr=1e-3, params_dtype=dtype, use_distributed_optimizer=row.form == "distributed")
+    settings.update(lr=1e-3, params_dtype=dtype, use_distributed_optimizer=is_split)
+    settings.update(row.settings, use_precision_aware_optimizer=row.form == "aware")
     if row.params == "float16":
         settings["initial_loss_scale"] = 1.0
     optimizer = get_megatron_optimizer(OptimizerConfig(**settings), [chunk])
@@ -121,17 +153,19 @@ def run_rank(rank: int, size: int, width: int, port: int, result: Any) -> None:
         found = torch.tensor(bytes_per_parameter(row, width))
         dist.all_reduce(found, dist.ReduceOp.MAX)
         if rank == 0:
-            result.append({**asdict(row), "d": size, "bytes": float(found), "table": row.fixed + row.shared / size})
+            line = {k: v for k, v in asdict(row).items() if k != "settings"} | {"state": row.types}
+            result.append({**line, "d": size, "bytes": float(found), "table": row.fixed + row.shared / size})
     parallel_state.destroy_model_parallel()
     dist.destroy_process_group()
 
 
 def show(rows: list[dict[str, Any]]) -> None:
     """One line for each measurement."""
-    print(f"{'weights':9} {'gradients':9} {'form':12} {'d':>2} {'bytes/parameter':>16} {'table':>7}")
+    print(f"{'weights':9} {'gradients':9} {'form':12} {'d':>2} {'bytes/parameter':>16} {'table':>7}  state")
     for row in rows:
         print(
-            f"{row['params']:9} {row['grads']:9} {row['form']:12} {row['d']:2} {row['bytes']:16.3f} {row['table']:7.2f}"
+            f"{row['params']:9} {row['grads']:9} {row['form']:12} {row['d']:2} {row['bytes']:16.3f} {row['table']:.3f}",
+            *(f"{name}={dtype}" for name, dtype in row["state"].items()),
         )
 
 

@@ -28,8 +28,6 @@ FIELDS_NOT_BUILT: dict[str, str] = {
     "flash_decode": "the inference engine",
     "inference_rng_tracker": "the inference engine",
     "symmetric_ar_type": "the inference engine",
-    "use_precision_aware_optimizer": "low-precision optimizer states",
-    "optimizer_cpu_offload": "the offloaded optimizer",
     "use_custom_fsdp": "fully sharded data parallelism other than torch's (TorchFullyShardedDataParallel)",
     "data_parallel_sharding_strategy": "fully sharded data parallelism other than torch's",
     "fsdp_double_buffer": "fully sharded data parallelism other than torch's",

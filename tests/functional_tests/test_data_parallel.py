@@ -59,6 +59,12 @@ OPTIONS: dict[str, tuple[str, int, str]] = {
     ),
     "bf16-gather-late": ("bf16", 2, OVERLAPPED),
     "per-token-gather-late": ("per-token", 2, OVERLAPPED),
+    "precision-aware-half-on-host": (
+        "fp32",
+        2,
+        f"{OVERLAPPED} --use-precision-aware-optimizer --optimizer-cpu-offload --optimizer-offload-fraction 0.5 "
+        "--overlap-cpu-optimizer-d2h-h2d",
+    ),
     "instances": ("fp32", 4, f"{OVERLAPPED} --num-distributed-optimizer-instances 2"),
 }
 

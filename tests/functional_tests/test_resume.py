@@ -22,6 +22,12 @@ LAYOUTS = {
         "--recompute-num-layers 1",
     ),
     "dp2-distopt-bf16": (2, "--use-distributed-optimizer --bf16"),
+    "dp2-low-precision-state": (
+        2,
+        "--use-distributed-optimizer --bf16 --use-precision-aware-optimizer --main-grads-dtype bf16 "
+        "--main-params-dtype fp16 --exp-avg-dtype fp8 --exp-avg-sq-dtype fp8 --optimizer-cpu-offload "
+        "--optimizer-offload-fraction 0.5",
+    ),
     "cp4-every-way": (
         4,
         "--context-parallel-size 4 --cp-comm-type p2p a2a all_gather a2a+p2p --hierarchical-context-parallel-sizes 2 2",

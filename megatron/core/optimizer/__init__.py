@@ -23,6 +23,8 @@ from megatron.core.optimizer.optimizer import (
 )
 from megatron.core.optimizer.optimizer_config import OptimizerConfig
 from megatron.core.optimizer.param_groups import ParamCondition, ParamGroup, build_param_groups
+from megatron.core.optimizer.precision_aware_adam import PrecisionAwareAdam
+from megatron.core.optimizer.precision_aware_optimizer import PrecisionAwareDistributedOptimizer
 from megatron.core.optimizer.state import init_adam_state, init_sgd_state
 from megatron.core.process_groups_config import (
     ProcessGroupCollection,
@@ -41,6 +43,7 @@ __all__ = [
     "MegatronGradScaler",
     "MegatronOptimizer",
     "OptimizerConfig",
+    "PrecisionAwareDistributedOptimizer",
     "get_megatron_optimizer",
 ]
 
@@ -117,7 +120,8 @@ def _build(
         data_parallel_group = (
             grad_pgs.intra_expt_dp or grad_pgs.expt_dp if is_expert else grad_pgs.intra_dp_cp or grad_pgs.dp_cp
         )
-        optimizer = DistributedOptimizer(
+        form = PrecisionAwareDistributedOptimizer if config.use_precision_aware_optimizer else DistributedOptimizer
+        optimizer = form(
             inner,
             config,
             scaler,
@@ -167,6 +171,8 @@ def _inner_optimizer(
     config: OptimizerConfig, param_groups: list[ParamGroup]
 ) -> tuple[torch.optim.Optimizer, InitStateFn]:
     """torch's fused update rules: one pass over memory, on CPU four times as fast as the looped ones."""
+    if config.use_precision_aware_optimizer:
+        return PrecisionAwareAdam(param_groups, config), lambda optimizer: None
     common: dict[str, Any] = {"lr": config.lr, "weight_decay": config.weight_decay, "fused": True}
     match config.optimizer:
         case "adam":

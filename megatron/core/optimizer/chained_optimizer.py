@@ -16,7 +16,7 @@ from megatron.core import device
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 from megatron.core.dist_checkpointing.safe_load import safe_torch_load
 from megatron.core.dist_checkpointing.utils import add_prefix_for_sharding
-from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32, reduce_over, sum_of_squares
+from megatron.core.optimizer.clip_grads import reduce_over, sum_of_squares
 from megatron.core.optimizer.megatron_optimizer import MegatronOptimizer, gather_weights_of
 
 
@@ -92,7 +92,7 @@ class ChainedOptimizer(MegatronOptimizer):
     def clip_grad_norm(self, clip_grad: float) -> float:
         grad_norm = self.get_grad_norm()
         for optimizer in self.chained_optimizers:
-            clip_grad_by_total_norm_fp32(optimizer.get_parameters(), clip_grad, grad_norm)
+            optimizer.clip_grads(clip_grad, grad_norm)
         return grad_norm
 
     def count_zeros(self) -> float:

@@ -43,7 +43,8 @@ class ParamShard:
     offset: int
     """Where the piece starts within this rank's range of the bucket."""
     main: Tensor
-    """fp32 [end - start]: view of the weights if they are fp32, else of this rank's main copy."""
+    """[end - start]: what the update rule calls its parameter. fp32, view of the weights if they are fp32, else of
+    this rank's main copy; of the precision-aware form always a view of the weights."""
 
     @property
     def model_piece(self) -> Tensor:
@@ -66,15 +67,16 @@ def owned_span(param_span: tuple[int, int], owned: tuple[int, int]) -> tuple[int
     return (start - param_span[0], end - param_span[0]) if start < end else None
 
 
-def own_shards(buffer: _ParamAndGradBuffer) -> list[ParamShard]:
-    """The pieces of a buffer that this rank updates; 16-bit weights get an fp32 copy of its range only."""
+def own_shards(buffer: _ParamAndGradBuffer, *, widen: bool = True) -> list[ParamShard]:
+    """The pieces of a buffer that this rank updates; with `widen`, 16-bit weights get an fp32 copy of them."""
     group = buffer.data_parallel_group
     rank, num_shards = get_pg_rank(group), get_pg_size(group)
     shards = []
     for bucket in buffer.buckets:
         owned = bucket.layout.shard(rank, num_shards)
         assert bucket.param_data is not None, "the distributed optimizer needs weights in a buffer"
-        main_range = bucket.shard(bucket.param_data, group).float()  # the weights themselves where they are fp32
+        weights = bucket.shard(bucket.param_data, group)
+        main_range = weights.float() if widen else weights  # the weights themselves where they are fp32
         for param in bucket.params:
             param_span = buffer.param_spans[param]
             span = owned_span(param_span, owned)
@@ -129,9 +131,12 @@ class DistributedOptimizer(MixedPrecisionOptimizer):
         self.distributed_optimizer_instance_id = distributed_optimizer_instance_id
         if has_default_process_groups():
             self.grad_stats_parallel_group = default_process_groups().intra_dist_opt
-        self.shards = [shard for buffer in self.buffers for shard in own_shards(buffer)]
+        self.shards = [shard for buffer in self.buffers for shard in self._cut(buffer)]
         self._start_of = {shard.main: shard.start for shard in self.shards}
         self._put_shards_into_groups()
+
+    def _cut(self, buffer: _ParamAndGradBuffer) -> list[ParamShard]:
+        return own_shards(buffer)
 
     def first_element(self, main: Tensor) -> int:
         return self._start_of[main]
@@ -255,9 +260,14 @@ class DistributedOptimizer(MixedPrecisionOptimizer):
     # --- checkpoints: main params and moments ---
 
     def param_state(self, shard: ParamShard) -> dict[str, Tensor]:
-        """`param` (fp32) and moments of a piece, each [end - start], to be read or filled."""
+        """`param` and moments of a piece, each fp32 [end - start], to be read."""
         moments = {name: value for name, value in self.optimizer.state[shard.main].items() if name != "step"}
         return {"param": shard.main, **moments}
+
+    def fill_param_state(self, shard: ParamShard, name: str, values: Tensor) -> None:
+        """Set one of the tensors that `param_state` returns; `round_main_params_to_model` comes after the last."""
+        with torch.no_grad():
+            self.param_state(shard)[name].copy_(values)
 
     def round_main_params_to_model(self) -> None:
         """After main params were loaded: the model's weights follow, on all ranks."""

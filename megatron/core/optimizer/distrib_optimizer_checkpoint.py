@@ -30,7 +30,7 @@ from megatron.core.distributed.param_and_grad_buffer import _ParamAndGradBucket,
 from megatron.core.utils import get_pg_rank, get_pg_size
 
 if TYPE_CHECKING:
-    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer, ParamShard
 
 DTypes = tuple[torch.dtype, torch.dtype]
 
@@ -80,8 +80,8 @@ def load_from_model_space(optimizer: DistributedOptimizer, state_dict: dict[Any,
     """Fill main params and moments with a loaded `shard_in_model_space`."""
     for i, shard in enumerate(optimizer.shards):
         saved = state_dict[i] if i in state_dict else state_dict[str(i)]
-        for name, tensor in optimizer.param_state(shard).items():
-            _fill(tensor, saved[_model_space_name(name)], name)
+        for name in _state_names(optimizer):
+            _fill(optimizer, shard, name, saved[_model_space_name(name)])
     optimizer.round_main_params_to_model()
 
 
@@ -114,8 +114,8 @@ def load_own_ranges(optimizer: DistributedOptimizer, ranges: dict[Any, Any]) -> 
     """Fill main params and moments with what `own_ranges` returned."""
     optimizer.init_state_fn(optimizer.optimizer)
     for shard, own in _shards_with(optimizer, ranges):
-        for name, tensor in optimizer.param_state(shard).items():
-            _fill(tensor, own[name][shard.offset : shard.offset + tensor.numel()], name)
+        for name in _state_names(optimizer):
+            _fill(optimizer, shard, name, own[name][shard.offset : shard.offset + shard.end - shard.start])
     optimizer.round_main_params_to_model()
 
 
@@ -314,8 +314,7 @@ def _agree_on_first(optimizer: DistributedOptimizer, action: Any) -> None:
         raise RuntimeError(f"the first data-parallel rank failed: {failure[0]}")
 
 
-def _fill(destination: Tensor, source: Tensor, name: str) -> None:
-    if destination.shape != source.shape:
-        raise ValueError(f"{name} has shape {tuple(source.shape)} in the checkpoint, {tuple(destination.shape)} here")
-    with torch.no_grad():
-        destination.copy_(source)
+def _fill(optimizer: DistributedOptimizer, shard: ParamShard, name: str, values: Tensor) -> None:
+    if values.shape != shard.main.shape:
+        raise ValueError(f"{name} has shape {tuple(values.shape)} in the checkpoint, {tuple(shard.main.shape)} here")
+    optimizer.fill_param_state(shard, name, values)

@@ -79,6 +79,15 @@ class MegatronOptimizer(ABC):
         """(model parameter, main param), group after group."""
         return zip(chain.from_iterable(self.model_params), self.get_parameters(), strict=True)
 
+    def gradient_of(self, main: Tensor) -> Tensor | None:
+        """Of a main param, once `prepare_grads` has given it one."""
+        return main.grad
+
+    def main_grads(self) -> list[Tensor]:
+        """Gradients of all main params that have one."""
+        grads = map(self.gradient_of, self.get_parameters())
+        return [grad for grad in grads if grad is not None]
+
     def first_element(self, main: Tensor) -> int:
         """Where in the flattened model parameter the elements of its main param begin."""
         return 0
@@ -91,9 +100,9 @@ class MegatronOptimizer(ABC):
         """
         is_first_tp_rank = get_pg_rank(self.tensor_parallel_group) == 0
         return [
-            without_padding(model_param, main.grad, self.first_element(main))
+            without_padding(model_param, grad, self.first_element(main))
             for model_param, main in self._pairs()
-            if main.grad is not None
+            if (grad := self.gradient_of(main)) is not None
             and not getattr(model_param, "shared", False)
             and (is_first_tp_rank or getattr(model_param, "tensor_model_parallel", False))
         ]
@@ -110,8 +119,12 @@ class MegatronOptimizer(ABC):
     def clip_grad_norm(self, clip_grad: float) -> float:
         """Scale gradients so that their norm is at most `clip_grad`; returns the norm they had."""
         grad_norm = self.get_grad_norm()
-        clip_grad_by_total_norm_fp32(self.get_parameters(), clip_grad, grad_norm)
+        self.clip_grads(clip_grad, grad_norm)
         return grad_norm
+
+    def clip_grads(self, max_norm: float, total_norm: float) -> None:
+        """Scale this rank's gradients so that a norm of `total_norm` becomes at most `max_norm`."""
+        clip_grad_by_total_norm_fp32(self.get_parameters(), max_norm, total_norm)
 
     def count_zeros(self) -> float:
         """Number of gradient elements of the whole model that are exactly zero."""

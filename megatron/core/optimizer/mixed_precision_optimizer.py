@@ -58,7 +58,7 @@ class MixedPrecisionOptimizer(MegatronOptimizer):
             return self._unscale_main_grads_and_check_for_nan(self.grad_scaler)
 
     def _unscale_main_grads_and_check_for_nan(self, grad_scaler: MegatronGradScaler) -> bool:
-        grads = [main.grad for main in self.get_parameters() if main.grad is not None]
+        grads = self.main_grads()
         found_inf = torch.zeros(1, dtype=torch.float32, device=device.current_device())
         if grads:
             torch._amp_foreach_non_finite_check_and_unscale_(grads, found_inf, grad_scaler.inv_scale)

@@ -73,11 +73,11 @@ class OptimizerConfig:
     overlap_param_gather_with_optimizer_step: bool = False
     """Start gathering the first bucket's weights while later buckets are still being updated."""
     optimizer_cpu_offload: bool = False
-    """Keep the optimizer's state in host memory and update there."""
+    """Keep the precision-aware optimizer's state in host memory and update there."""
     optimizer_offload_fraction: float = 0.0
     """Share of the weights that this concerns."""
     use_torch_optimizer_for_cpu_offload: bool = False
-    """Use torch's own optimizer for that share."""
+    """Update that share with torch's own Adam. The update is always that one here."""
     overlap_cpu_optimizer_d2h_h2d: bool = False
     """Overlap that update with the copies to and from the device."""
     pin_cpu_grads: bool = True
@@ -101,6 +101,9 @@ class OptimizerConfig:
             require_known_optimizer,
             require_one_half_precision,
             require_fp32_states,
+            require_precision_aware_optimizer_fits,
+            require_known_state_types,
+            require_offload_fits,
             require_min_lr_below_lr,
             require_valid_loss_scale,
         ):
@@ -125,6 +128,54 @@ def require_fp32_states(config: OptimizerConfig) -> None:
                 getattr(config, name) == torch.float32,
                 f"{shown(config, name)} needs use_precision_aware_optimizer; else only torch.float32 works",
             )
+
+
+STATE_TYPES = {
+    "main_grads_dtype": (torch.float32, torch.bfloat16),
+    "main_params_dtype": (torch.float32, torch.float16),
+    "exp_avg_dtype": (torch.float32, torch.float16, torch.bfloat16, torch.uint8),
+    "exp_avg_sq_dtype": (torch.float32, torch.float16, torch.bfloat16, torch.uint8),
+}
+"""Types that each part of the precision-aware optimizer's state can have; uint8 stands for fp8 (e4m3)."""
+
+
+def require_precision_aware_optimizer_fits(config: OptimizerConfig) -> None:
+    """It is a form of Adam that is split over data parallel ranks."""
+    if config.use_precision_aware_optimizer:
+        require(
+            config.optimizer == "adam" and config.use_distributed_optimizer,
+            f"use_precision_aware_optimizer needs optimizer adam and use_distributed_optimizer, found "
+            f"{shown(config, 'optimizer')} and {shown(config, 'use_distributed_optimizer')}",
+        )
+
+
+def require_known_state_types(config: OptimizerConfig) -> None:
+    """What is to have 16 bits is 16-bit where it comes from."""
+    for name, types in STATE_TYPES.items():
+        require(getattr(config, name) in types, f"{shown(config, name)} must be one of {', '.join(map(str, types))}")
+    if config.main_grads_dtype != torch.float32:
+        require(
+            config.params_dtype == config.main_grads_dtype,
+            f"{shown(config, 'main_grads_dtype')} needs weights of that type (bf16), whose gradients are then not "
+            f"widened; found {shown(config, 'params_dtype')}",
+        )
+    if config.main_params_dtype != torch.float32:
+        require(
+            config.params_dtype != torch.float32,
+            f"{shown(config, 'main_params_dtype')} needs 16-bit weights (bf16 or fp16): float32 weights are their own "
+            "main weights",
+        )
+
+
+def require_offload_fits(config: OptimizerConfig) -> None:
+    """What lies in host memory is a share of the precision-aware optimizer's state."""
+    if not config.optimizer_cpu_offload:
+        return
+    require(config.use_precision_aware_optimizer, "optimizer_cpu_offload needs use_precision_aware_optimizer")
+    require(
+        0.0 <= config.optimizer_offload_fraction <= 1.0,
+        f"{shown(config, 'optimizer_offload_fraction')} must be between 0 and 1",
+    )
 
 
 def require_min_lr_below_lr(config: OptimizerConfig) -> None:

@@ -8,6 +8,7 @@ import os
 import torch
 
 from megatron.core.device import device_type
+from megatron.training.config.flags import all_flags
 from megatron.training.settings import refuse_unless, warn, was_given
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.uint8}
@@ -51,6 +52,29 @@ def derive_gradient_dtype(args: argparse.Namespace) -> None:
         args.accumulate_allreduce_grads_in_fp32 = True
 
 
+def require_precision_aware_optimizer_fits(args: argparse.Namespace) -> None:
+    """Only a state that is split over ranks has types of its own, and gradients have the type that is summed in."""
+    if args.use_precision_aware_optimizer:
+        refuse_unless(
+            args.use_distributed_optimizer and args.optimizer == "adam",
+            "--use-precision-aware-optimizer needs --use-distributed-optimizer and --optimizer adam "
+            f"(found {args.optimizer})",
+        )
+    for name in STATE_DTYPES:
+        refuse_unless(
+            args.use_precision_aware_optimizer or getattr(args, name) == torch.float32,
+            f"{all_flags()[name].names[0]} needs --use-precision-aware-optimizer; else only fp32 works",
+        )
+    refuse_unless(
+        args.main_grads_dtype == torch.float32 or args.bf16,
+        "--main-grads-dtype bf16 needs --bf16: gradients are summed in the type of the weights, or in fp32",
+    )
+    refuse_unless(
+        args.main_params_dtype == torch.float32 or args.bf16 or args.fp16,
+        "--main-params-dtype fp16 needs --bf16 or --fp16: fp32 weights are their own main weights",
+    )
+
+
 def require_half_precision_for_its_options(args: argparse.Namespace) -> None:
     """Some options only mean something beside half-precision weights."""
     if args.fp16_lm_cross_entropy:
@@ -85,6 +109,7 @@ PRECISION_RULES = (
     derive_params_dtype,
     tolerate_overflow_of_dynamic_scale,
     derive_gradient_dtype,
+    require_precision_aware_optimizer_fits,
     require_half_precision_for_its_options,
     force_fp32_softmax_under_layer_scaling,
     require_deterministic_kernels,

@@ -9,6 +9,11 @@ from megatron.core.device import device_type
 from megatron.training.config.flags import all_flags
 from megatron.training.settings import refuse_unless, warn
 
+OFFLOAD_SETTINGS = (
+    *("optimizer_offload_fraction", "use_torch_optimizer_for_cpu_offload", "overlap_cpu_optimizer_d2h_h2d"),
+    *("pin_cpu_grads", "pin_cpu_params"),
+)
+
 
 def imply_overlap_of_sharding(args: argparse.Namespace) -> None:
     """Sharded gradients are reduced, and sharded weights gathered, while layers run."""
@@ -146,11 +151,21 @@ def require_fp8_gather_fits(args: argparse.Namespace) -> None:
 
 def require_offloaded_optimizer_fits(args: argparse.Namespace) -> None:
     """The offloaded optimizer is a form of the precision-aware one."""
-    if args.optimizer_cpu_offload:
-        refuse_unless(
-            args.use_precision_aware_optimizer,
-            "--optimizer-cpu-offload needs --use-precision-aware-optimizer",
-        )
+    if not args.optimizer_cpu_offload:
+        given = [
+            flag.names[0] for name in OFFLOAD_SETTINGS if getattr(args, name) != (flag := all_flags()[name]).default
+        ]
+        if given:
+            warn(args, f"{' '.join(given)} has no effect without --optimizer-cpu-offload")
+        return
+    refuse_unless(
+        args.use_precision_aware_optimizer,
+        "--optimizer-cpu-offload needs --use-precision-aware-optimizer",
+    )
+    fraction = args.optimizer_offload_fraction
+    refuse_unless(0 <= fraction <= 1, f"--optimizer-offload-fraction ({fraction}) must be between 0 and 1")
+    if device_type() == "cpu":
+        warn(args, "--optimizer-cpu-offload: this run computes on the CPU, where it costs copies and saves nothing")
 
 
 def require_bucket_settings_fit(args: argparse.Namespace) -> None:

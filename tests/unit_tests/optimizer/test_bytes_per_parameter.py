@@ -16,7 +16,7 @@ def count(row: Row) -> float:
     return bytes_per_parameter(row, WIDTH)
 
 
-@pytest.mark.parametrize("row", ROWS, ids=lambda row: f"{row.params}-{row.grads}-{row.form}")
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
 def test_bytes_per_parameter(row: Row) -> None:
     ranks = 2
     for found in run_ranks(ranks, count, row):

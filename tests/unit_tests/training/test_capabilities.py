@@ -100,6 +100,8 @@ BUILT = [
     "--fp16 --initial-loss-scale 1024 --hysteresis 1",
     "--bf16 --grad-reduce-in-bf16",
     "--optimizer sgd --sgd-momentum 0.5",
+    "--bf16 --use-distributed-optimizer --use-precision-aware-optimizer --main-grads-dtype bf16",
+    "--use-distributed-optimizer --use-precision-aware-optimizer --exp-avg-dtype fp8 --exp-avg-sq-dtype bf16",
     "--weight-decay-incr-style linear --start-weight-decay 0 --end-weight-decay 1",
     "--lr-decay-style WSD --lr-wsd-decay-iters 2 --lr-warmup-iters 2",
     "--save /tmp/x --save-interval 2 --load /tmp/x --ckpt-format torch --finetune --no-load-optim",

@@ -27,6 +27,8 @@ from tests.unit_tests.training.settings_for_tests import REAL_DATA, SAMPLES, SMA
 
 # --- refusals -------------------------------------------------------------------------------------
 
+PRECISION_AWARE = "--use-distributed-optimizer --use-precision-aware-optimizer"
+
 REFUSED: list[tuple[Any, str, str, str]] = [
     # rule, flags, what the message says, base command line
     (replaced.refuse_replaced_flags, "--batch-size 3", "use --micro-batch-size 3", SMALL_GPT),
@@ -41,6 +43,42 @@ REFUSED: list[tuple[Any, str, str, str]] = [
         replaced.refuse_checkpoint_activations,
         "--checkpoint-activations",
         "use --recompute-activations",
+        SMALL_GPT,
+    ),
+    (
+        precision.require_precision_aware_optimizer_fits,
+        "--use-precision-aware-optimizer",
+        "needs --use-distributed-optimizer and --optimizer adam",
+        SMALL_GPT,
+    ),
+    (
+        precision.require_precision_aware_optimizer_fits,
+        "--exp-avg-dtype bf16",
+        "--exp-avg-dtype needs --use-precision-aware-optimizer",
+        SMALL_GPT,
+    ),
+    (
+        precision.require_precision_aware_optimizer_fits,
+        f"{PRECISION_AWARE} --main-grads-dtype bf16",
+        "--main-grads-dtype bf16 needs --bf16",
+        SMALL_GPT,
+    ),
+    (
+        precision.require_precision_aware_optimizer_fits,
+        f"{PRECISION_AWARE} --main-params-dtype fp16",
+        "fp32 weights are their own main weights",
+        SMALL_GPT,
+    ),
+    (
+        sharding.require_offloaded_optimizer_fits,
+        "--optimizer-cpu-offload",
+        "needs --use-precision-aware-optimizer",
+        SMALL_GPT,
+    ),
+    (
+        sharding.require_offloaded_optimizer_fits,
+        f"{PRECISION_AWARE} --optimizer-cpu-offload --optimizer-offload-fraction 2",
+        r"--optimizer-offload-fraction \(2.0\) must be between 0 and 1",
         SMALL_GPT,
     ),
     (checkpoint.require_save_interval, "--save x", "--save x needs --save-interval", SMALL_GPT),
@@ -664,11 +702,6 @@ UNBUILT: list[tuple[Any, dict[str, Any], str]] = [
         "compares whole weights",
     ),
     (sharding.require_fp8_gather_fits, {"fp8_param_gather": True}, "needs --use-distributed-optimizer"),
-    (
-        sharding.require_offloaded_optimizer_fits,
-        {"optimizer_cpu_offload": True},
-        "needs --use-precision-aware-optimizer",
-    ),
     (model.require_position_settings, {"position_embedding_type": "mrope"}, "needs --mrope-section"),
     (model.require_position_settings, {"position_embedding_type": "relative"}, "needs --transformer-impl"),
     (model.derive_num_experts, {"num_experts": 2, "spec": ["local"]}, "--spec exclude each other"),
