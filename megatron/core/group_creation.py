@@ -9,12 +9,13 @@ hands groups to its models, wrappers and optimizers itself needs no more than th
 from __future__ import annotations
 
 import datetime
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
+from megatron.core.communicators import DEFAULT, Communicator
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.rank_grid import (
     RankGroups,
@@ -61,11 +62,16 @@ def create_process_groups(
     timeout: datetime.timedelta = datetime.timedelta(minutes=30),
     get_embedding_ranks: EmbeddingRanks = default_embedding_ranks,
     get_position_embedding_ranks: EmbeddingRanks = default_position_embedding_ranks,
+    communicators: Mapping[str, Communicator] | None = None,
 ) -> CreatedGroups:
     """Every process group of a layout over the whole world.
 
     Collective: all ranks call it with the same arguments. Ranks whose groups consist of the same members share one
-    communicator.
+    communicator, unless these are made differently.
+
+    Args:
+        communicators: of groups that are made in another way than the world, by field of `ProcessGroupCollection`,
+            see `plan_communicators`.
 
     Raises:
         RuntimeError: torch.distributed is not initialised, or the sizes do not fit the world.
@@ -88,25 +94,28 @@ def create_process_groups(
     if hierarchical_context_parallel_sizes:
         for level, groups in enumerate(hierarchical_plan(layout, hierarchical_context_parallel_sizes)):
             plan[f"hcp{level}"] = groups
-    return _create(plan, timeout)
+    return _create(plan, timeout, communicators or {})
 
 
-def _create(plan: dict[str, RankGroups], timeout: datetime.timedelta) -> CreatedGroups:
-    """The planned groups, one communicator for each distinct set of ranks."""
+def _create(
+    plan: dict[str, RankGroups], timeout: datetime.timedelta, special: Mapping[str, Communicator]
+) -> CreatedGroups:
+    """The planned groups, one communicator for each distinct set of ranks and way of making it."""
     rank = dist.get_rank()
-    by_members: dict[tuple[int, ...], ProcessGroup] = {}
+    made: dict[tuple[tuple[int, ...], Communicator], ProcessGroup] = {}
     mine: dict[str, ProcessGroup] = {}
     my_ranks: dict[str, list[int]] = {}
     communicators: list[ProcessGroup] = []
     for name, groups in plan.items():
+        communicator = special.get("hcp" if name.startswith("hcp") else name, DEFAULT)
         for ranks in groups:
-            members = tuple(ranks)
-            if members not in by_members:  # every rank creates every group, in the same order
-                by_members[members] = dist.new_group(ranks, timeout=timeout, group_desc=name)
+            key = tuple(ranks), communicator
+            if key not in made:  # every rank creates every group, in the same order
+                made[key] = dist.new_group(ranks, timeout, group_desc=name, **communicator.arguments(timeout))
                 if rank in ranks:
-                    communicators.append(by_members[members])
+                    communicators.append(made[key])
             if rank in ranks:
-                mine[name] = by_members[members]
+                mine[name] = made[key]
                 my_ranks[name] = list(ranks)
     levels = tuple(mine.pop(name) for name in [n for n in mine if n.startswith("hcp")])
     return CreatedGroups(ProcessGroupCollection(**mine, hcp=levels or None), my_ranks, communicators)

@@ -18,6 +18,7 @@ from torch.distributed import ProcessGroup
 
 from megatron.core import device
 from megatron.core.activity import communicating
+from megatron.core.communicators import keep_network_reduction_to, plan_communicators, require_network_reduction
 from megatron.core.group_creation import CreatedGroups, create_process_groups
 from megatron.core.process_groups_config import (
     ProcessGroupCollection,
@@ -82,21 +83,25 @@ def initialize_model_parallel(
     the same members share one communicator.
 
     Args:
+        use_sharp: let the network's switches reduce for the data x context parallel group (NCCL, SHARP).
+        pipeline_model_parallel_comm_backend: of the pipeline groups, if not that of the world.
+        nccl_communicator_config_path: YAML file with settings of NCCL for single groups, see `communicators`.
+        high_priority_stream_groups: names of groups whose communication goes before that of others, on CUDA.
         virtual_pipeline_shape: how model chunks lie on the pipeline ranks, see `stage_placement.Placement`.
 
     Raises:
         RuntimeError: torch.distributed is not initialised, groups exist already, or the sizes do not fit the
             world.
-        NotImplementedError: an encoder with a layout of its own, or vendor network options.
+        ValueError: a communicator is asked for that this process cannot make.
+        NotImplementedError: an encoder with a layout of its own.
     """
     _refuse_unbuilt(
         pipeline_model_parallel_split_rank=pipeline_model_parallel_split_rank,
-        use_sharp=use_sharp,
-        nccl_communicator_config_path=nccl_communicator_config_path,
         encoder_tensor_model_parallel_size=encoder_tensor_model_parallel_size,
         encoder_pipeline_model_parallel_size=encoder_pipeline_model_parallel_size,
-        high_priority_stream_groups=high_priority_stream_groups,
     )
+    if use_sharp:
+        require_network_reduction()
     if not dist.is_initialized():
         raise RuntimeError("call torch.distributed.init_process_group(...) before initialize_model_parallel(...)")
     if has_default_process_groups():
@@ -113,8 +118,13 @@ def initialize_model_parallel(
         timeout=datetime.timedelta(minutes=distributed_timeout_minutes),
         get_embedding_ranks=get_embedding_ranks or partial(default_embedding_ranks, shape=virtual_pipeline_shape),
         get_position_embedding_ranks=get_position_embedding_ranks or default_position_embedding_ranks,
+        communicators=plan_communicators(
+            pipeline_model_parallel_comm_backend, nccl_communicator_config_path, high_priority_stream_groups or ()
+        ),
     )
     set_default_process_groups(_state.created.groups)
+    if use_sharp:
+        keep_network_reduction_to(get_data_parallel_group(with_context_parallel=True))
     _state.virtual_pipeline_size = virtual_pipeline_model_parallel_size
     _state.virtual_pipeline_rank = None if virtual_pipeline_model_parallel_size is None else 0
     _state.placement_shape = virtual_pipeline_shape

@@ -301,7 +301,8 @@ def test_first_and_last_of_virtual_stages() -> None:
             {"context_parallel_size": 4, "hierarchical_context_parallel_sizes": [2, 3]},
             r"\[2, 3\] multiply to 6, not to 4",
         ),
-        ({"use_sharp": True}, r"initialize_model_parallel\(use_sharp=True\) is not built yet"),
+        ({"use_sharp": True}, r"use_sharp needs NCCL on a network that reduces \(SHARP\), found gloo"),
+        ({"high_priority_stream_groups": ["dp"]}, r"priorities of streams .* need NCCL"),
         ({"encoder_tensor_model_parallel_size": 2}, r"encoder_tensor_model_parallel_size=2"),
     ],
 )

@@ -6,9 +6,10 @@ import argparse
 import importlib.util
 import os
 
+from megatron.core.communicators import plan_communicators, require_network_reduction
 from megatron.core.device import device_type
 from megatron.core.fusions.compiled import why_not_compilable
-from megatron.training.settings import refuse_unless, was_given
+from megatron.training.settings import ConfigurationError, refuse_unless, warn, was_given
 
 POSITIVE = (
     "log_interval",
@@ -33,6 +34,32 @@ def choose_distributed_backend(args: argparse.Namespace) -> None:
             f"--distributed-backend nccl needs CUDA devices, found {device_type()}; use gloo",
         )
         args.distributed_backend = "gloo"
+
+
+def choose_pipeline_backend(args: argparse.Namespace) -> None:
+    """As for all groups: NCCL on a CPU means gloo."""
+    if device_type() == "cpu" and args.pipeline_model_parallel_comm_backend == "nccl":
+        args.pipeline_model_parallel_comm_backend = None
+        warn(args, "--pipeline-model-parallel-comm-backend nccl: this run computes on the CPU and uses gloo")
+
+
+def require_communicators_available(args: argparse.Namespace) -> None:
+    """What single groups ask for is known before any of them is made."""
+    path = args.nccl_communicator_config_path
+    refuse_unless(path is None or os.path.exists(path), f"--nccl-communicator-config-path {path} does not exist")
+    backend, urgent = args.pipeline_model_parallel_comm_backend, args.high_priority_stream_groups
+    given = {
+        f"--pipeline-model-parallel-comm-backend {backend}": {"pipeline_backend": backend} if backend else None,
+        f"--nccl-communicator-config-path {path}": {"config_path": path} if path else None,
+        f"--high-priority-stream-groups {' '.join(urgent)}": {"high_priority_groups": urgent} if urgent else None,
+    }
+    for flag, settings in given.items():
+        try:
+            plan_communicators(**(settings or {}))
+        except ValueError as error:
+            raise ConfigurationError(f"{flag}: {error}") from error
+    if args.use_sharp:
+        require_network_reduction()
 
 
 def require_positive_seed(args: argparse.Namespace) -> None:
@@ -116,6 +143,8 @@ def require_inference_settings_fit(args: argparse.Namespace) -> None:
 
 RUNTIME_RULES = (
     choose_distributed_backend,
+    choose_pipeline_backend,
+    require_communicators_available,
     require_positive_seed,
     require_sensible_intervals,
     require_compiler,

@@ -81,6 +81,25 @@ REFUSED: list[tuple[Any, str, str, str]] = [
         r"--optimizer-offload-fraction \(2.0\) must be between 0 and 1",
         SMALL_GPT,
     ),
+    (
+        runtime.require_communicators_available,
+        "--nccl-communicator-config-path nowhere.yaml",
+        "--nccl-communicator-config-path nowhere.yaml does not exist",
+        SMALL_GPT,
+    ),
+    (
+        runtime.require_communicators_available,
+        "--high-priority-stream-groups dp_cp everything",
+        "--high-priority-stream-groups dp_cp everything: there is no process group 'everything'",
+        SMALL_GPT,
+    ),
+    (
+        runtime.require_communicators_available,
+        "--high-priority-stream-groups dp_cp",
+        "need NCCL as the backend, found gloo; leave them out",
+        SMALL_GPT,
+    ),
+    (runtime.require_communicators_available, "--use-sharp", "needs NCCL on a network that reduces", SMALL_GPT),
     (checkpoint.require_save_interval, "--save x", "--save x needs --save-interval", SMALL_GPT),
     (
         checkpoint.require_dist_format_without_gloo,
