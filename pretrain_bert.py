@@ -47,6 +47,7 @@ def model_provider(pre_process: bool = True, post_process: bool = True) -> BertM
         rotary_percent=args.rotary_percent,
         seq_len_interpolation_factor=args.rotary_seq_len_interpolation_factor,
         add_binary_head=args.bert_binary_head,
+        rotary_base=args.rotary_base,
         true_vocab_size=get_tokenizer().vocab_size,
     )
 

@@ -58,6 +58,7 @@ def create_process_groups(
     expert_model_parallel_size: int = 1,
     expert_tensor_parallel_size: int | None = None,
     num_distributed_optimizer_instances: int = 1,
+    pipeline_model_parallel_split_rank: int | None = None,
     order: str = "tp-cp-ep-dp-pp",
     timeout: datetime.timedelta = datetime.timedelta(minutes=30),
     get_embedding_ranks: EmbeddingRanks = default_embedding_ranks,
@@ -72,6 +73,9 @@ def create_process_groups(
     Args:
         communicators: of groups that are made in another way than the world, by field of `ProcessGroupCollection`,
             see `plan_communicators`.
+
+    Args:
+        pipeline_model_parallel_split_rank: pipeline ranks before this one hold an encoder, the others its decoder.
 
     Raises:
         RuntimeError: torch.distributed is not initialised, or the sizes do not fit the world.
@@ -89,7 +93,12 @@ def create_process_groups(
             "differ from the dense layers'; put pp last in the order"
         )
     plan = group_plan(
-        layout, expert_grid, num_distributed_optimizer_instances, get_embedding_ranks, get_position_embedding_ranks
+        layout,
+        expert_grid,
+        num_distributed_optimizer_instances,
+        get_embedding_ranks,
+        get_position_embedding_ranks,
+        pipeline_model_parallel_split_rank,
     )
     if hierarchical_context_parallel_sizes:
         for level, groups in enumerate(hierarchical_plan(layout, hierarchical_context_parallel_sizes)):

@@ -145,7 +145,8 @@ class ModelParallelConfig:
     wgrad_deferral_limit: int = 0
     """For how many microbatches it is postponed; 0 is all."""
     pipeline_model_parallel_split_rank: int | None = None
-    """Older way to give the first stage of the decoder in an encoder-decoder pipeline; no effect."""
+    """Of a decoder behind an encoder: the pipeline rank of its first stage. `pipeline_model_parallel_size` counts the
+    stages of one stack, here the decoder's."""
     overlap_p2p_comm_warmup_flush: bool = False
     """Overlap stage traffic in the warmup and drain phases too."""
     pipeline_schedule: Literal["auto", "gpipe", "1f1b", "interleaved", "zb-h1", "zb-v"] = "auto"
@@ -251,7 +252,7 @@ def require_schedule_fits_chunks(config: ModelParallelConfig) -> None:
         config.virtual_pipeline_model_parallel_size = 2
     chunks = config.virtual_pipeline_model_parallel_size or 1
     require(
-        config.pipeline_model_parallel_size > 1,
+        config.pipeline_model_parallel_size + (config.pipeline_model_parallel_split_rank or 0) > 1,
         f"{shown(config, 'pipeline_schedule')} needs pipeline_model_parallel_size of at least 2",
     )
     fits = {"interleaved": chunks > 1, "zb-v": chunks == 2}.get(name, chunks == 1)

@@ -47,6 +47,8 @@ class _State:
     virtual_pipeline_size: int | None = None
     virtual_pipeline_rank: int | None = None
     placement_shape: PlacementShape = "loop"
+    split_rank: int | None = None
+    """Pipeline ranks before this one hold an encoder, the others its decoder; None where stages are not parted."""
     overrides: dict[str, int] = field(default_factory=dict)
     """Ranks and sizes pretended by the `set_*` functions, for tools that run without processes."""
 
@@ -88,17 +90,31 @@ def initialize_model_parallel(
         nccl_communicator_config_path: YAML file with settings of NCCL for single groups, see `communicators`.
         high_priority_stream_groups: names of groups whose communication goes before that of others, on CUDA.
         virtual_pipeline_shape: how model chunks lie on the pipeline ranks, see `stage_placement.Placement`.
+        encoder_pipeline_model_parallel_size: stages of an encoder, before the `pipeline_model_parallel_size` of its
+            decoder.
+        pipeline_model_parallel_split_rank: the older way to say it: the encoder has so many of the
+            `pipeline_model_parallel_size` stages, the decoder the others.
+        encoder_tensor_model_parallel_size: 0, or the same as `tensor_model_parallel_size`.
 
     Raises:
         RuntimeError: torch.distributed is not initialised, groups exist already, or the sizes do not fit the
             world.
-        ValueError: a communicator is asked for that this process cannot make.
-        NotImplementedError: an encoder with a layout of its own.
+        NotImplementedError: an encoder with a tensor parallel size of its own.
+        ValueError: the encoder leaves no stage to its decoder, or a communicator is asked for that this process
+            cannot make.
     """
+    pipeline_size, split_rank = split_pipeline(
+        pipeline_model_parallel_size, encoder_pipeline_model_parallel_size, pipeline_model_parallel_split_rank
+    )
+    if split_rank is not None and virtual_pipeline_model_parallel_size is not None:
+        raise NotImplementedError(
+            f"virtual_pipeline_model_parallel_size ({virtual_pipeline_model_parallel_size}) with an encoder of "
+            f"{split_rank} pipeline stages: model chunks are not built for two stacks; leave it unset"
+        )
     _refuse_unbuilt(
-        pipeline_model_parallel_split_rank=pipeline_model_parallel_split_rank,
-        encoder_tensor_model_parallel_size=encoder_tensor_model_parallel_size,
-        encoder_pipeline_model_parallel_size=encoder_pipeline_model_parallel_size,
+        encoder_tensor_model_parallel_size=0
+        if encoder_tensor_model_parallel_size == tensor_model_parallel_size
+        else encoder_tensor_model_parallel_size,
     )
     if use_sharp:
         require_network_reduction()
@@ -108,7 +124,8 @@ def initialize_model_parallel(
         raise RuntimeError("model parallel groups exist already; call destroy_model_parallel() first")
     _state.created = create_process_groups(
         tensor_model_parallel_size=tensor_model_parallel_size,
-        pipeline_model_parallel_size=pipeline_model_parallel_size,
+        pipeline_model_parallel_size=pipeline_size,
+        pipeline_model_parallel_split_rank=split_rank,
         context_parallel_size=context_parallel_size,
         hierarchical_context_parallel_sizes=hierarchical_context_parallel_sizes,
         expert_model_parallel_size=expert_model_parallel_size,
@@ -128,6 +145,29 @@ def initialize_model_parallel(
     _state.virtual_pipeline_size = virtual_pipeline_model_parallel_size
     _state.virtual_pipeline_rank = None if virtual_pipeline_model_parallel_size is None else 0
     _state.placement_shape = virtual_pipeline_shape
+    _state.split_rank = split_rank
+
+
+def split_pipeline(size: int, encoder_size: int | None, split_rank: int | None) -> tuple[int, int | None]:
+    """(pipeline ranks in all, those of an encoder before its decoder or None) of the two ways to say it.
+
+    >>> split_pipeline(2, 1, None), split_pipeline(3, 0, 1), split_pipeline(2, 0, None)
+    ((3, 1), (3, 1), (2, None))
+
+    Raises:
+        ValueError: both ways at once, or nothing is left for the decoder.
+    """
+    if encoder_size and split_rank:
+        raise ValueError(
+            f"encoder_pipeline_model_parallel_size ({encoder_size}) and pipeline_model_parallel_split_rank "
+            f"({split_rank}) say the same in two ways: give one of them"
+        )
+    if split_rank and split_rank >= size:
+        raise ValueError(
+            f"pipeline_model_parallel_split_rank ({split_rank}) must leave the decoder some of the "
+            f"pipeline_model_parallel_size ({size}) stages"
+        )
+    return size + (encoder_size or 0), encoder_size or split_rank or None
 
 
 def _refuse_unbuilt(**values: object) -> None:
@@ -455,23 +495,27 @@ def is_rank_in_position_embedding_group() -> bool:
 
 
 def is_inside_encoder(rank: int | None = None) -> bool:
-    """Always true: models with an encoder stack share one pipeline layout with their decoder."""
-    return True
+    """Whether pipeline rank `rank` (this one's) holds layers of an encoder; true where stages are not parted."""
+    return _state.split_rank is None or _pipeline_rank(rank) < _state.split_rank
 
 
 def is_inside_decoder(rank: int | None = None) -> bool:
-    """Always true, see `is_inside_encoder`."""
-    return True
+    """Whether pipeline rank `rank` (this one's) holds layers of a decoder; true where stages are not parted."""
+    return _state.split_rank is None or _pipeline_rank(rank) >= _state.split_rank
+
+
+def _pipeline_rank(rank: int | None) -> int:
+    return get_pipeline_model_parallel_rank() if rank is None else rank
 
 
 def get_pipeline_model_parallel_decoder_start() -> int | None:
-    """First decoder stage of a split pipeline; None, pipelines are not split."""
-    return None
+    """First decoder stage of a pipeline with an encoder before it, else None."""
+    return _state.split_rank
 
 
 def get_pipeline_model_parallel_split_rank() -> int | None:
-    """Split of an encoder-decoder pipeline; None, pipelines are not split."""
-    return None
+    """Another name of `get_pipeline_model_parallel_decoder_start`."""
+    return _state.split_rank
 
 
 def get_all_ranks() -> str:
@@ -480,24 +524,18 @@ def get_all_ranks() -> str:
 
 
 def set_pipeline_model_parallel_split_rank(rank: int | None) -> None:
-    """Only None is accepted: pipelines are not split."""
-    if rank is not None:
-        raise NotImplementedError(f"pipeline_model_parallel_split_rank ({rank}): pipelines are not split")
+    """Pretend that stages before `rank` hold an encoder, for tools that run without processes."""
+    _state.split_rank = rank
 
 
-def is_pipeline_stage_before_split(rank: int | None = None) -> bool:
-    """Always true: pipelines are not split."""
-    return True
-
-
-def is_pipeline_stage_after_split(rank: int | None = None) -> bool:
-    """Always true: pipelines are not split."""
-    return True
+is_pipeline_stage_before_split = is_inside_encoder
+is_pipeline_stage_after_split = is_inside_decoder
 
 
 def is_pipeline_stage_at_split() -> bool:
-    """Always false: pipelines are not split."""
-    return False
+    """Whether this rank is the encoder's last stage before its decoder's first."""
+    rank = get_pipeline_model_parallel_rank()
+    return _state.split_rank is not None and rank == _state.split_rank - 1
 
 
 _memory_buffer: GlobalMemoryBuffer | None = None

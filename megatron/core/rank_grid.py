@@ -94,13 +94,16 @@ def default_embedding_ranks(
     pp_ranks: list[int], split_rank: int | None = None, shape: PlacementShape = "loop"
 ) -> list[int]:
     """Ranks of one pipeline that hold the word embedding: the first stage and, tied, the last; in a V, one holds
-    both."""
-    return [pp_ranks[0]] if len(pp_ranks) == 1 or shape == "v" else [pp_ranks[0], pp_ranks[-1]]
+    both. Behind an encoder of `split_rank` stages the decoder's first stage holds it too."""
+    if len(pp_ranks) == 1 or shape == "v":
+        return [pp_ranks[0]]
+    return list(dict.fromkeys([pp_ranks[0], pp_ranks[split_rank or 0], pp_ranks[-1]]))
 
 
 def default_position_embedding_ranks(pp_ranks: list[int], split_rank: int | None = None) -> list[int]:
-    """Ranks of one pipeline that hold position embeddings: the first stage."""
-    return [pp_ranks[0]]
+    """Ranks of one pipeline that hold position embeddings: the first stage, and the first of a decoder behind an
+    encoder of `split_rank` stages."""
+    return list(dict.fromkeys([pp_ranks[0], pp_ranks[split_rank or 0]]))
 
 
 def dense_layout(world_size: int, tp: int, pp: int, cp: int, order: str) -> RankGenerator:
@@ -135,6 +138,7 @@ def group_plan(
     num_instances: int,
     embedding_ranks: Callable[[list[int], int | None], list[int]],
     position_embedding_ranks: Callable[[list[int], int | None], list[int]],
+    split_rank: int | None = None,
 ) -> dict[str, RankGroups]:
     """All groups by field name of `ProcessGroupCollection`, in creation order."""
     pipelines = dense.get_ranks("pp")
@@ -153,8 +157,8 @@ def group_plan(
         "mp": dense.get_ranks("tp-pp"),
         "tp": dense.get_ranks("tp"),
         "pp": pipelines,
-        "embd": [embedding_ranks(ranks, None) for ranks in pipelines],
-        "pos_embd": [position_embedding_ranks(ranks, None) for ranks in pipelines],
+        "embd": [embedding_ranks(ranks, split_rank) for ranks in pipelines],
+        "pos_embd": [position_embedding_ranks(ranks, split_rank) for ranks in pipelines],
         "tp_dp_cp": dense.get_ranks("tp-dp-cp"),
         "tp_dp": dense.get_ranks("tp-dp"),
         "tp_cp": dense.get_ranks("tp-cp"),

@@ -33,12 +33,8 @@ BUILT_WITHIN_GROUPS = frozenset({"delay_wgrad_compute", "qk_layernorm", "qk_l2_n
 """What works although it stands under such a heading."""
 
 ARGUMENTS_NOT_BUILT: dict[str, str] = {
-    "decoder_num_layers": "encoder-decoder models",
-    "decoder_seq_length": "encoder-decoder models",
     "retriever_seq_length": "retrieval with two encoders",
     "sample_rate": "retrieval with two encoders",
-    "relative_attention_num_buckets": "relative positions",
-    "relative_attention_max_distance": "relative positions",
     "result_rejected_tracker_filename": "detection of faulty results",
     "record_memory_history": "the record of memory allocations",
     "memory_snapshot_path": "the record of memory allocations",
@@ -64,9 +60,6 @@ ARGUMENTS_NOT_BUILT: dict[str, str] = {
     "mtp_loss_scaling_factor": "multi-token prediction",
     # Without documentation in --help, but ignoring them would change the model or its layout.
     "use_legacy_models": "the older model classes",
-    "encoder_tensor_model_parallel_size": "encoders with a layout of their own",
-    "encoder_pipeline_model_parallel_size": "encoders with a layout of their own",
-    "pipeline_model_parallel_split_rank": "encoders with a layout of their own",
     "vision_pretraining": "vision models",
     "kitchen_config_file": "custom quantization recipes",
     "kitchen_recipe_number": "custom quantization recipes",
@@ -77,14 +70,21 @@ TOKENIZERS_NOT_BUILT = ("MultimodalTokenizer",)
 
 ARGUMENTS_OF_FAMILIES: dict[str, tuple[str, ...]] = {
     "bert_binary_head": ("bert",),
-    "mask_prob": ("bert",),
-    "short_seq_prob": ("bert",),
+    "mask_prob": ("bert", "t5"),
+    "short_seq_prob": ("bert", "t5"),
+    "decoder_num_layers": ("t5",),
+    "decoder_seq_length": ("t5",),
+    "relative_attention_num_buckets": ("t5",),
+    "relative_attention_max_distance": ("t5",),
+    "encoder_tensor_model_parallel_size": ("t5",),
+    "encoder_pipeline_model_parallel_size": ("t5",),
+    "pipeline_model_parallel_split_rank": ("t5",),
     "sft": ("gpt",),
 }
 """Arguments that only the programs of some model families read; others refuse them."""
 
 VALUES_NOT_BUILT: dict[str, tuple[Used, str]] = {
-    "position_embedding_type": (lambda value: value in ("relative", "mrope"), "this kind of positions"),
+    "position_embedding_type": (lambda value: value == "mrope", "this kind of positions"),
     "cross_entropy_fusion_impl": (lambda value: value == "te", "Transformer Engine's loss"),
     "async_strategy": (lambda value: value == "nvrx", "the package nvidia_resiliency_ext; use mcore or thread"),
     "ckpt_format": (lambda value: value in ("zarr", "torch_dcp"), "this checkpoint format"),

@@ -139,6 +139,7 @@ def _initialize_model_parallel(
         args.tensor_model_parallel_size,
         args.pipeline_model_parallel_size,
         args.virtual_pipeline_model_parallel_size,
+        encoder_pipeline_model_parallel_size=args.encoder_pipeline_model_parallel_size,
         pipeline_model_parallel_comm_backend=args.pipeline_model_parallel_comm_backend,
         use_sharp=args.use_sharp,
         nccl_communicator_config_path=args.nccl_communicator_config_path,

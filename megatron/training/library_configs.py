@@ -67,6 +67,20 @@ def core_transformer_config_from_args(
     return config_class(**values)
 
 
+def two_stack_configs_from_args(args: argparse.Namespace) -> tuple[TransformerConfig, TransformerConfig]:
+    """(decoder's, encoder's) configuration of an encoder-decoder model."""
+    decoder = {"num_layers": args.decoder_num_layers}
+    encoder = {
+        "num_layers": args.encoder_num_layers,
+        "pipeline_model_parallel_size": args.encoder_pipeline_model_parallel_size or 1,
+        "pipeline_model_parallel_split_rank": None,
+        "pipeline_schedule": "auto",  # the pipeline's is in the decoder's
+    }
+    variants = (argparse.Namespace(**(vars(args) | changes)) for changes in (decoder, encoder))
+    decoder_config, encoder_config = (core_transformer_config_from_args(variant) for variant in variants)
+    return decoder_config, encoder_config
+
+
 def activation_values(args: argparse.Namespace) -> dict[str, Any]:
     """The activation that the switches choose, and whether its fused form is used."""
     if args.swiglu:

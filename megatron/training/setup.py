@@ -64,6 +64,9 @@ def get_model(
 
 def _build_chunks(model_provider_func: Callable[..., nn.Module]) -> list[nn.Module]:
     num_chunks = parallel_state.get_virtual_pipeline_model_parallel_world_size()
+    decoder_start = parallel_state.get_pipeline_model_parallel_decoder_start()
+    if decoder_start is not None:
+        return [_build_stage_of_a_stack(model_provider_func, decoder_start)]
     if num_chunks is None:
         return [
             model_provider_func(
@@ -83,6 +86,17 @@ def _build_chunks(model_provider_func: Callable[..., nn.Module]) -> list[nn.Modu
             )
         )
     return model
+
+
+def _build_stage_of_a_stack(model_provider_func: Callable[..., nn.Module], decoder_start: int) -> nn.Module:
+    """A stage of the encoder, or of the decoder behind it; both have a first and a last stage."""
+    rank = parallel_state.get_pipeline_model_parallel_rank()
+    return model_provider_func(
+        pre_process=rank in (0, decoder_start),
+        post_process=rank == decoder_start - 1 or parallel_state.is_pipeline_last_stage(),
+        add_encoder=parallel_state.is_inside_encoder(),
+        add_decoder=parallel_state.is_inside_decoder(),
+    )
 
 
 def _wrap_in_data_parallel(chunk: nn.Module, num_parameters: int, *, is_first_chunk: bool) -> nn.Module:
@@ -138,7 +152,7 @@ def connect(model: list[nn.Module], optimizer: Any) -> None:
     config.timers = get_timers()
     config.no_sync_func = one_or_list([chunk.no_sync for chunk in model])
     args = get_args()
-    if args.overlap_grad_reduce and args.align_grad_reduce and args.pipeline_model_parallel_size > 1:
+    if args.overlap_grad_reduce and args.align_grad_reduce and args.transformer_pipeline_model_parallel_size > 1:
         config.grad_sync_func = one_or_list([chunk.start_grad_sync for chunk in model])
     if args.overlap_param_gather and args.align_param_gather:
         config.param_sync_func = one_or_list([chunk.start_param_sync for chunk in model])

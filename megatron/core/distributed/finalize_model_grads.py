@@ -37,7 +37,7 @@ def finalize_model_grads(
         _reduce_sequence_parallel_grads(model, config, groups.tp)
     with timed(config, "embedding-grads-all-reduce", log_level=1):
         _reduce_shared_grads(model, groups.embd, _shared_word_embedding)
-        _reduce_shared_grads(model, groups.pos_embd, _position_embedding)
+        _reduce_grads_of_stacks(model, groups)
     if num_tokens is not None:
         _divide_by_tokens(model, num_tokens, groups)
 
@@ -88,9 +88,25 @@ def _shared_word_embedding(chunk: nn.Module) -> nn.Parameter | None:
     return bare.shared_embedding_or_output_weight()
 
 
-def _position_embedding(chunk: nn.Module) -> nn.Parameter | None:
-    bare = get_attr_wrapped_model(chunk, "position_embeddings", return_model_obj=True)
-    return bare.position_embeddings.weight
+def _reduce_grads_of_stacks(model: list[nn.Module], groups: ProcessGroupCollection) -> None:
+    """Sum the gradients of what stages of a model of two stacks hold copies of (see `T5Model`), over the first stages
+    of the stacks, or over all stages; a stage of the other stack has nothing to add."""
+    try:
+        bare: Any = get_attr_wrapped_model(model[0], "weights_of_both_stacks", return_model_obj=True)
+    except RuntimeError:  # a model of one stack
+        return
+    for param in bare.weights_of_both_stacks():
+        if (grad := _gradient(param)) is not None:
+            all_reduce(grad, group=groups.pos_embd, what="gradients of embeddings of both stacks")
+    tables = bare.weights_of_every_stage().values()
+    grads = [None if param is None else _gradient(param) for param in tables]
+    found = next((grad for grad in grads if grad is not None), None)
+    if get_pg_size(groups.pp) == 1 or found is None:
+        return
+    for grad in grads:
+        all_reduce(
+            torch.zeros_like(found) if grad is None else grad, group=groups.pp, what="gradients of relative positions"
+        )
 
 
 def _reduce_shared_grads(

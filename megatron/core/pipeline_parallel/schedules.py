@@ -44,7 +44,7 @@ from megatron.core.pipeline_parallel.plan import PipelinePlan, plan_pipeline
 from megatron.core.pipeline_parallel.schedule import Direction
 from megatron.core.process_groups_config import default_process_groups, has_default_process_groups
 from megatron.core.timers import timed
-from megatron.core.utils import divide, get_model_config, get_pg_rank, get_pg_size, groups_of
+from megatron.core.utils import divide, get_attr_wrapped_model, get_model_config, get_pg_rank, get_pg_size, groups_of
 
 __all__ = [
     "backward_step",
@@ -86,7 +86,7 @@ def get_forward_backward_func(pp_size: int | None = None, vp_size: int | None = 
       the last stage returns (loss sum, number of tokens, report), or (loss, report).
     - data_iterator, model: one each, or a list with one for each model chunk; num_microbatches; seq_length;
       micro_batch_size.
-    - decoder_seq_length: unused by models of one stack.
+    - decoder_seq_length: of models with an encoder, whose length is seq_length; unused by models of one stack.
     - forward_only: evaluate, no backward.
     - collect_non_loss_data: call loss_func(output tensor, non_loss_data=True) and return what it gives.
     - first_val_step: unused.
@@ -116,14 +116,18 @@ def get_tensor_shapes(
     model_type: Any = None,
     encoder_decoder_xattn: bool = False,
 ) -> list[tuple[int, int, int]]:
-    """Shapes of what crosses from one stage to the next, [s/cp (/tp with sequence parallelism), b, h].
+    """Shapes of what crosses from pipeline rank `rank` to the next, [s/cp (/tp with sequence parallelism), b, h].
 
-    `rank`, `model_type` and `encoder_decoder_xattn` matter to models of two stacks only, which are cut elsewhere.
+    With `encoder_decoder_xattn` a stage of a decoder passes two tensors: its hidden states and the encoder's output.
+    Stages before `config.pipeline_model_parallel_split_rank` are the encoder's. (`model_type` is kept for the public interface.)
     """
-    length = divide(seq_length, config.context_parallel_size)
-    if config.sequence_parallel:
-        length = divide(length, config.tensor_model_parallel_size)
-    return [(length, micro_batch_size, config.hidden_size)]
+    lengths = [seq_length]
+    if encoder_decoder_xattn and (rank or 0) >= (config.pipeline_model_parallel_split_rank or 0):
+        if decoder_seq_length is None:
+            raise ValueError("decoder_seq_length must be given for a model with an encoder and a decoder")
+        lengths = [decoder_seq_length, seq_length]
+    parts = config.context_parallel_size * (config.tensor_model_parallel_size if config.sequence_parallel else 1)
+    return [(divide(length, parts), micro_batch_size, config.hidden_size) for length in lengths]
 
 
 def forward_step(
@@ -198,16 +202,21 @@ def _one_for_each(value: Any, count: int, what: str) -> list[Any]:
 
 
 def _border_shapes(
-    config: Any, sizes: dict[str, Any], adjust: Callable[..., tuple[list[Shape], list[Shape]]] | None
+    config: Any, sizes: dict[str, Any], rank: int, adjust: Callable[..., tuple[list[Shape], list[Shape]]] | None
 ) -> dict[Direction, Shape]:
     """What a stage receives in each direction: activations as they are sent to it, gradients as it sent activations."""
-    received: list[Shape] = list(get_tensor_shapes(config=config, **sizes))
-    sent = received
+    received = _joined(get_tensor_shapes(config=config, rank=max(rank - 1, 0), **sizes))
+    sent = _joined(get_tensor_shapes(config=config, rank=rank, **sizes))
     if adjust is not None:
         received, sent = adjust(received, sent)
         if len(received) != 1 or len(sent) != 1:
             raise NotImplementedError("adjust_tensor_shapes_fn: stages exchange one tensor in each direction")
     return {Direction.FORWARD: received[0], Direction.BACKWARD: sent[0]}
+
+
+def _joined(shapes: list[tuple[int, int, int]]) -> list[Shape]:
+    """The tensors of a stage travel as one, behind each other along the sequence."""
+    return [(sum(shape[0] for shape in shapes), *shapes[0][1:])]
 
 
 def _run_stage(
@@ -230,14 +239,19 @@ def _run_stage(
     config = get_model_config(chunks[0])
     group = groups_of(chunks[0]).pp if pipelined else None
     request = schedule_request(config, get_pg_size(group), len(chunks), num_microbatches, forward_only)
-    sizes = {"seq_length": seq_length, "micro_batch_size": micro_batch_size, "decoder_seq_length": decoder_seq_length}
+    sizes = {
+        "seq_length": seq_length,
+        "micro_batch_size": micro_batch_size,
+        "decoder_seq_length": decoder_seq_length,
+        "encoder_decoder_xattn": _has_cross_attention(chunks[0]),
+    }
     executor = StageExecutor(
         forward_step_func=forward_step_func,
         data_iterators=_one_for_each(data_iterator, len(chunks), "data iterators"),
         chunks=chunks,
         config=config,
         num_microbatches=num_microbatches,
-        shapes=_border_shapes(config, sizes, adjust_tensor_shapes_fn) if pipelined else {},
+        shapes=_border_shapes(config, sizes, get_pg_rank(group), adjust_tensor_shapes_fn) if pipelined else {},
         group=group,
         rank=get_pg_rank(group),
         placement=request.placement,
@@ -251,6 +265,14 @@ def _run_stage(
     if config.finalize_model_grads_func is not None and not forward_only:
         config.finalize_model_grads_func(chunks, _token_count(executor, config))
     return executor.reports
+
+
+def _has_cross_attention(chunk: nn.Module) -> bool:
+    """Whether stages of the model pass on the output of an encoder too."""
+    try:
+        return bool(get_attr_wrapped_model(chunk, "xattn_needed"))
+    except RuntimeError:  # a model of one stack
+        return False
 
 
 def _token_count(executor: StageExecutor, config: Any) -> Tensor | None:

@@ -23,13 +23,13 @@ class LayerRange(NamedTuple):
 
 
 def layers_of_chunk(config: TransformerConfig, pp_rank: int, vp_stage: int | None = None) -> LayerRange:
-    """The layers of virtual stage `vp_stage` on pipeline rank `pp_rank`.
+    """The layers of virtual stage `vp_stage` on rank `pp_rank` of the whole pipeline.
 
     Raises:
         ValueError: the layers do not divide over the stages.
     """
     counts = layers_of_stages(config)
-    stage = placement_of(config).stage_of(pp_rank, vp_stage or 0)
+    stage = placement_of(config).stage_of(pp_rank - (config.pipeline_model_parallel_split_rank or 0), vp_stage or 0)
     return LayerRange(sum(counts[:stage]), counts[stage])
 
 

@@ -197,15 +197,19 @@ class TransformerBlock(MegatronModule):
         assert num is not None
         uniform = self.config.recompute_method == "uniform"
         total = len(self.layers) if uniform else min(num, len(self.layers))
+        bias = others["attention_bias"]
         for start in range(0, total, num if uniform else 1):
             stop = min(start + num, total) if uniform else start + 1
 
-            def run(hidden: Tensor, context: Tensor | None, start: int = start, stop: int = stop) -> Any:
-                return self._run(start, stop, hidden, context, others)
+            # The bias is an argument because it may have gradients, as those of relative positions.
+            def run(
+                hidden: Tensor, context: Tensor | None, bias: Tensor | None, start: int = start, stop: int = stop
+            ) -> Any:
+                return self._run(start, stop, hidden, context, others | {"attention_bias": bias})
 
             tp_group = self.model_comm_pgs.tp
             distribute = (tp_group or True) if self.config.distribute_saved_activations else False
-            hidden_states, context = checkpoint(run, distribute, hidden_states, context)
+            hidden_states, context = checkpoint(run, distribute, hidden_states, context, bias)
         return hidden_states, context, total
 
     def sharded_state_dict(

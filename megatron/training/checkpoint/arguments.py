@@ -81,6 +81,9 @@ ALWAYS_HERE = (
     "apply_residual_connection_post_layernorm",
     "bias_gelu_fusion",
     "hf_vocab_size",
+    "decoder_num_layers",
+    "relative_attention_num_buckets",
+    "relative_attention_max_distance",
 )
 """Likewise, in addition to the public list: weights trained with them are wrong without them."""
 
@@ -88,6 +91,7 @@ LAYOUT = (
     "tensor_model_parallel_size",
     "pipeline_model_parallel_size",
     "virtual_pipeline_model_parallel_size",
+    "encoder_pipeline_model_parallel_size",
     "expert_model_parallel_size",
 )
 
@@ -145,13 +149,14 @@ def require_same_model(args: argparse.Namespace, checkpoint_args: argparse.Names
         ConfigurationError: a size, the vocabulary or, for the `torch` format, the layout differs.
     """
     saved = checkpoint_args if isinstance(checkpoint_args, Mapping) else vars(checkpoint_args)
-    names = ["num_layers", "hidden_size", "num_attention_heads", "add_position_embedding"]
+    names = ["num_layers", "decoder_num_layers", "hidden_size", "num_attention_heads", "add_position_embedding"]
     whole_file = getattr(args, "ckpt_format", None) == "torch"
     if getattr(args, "vocab_file", None):
         names += ["max_position_embeddings", "make_vocab_size_divisible_by", "tokenizer_type"]
         names += ["padded_vocab_size"] if whole_file else []
     if whole_file:
         names += ["tensor_model_parallel_size", "pipeline_model_parallel_size"]
+        names += ["encoder_pipeline_model_parallel_size"]
     differences = [
         f"{name} is {getattr(args, name)!r} here and {saved[name]!r} in the checkpoint"
         for name in names

@@ -175,6 +175,7 @@ def require_same_layout(args: argparse.Namespace, saved: argparse.Namespace | No
     """Raise unless the run is laid out as the one that wrote a local checkpoint."""
     names = ("world_size", "tensor_model_parallel_size", "pipeline_model_parallel_size", "use_distributed_optimizer")
     names += ("virtual_pipeline_model_parallel_size", "context_parallel_size", "expert_model_parallel_size")
+    names += ("encoder_pipeline_model_parallel_size",)
     other = [
         f"{name} is {getattr(args, name, None)} here and {getattr(saved, name, None)} in the checkpoint"
         for name in names
@@ -213,9 +214,11 @@ def parts_to_load(
     )
 
 
-def layout_of(args: Any) -> tuple[int, int]:
-    """Tensor and pipeline parallel sizes."""
-    return getattr(args, "tensor_model_parallel_size", 1), getattr(args, "pipeline_model_parallel_size", 1)
+def layout_of(args: Any) -> tuple[int, ...]:
+    """Tensor and pipeline parallel sizes, and the stages of an encoder where there are some."""
+    encoder = getattr(args, "encoder_pipeline_model_parallel_size", 0)
+    sizes = getattr(args, "tensor_model_parallel_size", 1), getattr(args, "pipeline_model_parallel_size", 1)
+    return (*sizes, encoder) if encoder else sizes
 
 
 def chunks_of(args: Any) -> tuple[Any, ...]:

@@ -99,6 +99,12 @@ def require_sequence_divides_over_ranks(args: argparse.Namespace) -> None:
             f"--seq-length ({args.seq_length}) must be divisible by {2 * cp}, twice --context-parallel-size; "
             f"{_nearest_multiples(args.seq_length, 2 * cp)}",
         )
+    if args.sequence_parallel and args.decoder_seq_length is not None:
+        refuse_unless(
+            args.decoder_seq_length % tp == 0,
+            f"--decoder-seq-length ({args.decoder_seq_length}) must be divisible by --tensor-model-parallel-size {tp} "
+            f"for --sequence-parallel; {_nearest_multiples(args.decoder_seq_length, tp)}",
+        )
     if args.sequence_parallel:
         refuse_unless(
             args.seq_length % (cp * tp) == 0,

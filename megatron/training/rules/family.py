@@ -6,26 +6,131 @@ import argparse
 
 from megatron.training.settings import refuse_unless
 
+ENCODER_FAMILIES = ("bert", "t5")
+
 _NOT_FOR_ENCODERS = (
     "reset_position_ids",
     "reset_attention_mask",
     "eod_mask_loss",
     "mock_data",
     "calculate_per_token_loss",
+    "defer_embedding_wgrad_compute",
+    "qk_layernorm",
+    "qk_l2_norm",
+    "use_rope_scaling",
 )
+
+_POSITIONS = {
+    "bert": ("learned_absolute", "rope"),
+    "t5": ("learned_absolute", "rope", "relative"),
+}
+
+_NOT_FOR_TWO_STACKS = (
+    "group_query_attention",
+    "use_torch_fsdp2",
+    "num_layers_per_virtual_pipeline_stage",
+    "num_virtual_stages_per_pipeline_rank",
+    "pipeline_model_parallel_layout",
+    "decoder_first_pipeline_num_layers",
+    "decoder_last_pipeline_num_layers",
+    "account_for_embedding_in_pipeline_split",
+    "account_for_loss_in_pipeline_split",
+)
+
+_SCHEDULES_OF_TWO_STACKS = ("auto", "1f1b", "gpipe", "zb-h1")
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
 
 
 def require_what_an_encoder_can_do(args: argparse.Namespace) -> None:
     """A masked language model reads sentences, has each sequence on one rank, and takes the mean loss itself."""
-    if args.model_family != "bert":
+    if args.model_family not in ENCODER_FAMILIES:
         return
+    program = f"pretrain_{args.model_family}.py"
     refuse_unless(
         args.context_parallel_size == 1,
-        f"--context-parallel-size {args.context_parallel_size}: pretrain_bert.py does not split sequences; use "
+        f"--context-parallel-size {args.context_parallel_size}: {program} does not split sequences; use "
         "--tensor-model-parallel-size with --sequence-parallel for long ones",
     )
     for name in _NOT_FOR_ENCODERS:
-        refuse_unless(not getattr(args, name), f"--{name.replace('_', '-')} has no meaning for pretrain_bert.py")
+        refuse_unless(not getattr(args, name), f"{_flag(name)} has no meaning for {program}")
 
 
-FAMILY_RULES = (require_what_an_encoder_can_do,)
+def require_positions_of_family(args: argparse.Namespace) -> None:
+    """Encoders have fewer kinds of positions than decoders, and only T5 has relative ones."""
+    kind, known = args.position_embedding_type, _POSITIONS.get(args.model_family)
+    if known is not None:
+        refuse_unless(
+            kind in known,
+            f"--position-embedding-type {kind}: pretrain_{args.model_family}.py has {', '.join(known)}",
+        )
+    else:
+        refuse_unless(kind != "relative", "--position-embedding-type relative: only pretrain_t5.py reads it")
+
+
+def derive_two_stacks(args: argparse.Namespace) -> None:
+    """A T5 has an encoder and a decoder, by default as deep as each other; some settings know one stack only."""
+    if args.model_family != "t5":
+        return
+    if args.decoder_num_layers is None:
+        args.decoder_num_layers = args.num_layers or args.encoder_num_layers
+    refuse_unless(
+        args.decoder_seq_length, "pretrain_t5.py needs --decoder-seq-length, the tokens that the decoder takes"
+    )
+    refuse_unless(
+        args.vocab_extra_ids > 0, "pretrain_t5.py needs --vocab-extra-ids (100, say): a sentinel for each run"
+    )
+    for name in _NOT_FOR_TWO_STACKS:
+        refuse_unless(
+            not getattr(args, name),
+            f"{_flag(name)}: pretrain_t5.py has two stacks of layers, for which it is not built",
+        )
+    refuse_unless(
+        args.pipeline_schedule in _SCHEDULES_OF_TWO_STACKS,
+        f"--pipeline-schedule {args.pipeline_schedule}: pretrain_t5.py has one model chunk on each rank, since an "
+        f"encoder and its decoder follow each other; use {', '.join(_SCHEDULES_OF_TWO_STACKS)}",
+    )
+
+
+def derive_encoder_stages(args: argparse.Namespace) -> None:
+    """Stages of the encoder come before those of the decoder, which `--pipeline-model-parallel-size` counts.
+
+    `--pipeline-model-parallel-split-rank` is the older way: there the latter counts both.
+    """
+    if args.model_family != "t5":
+        return
+    split, stages = args.pipeline_model_parallel_split_rank, args.pipeline_model_parallel_size
+    if split is not None:
+        refuse_unless(
+            not args.encoder_pipeline_model_parallel_size,
+            "--pipeline-model-parallel-split-rank and --encoder-pipeline-model-parallel-size say the same; give one",
+        )
+        refuse_unless(
+            0 < split < stages,
+            f"--pipeline-model-parallel-split-rank ({split}) must leave both stacks some of the "
+            f"--pipeline-model-parallel-size {stages} stages",
+        )
+        args.encoder_pipeline_model_parallel_size = split
+        args.pipeline_model_parallel_size = stages - split
+    encoder, tensor = args.encoder_pipeline_model_parallel_size, args.encoder_tensor_model_parallel_size
+    refuse_unless(
+        encoder > 0 or stages == 1,
+        f"--pipeline-model-parallel-size {stages} counts the stages of the decoder: pretrain_t5.py needs "
+        "--encoder-pipeline-model-parallel-size too, those of the encoder",
+    )
+    args.pipeline_model_parallel_split_rank = encoder or None
+    refuse_unless(
+        tensor in (0, args.tensor_model_parallel_size),
+        f"--encoder-tensor-model-parallel-size ({tensor}) must be --tensor-model-parallel-size "
+        f"({args.tensor_model_parallel_size}): both stacks share the embedding",
+    )
+
+
+FAMILY_RULES = (
+    require_what_an_encoder_can_do,
+    require_positions_of_family,
+    derive_two_stacks,
+    derive_encoder_stages,
+)

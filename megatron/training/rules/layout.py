@@ -16,9 +16,13 @@ PARALLEL_SIZES = ("tensor_model_parallel_size", "pipeline_model_parallel_size", 
 def require_world_fits_layout(args: argparse.Namespace) -> None:
     """The ranks divide into equal copies of the model; what is left over is data parallelism."""
     sizes = {f"--{name.replace('_', '-')}": getattr(args, name) for name in PARALLEL_SIZES}
+    encoder = args.encoder_pipeline_model_parallel_size
     for flag, size in sizes.items():
         refuse_unless(size >= 1, f"{flag} ({size}) must be at least 1")
-    model_size = math.prod(sizes.values())
+    if encoder:
+        stages = sizes.pop("--pipeline-model-parallel-size")
+        sizes["(--encoder-pipeline-model-parallel-size + --pipeline-model-parallel-size)"] = encoder + stages
+    model_size = ranks_of_a_model(args)
     product = " x ".join(f"{flag} {size}" for flag, size in sizes.items() if size > 1)
     refuse_unless(
         args.world_size % model_size == 0,
@@ -27,10 +31,18 @@ def require_world_fits_layout(args: argparse.Namespace) -> None:
     )
 
 
+def ranks_of_a_model(args: argparse.Namespace) -> int:
+    """Ranks that hold one copy of the model; an encoder's stages come on top of its decoder's."""
+    stages = args.encoder_pipeline_model_parallel_size + args.pipeline_model_parallel_size
+    return args.tensor_model_parallel_size * stages * args.context_parallel_size
+
+
 def derive_data_parallel_size(args: argparse.Namespace) -> None:
     """Copies of the model that train on different samples."""
-    args.data_parallel_size = args.world_size // math.prod(getattr(args, name) for name in PARALLEL_SIZES)
-    args.transformer_pipeline_model_parallel_size = args.pipeline_model_parallel_size
+    args.data_parallel_size = args.world_size // ranks_of_a_model(args)
+    args.transformer_pipeline_model_parallel_size = (
+        args.encoder_pipeline_model_parallel_size + args.pipeline_model_parallel_size
+    )
 
 
 def require_context_groups_fit(args: argparse.Namespace) -> None:

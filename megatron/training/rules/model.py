@@ -139,11 +139,6 @@ def require_position_settings(args: argparse.Namespace) -> None:
     kind = args.position_embedding_type
     if kind == "mrope":
         refuse_unless(args.mrope_section is not None, "--position-embedding-type mrope needs --mrope-section")
-    if kind == "relative":
-        refuse_unless(
-            args.transformer_impl == "transformer_engine",
-            "--position-embedding-type relative needs --transformer-impl transformer_engine",
-        )
     needs = ("yarn_rotary_scaling_factor", "yarn_original_max_position_embeddings")
     given = [f"--{name.replace('_', '-')}" for name in needs if getattr(args, name) is not None]
     if kind == "yarn":

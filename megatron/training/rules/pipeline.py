@@ -85,7 +85,10 @@ def derive_chunks_from_their_number(args: argparse.Namespace) -> None:
 
 
 def require_layers_fit_stages(args: argparse.Namespace) -> None:
-    """Without another instruction all stages are equal."""
+    """Without another instruction all stages are equal; those of an encoder and of its decoder may differ."""
+    if args.model_family == "t5":
+        _require_equal_stages_of_two_stacks(args)
+        return
     uneven = (args.decoder_first_pipeline_num_layers, args.decoder_last_pipeline_num_layers) != (None, None)
     layers, ranks = counted_layers(args), args.pipeline_model_parallel_size
     if args.virtual_pipeline_model_parallel_size is None and not uneven and layers is not None:
@@ -97,13 +100,25 @@ def require_layers_fit_stages(args: argparse.Namespace) -> None:
         )
 
 
+def _require_equal_stages_of_two_stacks(args: argparse.Namespace) -> None:
+    stacks = (
+        ("--encoder-num-layers", args.num_layers or args.encoder_num_layers, "--encoder-pipeline-model-parallel-size"),
+        ("--decoder-num-layers", args.decoder_num_layers, "--pipeline-model-parallel-size"),
+    )
+    sizes = (args.encoder_pipeline_model_parallel_size or 1, args.pipeline_model_parallel_size)
+    for (flag, layers, stages_flag), stages in zip(stacks, sizes):
+        refuse_unless(
+            layers is None or layers % stages == 0, f"{flag} {layers} does not divide by {stages_flag} {stages}"
+        )
+
+
 def derive_chunks_of_schedule(args: argparse.Namespace) -> None:
     """A schedule is made for one model chunk on each rank, for two, or for any number of them."""
     name, chunks = args.pipeline_schedule, args.virtual_pipeline_model_parallel_size
     if name == "auto":
         return
     refuse_unless(
-        args.pipeline_model_parallel_size > 1,
+        args.transformer_pipeline_model_parallel_size > 1,
         f"--pipeline-schedule {name} needs --pipeline-model-parallel-size of at least 2",
     )
     ways = "--num-virtual-stages-per-pipeline-rank, --num-layers-per-virtual-pipeline-stage or a layout"

@@ -43,7 +43,7 @@ class BertModel(LanguageModule):
         fp16_lm_cross_entropy: kept for the public interface; the loss is computed in fp32 from logits of any type.
         parallel_output: without labels, give logits sharded over the vocabulary instead of gathering them.
         share_embeddings_and_output_weights: the output weight is the embedding's.
-        rotary_percent, seq_len_interpolation_factor: see `RotaryEmbedding`.
+        rotary_percent, seq_len_interpolation_factor, rotary_base: see `RotaryEmbedding`.
         add_binary_head: classify sequences by their first token.
         return_embeddings: give one vector for each sequence instead: the mean of its tokens but the first and the last.
         vp_stage: virtual pipeline stage, None without interleaving.
@@ -69,6 +69,7 @@ class BertModel(LanguageModule):
         return_embeddings: bool = False,
         vp_stage: int | None = None,
         *,
+        rotary_base: float = 10000,
         true_vocab_size: int | None = None,
         model_comm_pgs: ProcessGroupCollection | None = None,
     ) -> None:
@@ -100,7 +101,7 @@ class BertModel(LanguageModule):
                     num_tokentypes,
                     tp_group=self.model_comm_pgs.tp,
                 )
-            self.rotary_pos_emb = self._rotary_embedding(rotary_percent, seq_len_interpolation_factor)
+            self.rotary_pos_emb = self._rotary_embedding(rotary_percent, seq_len_interpolation_factor, rotary_base)
             self.encoder = TransformerBlock(
                 config,
                 transformer_layer_spec,
@@ -114,7 +115,7 @@ class BertModel(LanguageModule):
         self.setup_embeddings_and_output_layer()
         initialize_parameters(self, global_name=self.global_parameter_name)
 
-    def _rotary_embedding(self, percent: float, interpolation: float | None) -> RotaryEmbedding | None:
+    def _rotary_embedding(self, percent: float, interpolation: float | None, base: float) -> RotaryEmbedding | None:
         if self.position_embedding_type != "rope":
             return None
         assert self.config.kv_channels is not None
@@ -123,6 +124,7 @@ class BertModel(LanguageModule):
             rotary_percent=percent,
             rotary_interleaved=self.config.rotary_interleaved,
             seq_len_interpolation_factor=interpolation,
+            rotary_base=base,
             cp_group=self.model_comm_pgs.cp,
         )
 

@@ -33,6 +33,8 @@ class LanguageModule(MegatronModule):
     post_process: bool
     share_embeddings_and_output_weights: bool
     true_vocab_size: int | None = None
+    output_layer_name: str = "output_layer"
+    """Where in the model the output layer is."""
 
     def __init__(self, config: TransformerConfig, model_comm_pgs: ProcessGroupCollection | None = None) -> None:
         super().__init__(config)
@@ -55,7 +57,7 @@ class LanguageModule(MegatronModule):
 
     def global_parameter_name(self, local_name: str) -> str:
         """Name of a parameter in the whole model: its layer counted from the first stage, a tied copy's original."""
-        if local_name == "output_layer.weight" and self.share_embeddings_and_output_weights:
+        if local_name == f"{self.output_layer_name}.weight" and self.share_embeddings_and_output_weights:
             return "embedding.word_embeddings.weight"
         block, found, rest = local_name.partition(".layers.")
         if not found or "." in block:
@@ -110,11 +112,12 @@ class LanguageModule(MegatronModule):
             raise ValueError(f"a language model cannot be stacked along further axes {sharded_offsets}")
         sharded = super().sharded_state_dict(prefix, sharded_offsets, metadata)
         embedding_key = f"{prefix}embedding.word_embeddings.weight"
-        output_key = f"{prefix}output_layer.weight"
-        sharded.pop(f"{prefix}output_layer._extra_state", None)
+        output_layer = f"{prefix}{self.output_layer_name}"
+        output_key = f"{output_layer}.weight"
+        sharded.pop(f"{output_layer}._extra_state", None)
         if self.share_embeddings_and_output_weights:
             self.tie_embeddings_and_output_weights_state_dict(sharded, output_key, embedding_key)
-        for key in (embedding_key, output_key, f"{prefix}output_layer.bias"):
+        for key in (embedding_key, output_key, f"{output_layer}.bias"):
             if key in sharded:
                 sharded[key].allow_shape_mismatch = True
         return sharded
