@@ -12,6 +12,8 @@ def num_floating_point_operations(args: Any, batch_size: int) -> float:
     Per token and layer: projections 2·params multiply-adds each in forward, twice that in backward; attention
     scores and their product with the values s·(heads × width) each, halved for causality.
     """
+    if getattr(args, "model_family", None) == "t5":
+        return batch_size * _encoder_decoder_operations(args)
     hidden, layers, seq = args.hidden_size, args.num_layers, args.seq_length
     heads = args.num_attention_heads
     groups = args.num_query_groups if args.group_query_attention else heads
@@ -21,3 +23,17 @@ def num_floating_point_operations(args: Any, batch_size: int) -> float:
     mlp = 12 * hidden * args.ffn_hidden_size * gated * layers
     logits = 6 * hidden * args.padded_vocab_size
     return batch_size * seq * (attention + mlp + logits)
+
+
+def _encoder_decoder_operations(args: Any) -> float:
+    """FLOPs of one sample of a T5; its encoder's scores and its cross attention's count whole."""
+    hidden, width = args.hidden_size, args.kv_channels * args.num_attention_heads
+    encoder, decoder = args.encoder_seq_length, args.decoder_seq_length
+    projection = 6 * hidden * width  # one of query, key, value and output, for one token
+    mlp = 12 * hidden * args.ffn_hidden_size * (1.5 if args.swiglu else 1.0)
+    encoder_layer = encoder * (4 * projection + 12 * encoder * width + mlp)
+    self_attention = decoder * (4 * projection + 6 * decoder * width)
+    cross_attention = 2 * projection * (encoder + decoder) + 12 * decoder * encoder * width
+    decoder_layer = self_attention + cross_attention + decoder * mlp
+    logits = 6 * hidden * args.padded_vocab_size * decoder
+    return args.encoder_num_layers * encoder_layer + args.decoder_num_layers * decoder_layer + logits

@@ -102,36 +102,3 @@ def test_a_checkpoint_fits_another_layout(
     rows = train_rows(path)
     assert len(rows) == STEPS
     assert [row["lm loss"] for row in rows] == pytest.approx([row["lm loss"] for row in expected], rel=2e-5)
-
-
-@pytest.mark.parametrize(
-    ("program", "flags", "message"),
-    [
-        ("pretrain_gpt.py", "--decoder-seq-length 32", "only pretrain_t5.py reads it"),
-        ("pretrain_gpt.py", "--position-embedding-type relative", "only pretrain_t5.py reads it"),
-        ("pretrain_t5.py", "", "needs --decoder-seq-length"),
-        ("pretrain_t5.py", "--decoder-seq-length 32", "needs --vocab-extra-ids"),
-        ("pretrain_t5.py", "T5 --context-parallel-size 2", "does not split sequences"),
-        ("pretrain_t5.py", "T5 --pipeline-model-parallel-size 2", "--encoder-pipeline-model-parallel-size too"),
-        ("pretrain_t5.py", "T5 --encoder-pipeline-model-parallel-size 1", "1 processes .* do not divide by .* = 2"),
-        ("pretrain_t5.py", "T5 --pipeline-schedule zb-v", "one model chunk on each rank"),
-        ("pretrain_t5.py", "T5 --num-virtual-stages-per-pipeline-rank 2", "two stacks of layers"),
-        ("pretrain_t5.py", "T5 --position-embedding-type none", "has learned_absolute, rope, relative"),
-        ("pretrain_t5.py", "T5 --encoder-tensor-model-parallel-size 2", "both stacks share the embedding"),
-        ("pretrain_t5.py", "T5 --pipeline-model-parallel-split-rank 1", "must leave both stacks some"),
-        (
-            "pretrain_t5.py",
-            "T5 --encoder-pipeline-model-parallel-size 1 --pipeline-model-parallel-size 4",
-            "--decoder-num-layers 2 does not divide by",
-        ),
-    ],
-)
-def test_flags_that_do_not_fit_are_refused(program: str, flags: str, message: str) -> None:
-    tiny = (
-        "--num-layers 2 --hidden-size 32 --num-attention-heads 4 --seq-length 48 --max-position-embeddings 48 "
-        "--micro-batch-size 2 --train-iters 1 --lr 1e-3 --tokenizer-type NullTokenizer --vocab-size 60"
-    )
-    flags = flags.replace("T5", "--decoder-seq-length 32 --vocab-extra-ids 20")
-    world_size = 5 if "size 4" in flags else 1
-    with pytest.raises(Exception, match=message):
-        run_ranks(world_size, run_program, program, f"{tiny} {flags}".split())

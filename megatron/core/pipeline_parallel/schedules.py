@@ -119,7 +119,8 @@ def get_tensor_shapes(
     """Shapes of what crosses from pipeline rank `rank` to the next, [s/cp (/tp with sequence parallelism), b, h].
 
     With `encoder_decoder_xattn` a stage of a decoder passes two tensors: its hidden states and the encoder's output.
-    Stages before `config.pipeline_model_parallel_split_rank` are the encoder's. (`model_type` is kept for the public interface.)
+    Stages before `config.pipeline_model_parallel_split_rank` are the encoder's. `model_type` is kept for the public
+    interface.
     """
     lengths = [seq_length]
     if encoder_decoder_xattn and (rank or 0) >= (config.pipeline_model_parallel_split_rank or 0):

@@ -124,7 +124,8 @@ FLAG_GROUPS: tuple[FlagGroup, ...] = (
         DistributedConfig,
         {
             TransformerConfig: """
-                tensor_model_parallel_size pipeline_model_parallel_size context_parallel_size
+                tensor_model_parallel_size pipeline_model_parallel_size pipeline_model_parallel_split_rank
+                context_parallel_size
                 num_layers_in_first_pipeline_stage num_layers_in_last_pipeline_stage
                 account_for_embedding_in_pipeline_split account_for_loss_in_pipeline_split
                 pipeline_model_parallel_layout pipeline_schedule microbatch_group_size_per_vp_stage
@@ -230,8 +231,7 @@ FLAG_GROUPS: tuple[FlagGroup, ...] = (
         NoEffectConfig,
         {
             TransformerConfig: """
-                pipeline_model_parallel_split_rank use_ring_exchange_p2p moe_use_legacy_grouped_gemm
-                moe_extended_tp fp8_interval
+                use_ring_exchange_p2p moe_use_legacy_grouped_gemm moe_extended_tp fp8_interval
             """
         },
         hidden=True,

@@ -16,6 +16,10 @@ def local_rank_from_environment() -> int:
 class DistributedConfig:
     """What the library's parallel and data parallel configurations leave to the application."""
 
+    encoder_tensor_model_parallel_size: int = 0
+    """Tensor parallel size of an encoder before its decoder: that of the decoder, or 0, which means the same."""
+    encoder_pipeline_model_parallel_size: int = 0
+    """Pipeline stages of an encoder; --pipeline-model-parallel-size then counts those of its decoder."""
     num_layers_per_virtual_pipeline_stage: int | None = None
     """Layers per model chunk of an interleaved pipeline."""
     num_virtual_stages_per_pipeline_rank: int | None = None

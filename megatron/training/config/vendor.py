@@ -31,8 +31,6 @@ class NoEffectConfig:
     use_dist_ckpt_deprecated: bool = False
     dist_ckpt_format_deprecated: str | None = None
     ckpt_convert_update_legacy_dist_opt_format: bool = False
-    encoder_tensor_model_parallel_size: int = 0
-    encoder_pipeline_model_parallel_size: int = 0
     lazy_mpu_init: bool | None = None
     adlr_autoresume: bool = False
     adlr_autoresume_interval: int = 1000

@@ -21,6 +21,7 @@ TOKENIZER_NEEDS: dict[str, tuple[str, ...]] = {
     "NullTokenizer": ("vocab_size",),
     "NullMultimodalTokenizer": ("vocab_size",),
 }
+TOKENIZERS_WITH_SENTINELS = ("SentencePieceTokenizer", "BertWordPieceLowerCase", "BertWordPieceCase")
 
 
 def require_one_data_source(args: argparse.Namespace) -> None:
@@ -129,9 +130,9 @@ def require_tokenizer_files(args: argparse.Namespace) -> None:
     )
     if args.vocab_extra_ids:
         refuse_unless(
-            args.tokenizer_type == "SentencePieceTokenizer",
-            f"--vocab-extra-ids ({args.vocab_extra_ids}) needs --tokenizer-type SentencePieceTokenizer, "
-            f"found {args.tokenizer_type}",
+            args.tokenizer_type in TOKENIZERS_WITH_SENTINELS,
+            f"--vocab-extra-ids ({args.vocab_extra_ids}) needs --tokenizer-type "
+            f"{' or '.join(TOKENIZERS_WITH_SENTINELS)}, found {args.tokenizer_type}",
         )
     if args.tokenizer_type == "TikTokenizer":
         refuse_unless(

@@ -26,6 +26,7 @@ _POSITIONS = {
 }
 
 _NOT_FOR_TWO_STACKS = (
+    "spec",
     "group_query_attention",
     "use_torch_fsdp2",
     "num_layers_per_virtual_pipeline_stage",

@@ -118,7 +118,7 @@ def derive_chunks_of_schedule(args: argparse.Namespace) -> None:
     if name == "auto":
         return
     refuse_unless(
-        args.transformer_pipeline_model_parallel_size > 1,
+        args.encoder_pipeline_model_parallel_size + args.pipeline_model_parallel_size > 1,
         f"--pipeline-schedule {name} needs --pipeline-model-parallel-size of at least 2",
     )
     ways = "--num-virtual-stages-per-pipeline-rank, --num-layers-per-virtual-pipeline-stage or a layout"

@@ -82,7 +82,7 @@ def build(layout: Layout) -> T5Model:
             pipeline_model_parallel_split_rank=before or None,
             sequence_parallel=layout.sp,
             pipeline_dtype=torch.float32,
-            pipeline_schedule=layout.schedule if stages > 1 else "auto",
+            pipeline_schedule=layout.schedule if stages > 1 or before else "auto",
             deallocate_pipeline_outputs=True,
             recompute_granularity="full" if layout.recompute else None,
             recompute_method="uniform" if layout.recompute else None,
@@ -159,26 +159,42 @@ def expected() -> dict[tuple[str, bool], list[float]]:
 LAYOUTS = {
     "tp2": (2, Layout(tp=2)),
     "tp2-sp-recompute": (2, Layout(tp=2, sp=True, recompute=True)),
-    "rope-tp2-sp": (2, Layout(tp=2, sp=True, positions="rope")),
     "dp2-distopt": (2, Layout(dist_opt=True, positions="learned_absolute", tied=False)),
-    "pp1+1": (2, Layout(encoder_pp=1)),
     "pp1+1-recompute": (2, Layout(encoder_pp=1, recompute=True)),
-    "learned-untied-pp1+1-dp2-distopt": (4, Layout(1, 1, dist_opt=True, positions="learned_absolute", tied=False)),
-    "pp2+2": (4, Layout(encoder_pp=2, pp=2)),
-    "pp2+2-gpipe": (4, Layout(encoder_pp=2, pp=2, schedule="gpipe")),
     "learned-untied-pp2+2": (4, Layout(encoder_pp=2, pp=2, positions="learned_absolute", tied=False)),
     "pp2+2-zb-h1": (4, Layout(encoder_pp=2, pp=2, schedule="zb-h1")),
     "tp2-sp-pp1+1-dp2-distopt": (8, Layout(2, 1, sp=True, dist_opt=True)),
 }
+MORE_LAYOUTS = {
+    "rope-tp2-sp": (2, Layout(tp=2, sp=True, positions="rope")),
+    "rope-pp1+2": (3, Layout(encoder_pp=1, pp=2, positions="rope")),
+    "pp1+1": (2, Layout(encoder_pp=1)),
+    "learned-untied-pp1+1-dp2-distopt": (
+        4,
+        Layout(encoder_pp=1, dist_opt=True, positions="learned_absolute", tied=False),
+    ),
+    "pp2+2": (4, Layout(encoder_pp=2, pp=2)),
+    "pp2+1-gpipe": (3, Layout(encoder_pp=2, pp=1, schedule="gpipe")),
+    "pp2+2-gpipe": (4, Layout(encoder_pp=2, pp=2, schedule="gpipe")),
+}
 
 
-@pytest.mark.parametrize("name", list(LAYOUTS))
-def test_numbers_equal_one_process(expected: dict[tuple[str, bool], list[float]], name: str) -> None:
-    world, layout = LAYOUTS[name]
+def numbers_equal_one_process(expected: dict[tuple[str, bool], list[float]], world: int, layout: Layout) -> None:
     ranks = [losses for losses in run_ranks(world, train, layout) if losses]
     assert len(ranks) == world // (layout.encoder_pp + layout.pp)
     for losses in ranks:
         assert losses == pytest.approx(expected[layout.positions, layout.tied], rel=1e-5)
+
+
+@pytest.mark.parametrize("name", list(LAYOUTS))
+def test_numbers_equal_one_process(expected: dict[tuple[str, bool], list[float]], name: str) -> None:
+    numbers_equal_one_process(expected, *LAYOUTS[name])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", list(MORE_LAYOUTS))
+def test_numbers_equal_one_process_in_more_layouts(expected: dict[tuple[str, bool], list[float]], name: str) -> None:
+    numbers_equal_one_process(expected, *MORE_LAYOUTS[name])
 
 
 def test_transformer_engine_is_refused() -> None:

@@ -722,7 +722,6 @@ UNBUILT: list[tuple[Any, dict[str, Any], str]] = [
     ),
     (sharding.require_fp8_gather_fits, {"fp8_param_gather": True}, "needs --use-distributed-optimizer"),
     (model.require_position_settings, {"position_embedding_type": "mrope"}, "needs --mrope-section"),
-    (model.require_position_settings, {"position_embedding_type": "relative"}, "needs --transformer-impl"),
     (model.derive_num_experts, {"num_experts": 2, "spec": ["local"]}, "--spec exclude each other"),
     (model.require_experts_fit_ranks, {"expert_model_parallel_size": 2}, "needs --num-experts"),
     (
@@ -773,6 +772,7 @@ def test_every_rule_that_refuses_is_tested() -> None:
         "refuse_capabilities_not_built",  # test_capabilities.py
         "require_load_for_checkpoint_args",  # test_checkpoint_arguments.py
         "require_what_an_encoder_can_do",  # functional_tests/test_pretrain_bert.py
+        "require_positions_of_family",  # functional_tests/test_pretrain_t5.py
         "require_compiler",  # test_compilation_without_a_compiler, which changes the environment
         "require_valid_library_configs",  # the rows with "library"
     }

@@ -21,6 +21,7 @@ def config(num_layers: int, pp: int, vpp: int | None = None, **kwargs: object) -
         "account_for_loss_in_pipeline_split": False,
         "pipeline_model_parallel_layout": None,
         "pipeline_schedule": "auto",
+        "pipeline_model_parallel_split_rank": None,
     }
     return SimpleNamespace(
         num_layers=num_layers,
@@ -35,6 +36,11 @@ def table(c: SimpleNamespace) -> list[list[tuple[int, int]]]:
     return [
         [tuple(layers_of_chunk(c, rank, stage)) for stage in stages] for rank in range(c.pipeline_model_parallel_size)
     ]
+
+
+def test_a_decoder_behind_an_encoder_counts_its_own_stages() -> None:
+    decoder = config(4, 2, pipeline_model_parallel_split_rank=3)
+    assert [layers_of_chunk(decoder, rank) for rank in (3, 4)] == [(0, 2), (2, 2)]
 
 
 BOTH = {"account_for_embedding_in_pipeline_split": True, "account_for_loss_in_pipeline_split": True}

@@ -33,10 +33,10 @@ Mask = Tensor | tuple[Tensor, Tensor] | None
 class T5Model(LanguageModule):
     """Embedding, encoder, decoder and head: those of them that this pipeline stage holds.
 
-    In a pipeline the stages of the encoder come first (`config.pipeline_model_parallel_split_rank` of them). They pass hidden states
-    [e, b, h]; the last of them passes the encoder's output. The first stage of the decoder embeds the decoder's tokens
-    with a copy of the embedding. Stages of the decoder pass their hidden states and, behind them along the sequence,
-    the encoder's output, [d + e, b, h]: its gradient comes back the same way.
+    In a pipeline the `config.pipeline_model_parallel_split_rank` stages of the encoder come first. They pass hidden
+    states [e, b, h]; the last of them passes the encoder's output. The first stage of the decoder embeds the decoder's
+    tokens with a copy of the embedding. Stages of the decoder pass their hidden states and, behind them along the
+    sequence, the encoder's output, [d + e, b, h]: its gradient comes back the same way.
 
     Initial weights depend on the seed and nothing else: every layout starts from the same model.
 
@@ -111,9 +111,12 @@ class T5Model(LanguageModule):
         self._received: Tensor | None = None
         with deferred_initialization():
             if pre_process:
-                learned = "learned_absolute" if position_embedding_type == "learned_absolute" else "none"
                 self.embedding = LanguageModelEmbedding(
-                    config, vocab_size, max_sequence_length, learned, tp_group=self.model_comm_pgs.tp
+                    config,
+                    vocab_size,
+                    max_sequence_length,
+                    "learned_absolute" if position_embedding_type == "learned_absolute" else "none",
+                    tp_group=self.model_comm_pgs.tp,
                 )
             self.rotary_pos_emb = self._rotary(rotary_percent, seq_len_interpolation_factor, rotary_base)
             if add_encoder:
@@ -183,7 +186,7 @@ class T5Model(LanguageModule):
             if param is not None:
                 param.shared_embedding = True  # type: ignore[attr-defined]
         if self.pre_process:
-            self.embedding.word_embeddings.weight.shared_embedding = True  # type: ignore[assignment]
+            self.embedding.word_embeddings.weight.shared_embedding = True  # type: ignore[attr-defined]
         for param in self._copies():
             param.shared = True  # type: ignore[attr-defined]
 
