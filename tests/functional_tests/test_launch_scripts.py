@@ -29,6 +29,13 @@ def places(tmp_path: Path) -> list[str]:
     return [str(tmp_path / name) for name in names]
 
 
+@pytest.fixture
+def word_piece_places(tmp_path: Path) -> list[str]:
+    """The same of scripts whose models read word pieces."""
+    (tmp_path / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a"]) + "\n")
+    return [str(tmp_path / name) for name in ("checkpoints", "tensorboard", "vocab.txt", "data_text_sentence")]
+
+
 def launch(script: str, world_size: int, places: list[str], tmp_path: Path) -> subprocess.CompletedProcess[str]:
     programs = tmp_path / "bin"
     programs.mkdir()
@@ -60,7 +67,27 @@ def launch(script: str, world_size: int, places: list[str], tmp_path: Path) -> s
 def test_flags_resolve(
     script: str, world_size: int, settings: dict[str, str], places: list[str], tmp_path: Path
 ) -> None:
-    result = launch(script, world_size, places, tmp_path)
+    flags_resolve(launch(script, world_size, places, tmp_path), settings)
+
+
+@pytest.mark.parametrize(
+    ("script", "further", "settings"),
+    [
+        ("examples/bert/train_bert_340m_distributed.sh", "", {"data_parallel_size": "8", "kv_channels": "64"}),
+        (
+            "examples/t5/train_t5_220m_distributed.sh",
+            "--encoder-pipeline-model-parallel-size 1 --micro-batch-size 32",
+            {"data_parallel_size": "4", "decoder_seq_length": "128", "encoder_seq_length": "512", "kv_channels": "64"},
+        ),
+    ],
+)
+def test_flags_of_word_piece_models_resolve(
+    script: str, further: str, settings: dict[str, str], word_piece_places: list[str], tmp_path: Path
+) -> None:
+    flags_resolve(launch(script, 8, [*word_piece_places, *further.split()], tmp_path), settings)
+
+
+def flags_resolve(result: subprocess.CompletedProcess[str], settings: dict[str, str]) -> None:
     assert result.returncode == 0, result.stderr
     explained = {line.split()[0]: line for line in result.stdout.splitlines() if line.strip()}
     for name, value in settings.items():
