@@ -98,15 +98,15 @@ def _reduce_grads_of_stacks(model: list[nn.Module], groups: ProcessGroupCollecti
     for param in bare.weights_of_both_stacks():
         if (grad := _gradient(param)) is not None:
             all_reduce(grad, group=groups.pos_embd, what="gradients of embeddings of both stacks")
-    tables = bare.weights_of_every_stage().values()
-    grads = [None if param is None else _gradient(param) for param in tables]
-    found = next((grad for grad in grads if grad is not None), None)
-    if get_pg_size(groups.pp) == 1 or found is None:
+    tables = bare.weights_of_every_stage()
+    held = [param for param in tables.values() if param is not None]
+    if get_pg_size(groups.pp) == 1 or not held:
         return
-    for grad in grads:
-        all_reduce(
-            torch.zeros_like(found) if grad is None else grad, group=groups.pp, what="gradients of relative positions"
-        )
+    for param in tables.values():
+        grad = _gradient(held[0] if param is None else param)
+        assert grad is not None
+        nothing_or_grad = torch.zeros_like(grad) if param is None else grad
+        all_reduce(nothing_or_grad, group=groups.pp, what="gradients of relative positions")
 
 
 def _reduce_shared_grads(

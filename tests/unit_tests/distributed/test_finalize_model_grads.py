@@ -75,37 +75,43 @@ def test_partial_gradients_are_summed_over_tensor_ranks(sequence_parallel: bool,
 
 
 class Embeddings(Chunk):
-    """A stage with the names by which a model's embeddings are found."""
+    """A stage with the names by which a model's embeddings are found; the first two are the first of their stacks."""
 
-    def __init__(self, tied: bool) -> None:
+    def __init__(self, tied: bool, two_stacks: bool) -> None:
         stages = parallel_state.get_pipeline_model_parallel_world_size()
         super().__init__(pipeline_model_parallel_size=stages)
         self.share_embeddings_and_output_weights = tied
         self.word = self.add("word")
-        self.position_embeddings = nn.Module()
-        self.position_embeddings.weight = self.add("position")
+        self.position = self.add("position")
+        self.table = self.add("table")
+        if two_stacks:
+            self.weights_of_both_stacks = lambda: [self.position] if dist.get_rank() < 2 else []
+            mine = 0 if dist.get_rank() == 0 else 1
+            self.weights_of_every_stage = lambda: {i: self.table if i == mine else None for i in (0, 1)}
 
     def shared_embedding_or_output_weight(self) -> Tensor:
         return self.word
 
 
-def pipeline_gradients(tied: bool, share_positions: bool) -> dict[str, float]:
+def pipeline_gradients(tied: bool, two_stacks: bool) -> dict[str, float]:
     parallel_state.initialize_model_parallel(
-        pipeline_model_parallel_size=3,
-        get_position_embedding_ranks=(lambda ranks, split: ranks[:2]) if share_positions else None,
+        pipeline_model_parallel_size=3, pipeline_model_parallel_split_rank=1 if two_stacks else None
     )
-    chunk = Embeddings(tied)
+    chunk = Embeddings(tied, two_stacks)
     finalize_model_grads([chunk])
     return chunk.gradients()
 
 
 @pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("share_positions", [True, False])
-def test_copies_of_an_embedding_get_the_sum_of_their_gradients(tied: bool, share_positions: bool) -> None:
-    words = [101.0, 10.0, 101.0] if tied else [1.0, 10.0, 100.0]
-    positions = [11.0, 11.0, 100.0] if share_positions else [1.0, 10.0, 100.0]
-    found = run_ranks(3, pipeline_gradients, tied, share_positions)
-    assert found == [{"word": w, "position": p} for w, p in zip(words, positions)]
+@pytest.mark.parametrize("two_stacks", [True, False])
+def test_copies_of_an_embedding_get_the_sum_of_their_gradients(tied: bool, two_stacks: bool) -> None:
+    """Tied word embeddings over the first stage, the first of a second stack, and the last; positions over the first
+    stages of both stacks; tables over all stages of their stack."""
+    words = [1.0, 10.0, 100.0] if not tied else [111.0] * 3 if two_stacks else [101.0, 10.0, 101.0]
+    positions = [11.0, 11.0, 100.0] if two_stacks else [1.0, 10.0, 100.0]
+    tables = [1.0, 110.0, 110.0] if two_stacks else [1.0, 10.0, 100.0]
+    found = run_ranks(3, pipeline_gradients, tied, two_stacks)
+    assert found == [{"word": w, "position": p, "table": t} for w, p, t in zip(words, positions, tables)]
 
 
 def events_with_tokens(tokens_of_rank: list[int]) -> list[str]:
