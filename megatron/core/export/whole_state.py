@@ -14,12 +14,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-OF_VOCABULARY = ("embedding.word_embeddings.weight", "output_layer.weight", "output_layer.bias")
+OF_VOCABULARY = (
+    "embedding.word_embeddings.weight",
+    "output_layer.weight",
+    "output_layer.bias",
+    "lm_head.output_layer.weight",
+    "lm_head.output_layer.bias",
+)
 """Tensors with a row for each token."""
 FUSED_NORMS = {
     "self_attention.linear_qkv.layer_norm_": "input_layernorm.",
     "mlp.linear_fc1.layer_norm_": "pre_mlp_layernorm.",
-    "cross_attention.linear_q.layer_norm_": "pre_cross_attn_layernorm.",
 }
 """Name of a norm in sharded checkpoints -> its name in the model."""
 _LAYER = re.compile(r"(?P<block>.*?\blayers)\.(?P<number>\d+)\.(?P<rest>.+)")
