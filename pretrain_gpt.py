@@ -112,6 +112,7 @@ def train_valid_test_datasets_provider(num_samples: list[int]) -> tuple[Any, Any
         split=args.split,
         num_dataset_builder_threads=args.num_dataset_builder_threads,
         path_to_cache=args.data_cache_path,
+        object_storage_cache_path=args.object_storage_cache_path,
         mmap_bin_files=args.mmap_bin_files,
         tokenizer=tokenizer,
         reset_position_ids=args.reset_position_ids,
@@ -119,6 +120,7 @@ def train_valid_test_datasets_provider(num_samples: list[int]) -> tuple[Any, Any
         eod_mask_loss=args.eod_mask_loss,
         create_attention_mask=dense_attention_mask(args),
         mid_level_dataset_surplus=args.mid_level_dataset_surplus,
+        multiple_validation_sets=args.multiple_validation_sets,
     )
     dataset_type = SFTDataset if args.sft else MockGPTDataset if args.mock_data else GPTDataset
     return tuple(BlendedMegatronDatasetBuilder(dataset_type, num_samples, reads_data, config).build())

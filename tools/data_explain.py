@@ -30,7 +30,7 @@ def parse() -> tuple[argparse.Namespace, str, list[str]]:
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--step", type=int, help="training step, from 1")
     what.add_argument("--sample", type=int, help="number of a sample, from 0, in the order of the data set")
-    parser.add_argument("--of", choices=("train", "valid", "test"), default="train", help="data of --sample")
+    parser.add_argument("--of", default="train", help="data of --sample: train, valid (valid_0, ... of several), test")
     parser.add_argument("--json", action="store_true", help="print JSON, with whole texts")
     parser.add_argument("--ranks", type=int, help="number of ranks of the run (default: the fewest it can have)")
     own, words = parser.parse_known_args()

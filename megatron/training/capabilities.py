@@ -46,7 +46,6 @@ ARGUMENTS_NOT_BUILT: dict[str, str] = {
     "ckpt_convert_format": "conversion of checkpoints",
     "ckpt_convert_save": "conversion of checkpoints",
     "load_model_opt_format": "quantization and distillation",
-    "object_storage_cache_path": "data in object storage",
     "log_energy": "energy measurement",
     "enable_experimental": "experimental functions",
     "hybrid_attention_ratio": "hybrid models",
@@ -80,6 +79,8 @@ ARGUMENTS_OF_FAMILIES: dict[str, tuple[str, ...]] = {
     "encoder_pipeline_model_parallel_size": ("t5",),
     "pipeline_model_parallel_split_rank": ("t5",),
     "sft": ("gpt",),
+    "full_validation": ("gpt",),
+    "multiple_validation_sets": ("gpt",),
 }
 """Arguments that only the programs of some model families read; others refuse them."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,15 +18,27 @@ from megatron.training.train_step import reduce_reports
 from megatron.training.utils import print_rank_0, print_rank_last
 
 
+@dataclass(frozen=True)
+class HeldOut:
+    """Data to evaluate on, as every rank knows of it."""
+
+    data: Any
+    """Iterator over microbatches, or one for each model chunk; None where nothing is read."""
+    num_batches: int
+    """Global batches of one evaluation."""
+    name: str = ""
+    """Tells it from others of its kind."""
+
+
 def evaluate(
     forward_step_func: Callable[..., Any],
-    data_iterator: Any,
+    held_out: HeldOut,
     model: list[nn.Module],
     *,
     verbose: bool = False,
     deadline: float | None = None,
 ) -> tuple[dict[str, float], int] | None:
-    """(mean losses over `--eval-iters` global batches without dropout, samples seen); losses only on the last stage.
+    """(mean losses over the batches of `held_out` without dropout, samples seen); losses only on the last stage.
 
     Stops with None at `deadline` (Unix time), on all ranks alike. Communicates: as training's forward.
     """
@@ -35,15 +48,15 @@ def evaluate(
         chunk.eval()
     num_microbatches = args.global_batch_size // (args.micro_batch_size * args.data_parallel_size)
     if verbose:
-        print_rank_0(f"Evaluating on {args.eval_iters * args.global_batch_size} samples")
+        print_rank_0(f"Evaluating on {held_out.num_batches * args.global_batch_size} samples")
     totals: dict[str, Tensor] = {}
     try:
-        for i in range(args.eval_iters):
+        for i in range(held_out.num_batches):
             if verbose and (i + 1) % args.log_interval == 0:
-                print_rank_0(f"Evaluating iter {i + 1}/{args.eval_iters}")
+                print_rank_0(f"Evaluating iter {i + 1}/{held_out.num_batches}")
             reports = get_forward_backward_func()(
                 forward_step_func=forward_step_func,
-                data_iterator=data_iterator,
+                data_iterator=held_out.data,
                 model=model,
                 num_microbatches=num_microbatches,
                 seq_length=args.seq_length,
@@ -60,7 +73,7 @@ def evaluate(
         for chunk, training in zip(model, was_training):
             chunk.train(training)
     losses = {name: float(total[0] / total[1].clamp(min=1)) for name, total in totals.items()}
-    return losses, args.eval_iters * num_microbatches * args.micro_batch_size * args.data_parallel_size
+    return losses, held_out.num_batches * num_microbatches * args.micro_batch_size * args.data_parallel_size
 
 
 def _any_rank(condition: bool) -> bool:
@@ -72,7 +85,7 @@ def _any_rank(condition: bool) -> bool:
 def evaluate_and_print_results(
     prefix: str,
     forward_step_func: Callable[..., Any],
-    data_iterator: Any,
+    held_out: HeldOut,
     model: list[nn.Module],
     iteration: int,
     consumed_samples: int,
@@ -84,25 +97,29 @@ def evaluate_and_print_results(
     """`evaluate`, print the result on the last rank and give it to the trackers.
 
     Args:
-        prefix: the words after "validation loss at".
-        split: name of the data set in the trackers.
+        prefix: the words after "validation loss at"; the name of `held_out` follows them.
+        split: name of the data set in the trackers, before that of `held_out`.
     """
     timers = get_timers()
     timers("evaluate", log_level=0).start(barrier=True)
-    result = evaluate(forward_step_func, data_iterator, model, verbose=verbose, deadline=deadline)
+    result = evaluate(forward_step_func, held_out, model, verbose=verbose, deadline=deadline)
     timers("evaluate").stop()
     print_rank_last(timers.get_all_timers_string(["evaluate"]) or "") if verbose else None
     if result is None:
         return None
     losses = result[0]
     if parallel_state.is_pipeline_last_stage():
-        text = f" validation loss at {prefix} | "
+        text = f" validation loss at {_joined(prefix, held_out.name)} | "
         for name, loss in losses.items():
             text += f"{name} value: {loss:.6E} | {name} PPL: {perplexity(loss):.6E} | "
         rule = "-" * (len(text) + 1)
         print_rank_last(f"{rule}\n{text}\n{rule}")
-    _track(losses, split, iteration, consumed_samples)
+    _track(losses, _joined(split, held_out.name), iteration, consumed_samples)
     return result
+
+
+def _joined(*words: str) -> str:
+    return " ".join(word for word in words if word)
 
 
 def perplexity(loss: float) -> float:

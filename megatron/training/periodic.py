@@ -27,7 +27,7 @@ def periodic_actions(run: Run) -> list[Action]:
     args = run.args
     listed: list[tuple[bool, Action]] = [
         (True, training_log),
-        (bool(args.eval_interval and args.eval_iters > 0 and run.has_validation), evaluate_now),
+        (bool(args.eval_interval and run.validation_sets), evaluate_now),
         (bool(args.train_sync_interval), synchronize_device),
         (bool(args.check_weight_hash_across_dp_replicas_interval), compare_weights_of_replicas),
         (bool(args.manual_gc and args.manual_gc_interval), collect_garbage),
@@ -51,16 +51,20 @@ def evaluate_now(run: Run, result: StepResult) -> None:
         if args.manual_gc and args.manual_gc_eval:
             gc.collect()
         timers("eval-time", log_level=0).start(barrier=True)
-        seen = evaluate_and_print_results(
-            f"iteration {run.state.iteration}",
-            run.forward_step_func,
-            run.valid_data,
-            run.model,
-            run.state.iteration,
-            run.state.consumed_train_samples,
-            deadline=run.started + args.exit_duration_in_mins * 60 if args.exit_duration_in_mins else None,
-        )
-        run.state.consumed_valid_samples += seen[1] if seen else 0
+        for held_out in run.validation_sets:
+            seen = evaluate_and_print_results(
+                f"iteration {run.state.iteration}" + (" on" if held_out.name else ""),
+                run.forward_step_func,
+                held_out,
+                run.model,
+                run.state.iteration,
+                run.state.consumed_train_samples,
+                deadline=run.started + args.exit_duration_in_mins * 60 if args.exit_duration_in_mins else None,
+            )
+            if seen is None:
+                break
+            if held_out is run.validation_sets[-1] and not args.full_validation:  # all stand at the same place
+                run.state.consumed_valid_samples += seen[1]
         timers("eval-time").stop()
         if args.manual_gc and args.manual_gc_eval:
             gc.collect(generation=0)

@@ -11,6 +11,7 @@ from torch import nn
 
 from megatron.core.num_microbatches_calculator import get_num_microbatches
 from megatron.training.checkpoint.context import CheckpointContext
+from megatron.training.evaluation import HeldOut
 from megatron.training.logging.log_line import IntervalTotals
 from megatron.training.logging.progress import ProgressLine
 from megatron.training.train_state import TrainState
@@ -33,11 +34,9 @@ class Run:
     config: Any
     forward_step_func: Callable[..., Any]
     train_data: Any
-    valid_data: Any
-    test_data: Any
-    has_validation: bool
-    """Whether there is validation data, on whichever ranks read it."""
-    has_test: bool
+    validation_sets: list[HeldOut]
+    test_sets: list[HeldOut]
+    """One, or none."""
     started: float
     """Unix time at which the program started."""
     first_iteration: int = 0

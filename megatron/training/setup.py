@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
@@ -24,13 +25,15 @@ from megatron.core.tensor_parallel.initialization import materialize_parameters
 from megatron.core.transformer.module import Float16Module
 from megatron.core.utils import get_model_config
 from megatron.training.datasets.data_samplers import build_pretraining_data_loader
+from megatron.training.datasets.filled_up import FilledUp
+from megatron.training.evaluation import HeldOut
 from megatron.training.global_vars import get_args, get_timers
 from megatron.training.library_configs import ddp_config_from_args, optimizer_config_from_args
 from megatron.training.nan_check import RememberingIterator
 from megatron.training.train_state import TrainState
-from megatron.training.utils import print_rank_0
+from megatron.training.utils import get_blend_and_blend_per_split, print_rank_0
 
-DatasetProvider = Callable[[list[int]], tuple[Any, Any, Any]]
+DatasetProvider = Callable[[list[int | None]], tuple[Any, Any, Any]]
 Batches = Iterator[Any] | list[Iterator[Any]] | None
 """Microbatches of one data set: one iterator, or one for each of several model chunks; None where nothing is read."""
 
@@ -198,61 +201,85 @@ def get_optimizer_param_scheduler(optimizer: Any) -> OptimizerParamScheduler:
 # --- data ---
 
 
-def get_train_valid_test_num_samples() -> tuple[int, int, int]:
-    """Samples that training, validation and the test need at most."""
+def get_train_valid_test_num_samples() -> tuple[int, int | None, int]:
+    """Samples that training, validation (None: all of its data) and the test need at most."""
     args = get_args()
     batch = args.global_batch_size
     train = args.train_samples if args.train_samples else args.train_iters * batch
     evaluations = args.train_iters // args.eval_interval + 1
-    return train, evaluations * args.eval_iters * batch, args.eval_iters * batch
+    valid = None if args.full_validation else evaluations * args.eval_iters * batch
+    return train, valid, args.eval_iters * batch
 
 
 def build_train_valid_test_datasets(provider: DatasetProvider) -> tuple[Any, Any, Any]:
-    """The three data sets, None where this rank reads none."""
+    """The three data sets, None where this rank reads none; of validation a list where there are several."""
     train, valid, test = get_train_valid_test_num_samples()
     print_rank_0(
         " > datasets target sizes (minimum size):\n"
-        f"    train:      {train}\n    validation: {valid}\n    test:       {test}"
+        f"    train:      {train}\n    validation: {'all' if valid is None else valid}\n    test:       {test}"
     )
     return provider([train, valid, test])
 
 
 def build_train_valid_test_data_iterators(
     provider: DatasetProvider, state: TrainState
-) -> tuple[Batches, Batches, Batches]:
-    """Iterators over microbatches of this data parallel rank, from where `state` stands; None where nothing is read."""
+) -> tuple[Batches, list[HeldOut], list[HeldOut]]:
+    """Iterator over microbatches of this data parallel rank, from where `state` stands (None where nothing is read),
+    and what to validate and test on, which is the same on all ranks. Communicates: broadcasts from rank 0."""
     args = get_args()
     print_rank_0("> building train, validation, and test datasets ...")
     reads = parallel_state.get_tensor_model_parallel_rank() == 0
-    if not reads and not getattr(provider, "is_distributed", False):
-        return None, None, None
-    train, valid, test = build_train_valid_test_datasets(provider)
-    consumed_valid = 0 if args.skip_train else state.consumed_valid_samples
+    train, valid, test = None, None, None
+    if reads or getattr(provider, "is_distributed", False):
+        train, valid, test = build_train_valid_test_datasets(provider)
+    consumed_valid = 0 if args.skip_train or args.full_validation else state.consumed_valid_samples
+    names = _names_of_validation_sets() if args.multiple_validation_sets else [""]
+    valid_sets = valid if isinstance(valid, list) else [valid]
     return (
         _iterate(train, state.consumed_train_samples) if not args.skip_train else None,
-        _iterate(valid, consumed_valid),
-        _iterate(test, 0),
+        _held_out(valid_sets, names, consumed_valid, to_the_end=args.full_validation),
+        _held_out([test], [""], 0),
     )
 
 
-def data_presence(iterators: tuple[Batches, ...]) -> tuple[bool, bool]:
-    """Whether there is validation and test data, as rank 0 (which always reads) sees it. Communicates: broadcast."""
-    present = torch.tensor([it is not None for it in iterators[1:]], dtype=torch.int32, device=device.current_device())
-    torch.distributed.broadcast(present, src=0)
-    has_validation, has_test = present.bool().tolist()
-    return has_validation, has_test
+def _names_of_validation_sets() -> list[str]:
+    """The last part of each path, or all of it where that does not tell them apart."""
+    per_split = get_blend_and_blend_per_split(get_args())[1]
+    valid = per_split[1] if per_split else None
+    paths = valid[0] if valid else []
+    short = [os.path.basename(path) for path in paths]
+    return short if len(set(short)) == len(short) else paths
 
 
-def _iterate(dataset: Any, consumed_samples: int) -> Batches:
+def _held_out(datasets: list[Any], names: list[str], consumed_samples: int, to_the_end: bool = False) -> list[HeldOut]:
+    """What all ranks evaluate on, as rank 0 (which always reads) sees it; sets without samples are left out."""
+    args = get_args()
+    datasets = datasets if len(datasets) == len(names) else [None] * len(names)
+    if to_the_end:
+        datasets = [None if each is None else FilledUp(each, args.global_batch_size) for each in datasets]
+    data = [_iterate(each, consumed_samples, again=to_the_end) for each in datasets]
+    num_batches = torch.tensor(
+        [
+            0 if batches is None else len(dataset) // args.global_batch_size if to_the_end else args.eval_iters
+            for dataset, batches in zip(datasets, data)
+        ],
+        device=device.current_device(),
+    )
+    torch.distributed.broadcast(num_batches, src=0)
+    return [HeldOut(batches, n, name) for batches, n, name in zip(data, num_batches.tolist(), names) if n]
+
+
+def _iterate(dataset: Any, consumed_samples: int, again: bool = False) -> Batches:
     """Every chunk reads the same microbatches, each at its own time; those that need no data never start to."""
     num_chunks = parallel_state.get_virtual_pipeline_model_parallel_world_size()
     if num_chunks is None:
-        return _microbatches(dataset, consumed_samples)
-    iterators = [_microbatches(dataset, consumed_samples) for _ in range(num_chunks)]
+        return _microbatches(dataset, consumed_samples, again)
+    iterators = [_microbatches(dataset, consumed_samples, again) for _ in range(num_chunks)]
     return None if any(iterator is None for iterator in iterators) else iterators  # type: ignore[return-value]
 
 
-def _microbatches(dataset: Any, consumed_samples: int) -> Iterator[Any] | None:
+def _microbatches(dataset: Any, consumed_samples: int, again: bool) -> Iterator[Any] | None:
+    """This rank's microbatches; with `again` in order, and from the start at the end."""
     args = get_args()
     if dataset is None or parallel_state.get_tensor_model_parallel_rank() != 0:
         return None
@@ -271,14 +298,14 @@ def _microbatches(dataset: Any, consumed_samples: int) -> Iterator[Any] | None:
         micro_batch_size=args.micro_batch_size,
         data_parallel_rank=parallel_state.get_data_parallel_rank(),
         data_parallel_size=parallel_state.get_data_parallel_world_size(),
-        dataloader_type=args.dataloader_type,
+        dataloader_type="single" if again else args.dataloader_type,
         num_workers=args.num_workers,
         data_sharding=args.data_sharding,
         seed=args.seed,
     )
     if loader is None:
         return None
-    return RememberingIterator(_read(loader, forever=args.dataloader_type == "cyclic"))
+    return RememberingIterator(_read(loader, forever=again or args.dataloader_type == "cyclic"))
 
 
 def _read(loader: Any, forever: bool) -> Iterator[Any]:

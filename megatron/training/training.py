@@ -32,7 +32,6 @@ from megatron.training.setup import (
     DatasetProvider,
     build_train_valid_test_data_iterators,
     build_train_valid_test_datasets,
-    data_presence,
     get_model,
     get_train_valid_test_num_samples,
     setup_model_and_optimizer,
@@ -128,8 +127,8 @@ def set_up(
     update_num_microbatches(state.consumed_train_samples, consistency_check=False)
     print_datetime("after model, optimizer, and learning rate scheduler are built")
     timers("train/valid/test-data-iterators-setup", log_level=0).start(barrier=True)
-    iterators = build_train_valid_test_data_iterators(provider, state)
-    restore_position(iterators[0], state.data_position)
+    train_data, validation_sets, test_sets = build_train_valid_test_data_iterators(provider, state)
+    restore_position(train_data, state.data_position)
     state.data_position = None
     timers("train/valid/test-data-iterators-setup").stop()
     print_datetime("after dataloaders are built")
@@ -147,8 +146,9 @@ def set_up(
         scheduler,
         get_model_config(model[0]),
         forward_step_func,
-        *iterators,
-        *data_presence(iterators),
+        train_data,
+        validation_sets,
+        test_sets,
         started=started,
         first_iteration=state.iteration,
         saved_iteration=state.iteration if args.load == args.save and state.iteration else None,
@@ -244,18 +244,12 @@ def _skip_iteration(run: Run) -> None:
 
 
 def _evaluate_at_the_end(run: Run) -> None:
-    args = run.args
-    if args.eval_iters <= 0:
-        return
-    for split, data, present in (
-        ("validation", run.valid_data, run.has_validation),
-        ("test", run.test_data, run.has_test),
-    ):
-        if present:
+    for split, sets in (("validation", run.validation_sets), ("test", run.test_sets)):
+        for held_out in sets:
             evaluate_and_print_results(
                 f"iteration {run.state.iteration} on {split} set",
                 run.forward_step_func,
-                data,
+                held_out,
                 run.model,
                 run.state.iteration,
                 run.state.consumed_train_samples,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import copy_context
 from typing import Any
@@ -53,8 +53,10 @@ class BlendedMegatronDatasetBuilder:
         self.is_built_on_rank = is_built_on_rank
         self.config = config
 
-    def build(self) -> list[TopLevelDataset | None]:
+    def build(self) -> list[Any]:
         """Datasets of train, valid and test; None for empty splits and on ranks that need none.
+
+        With `multiple_validation_sets` that of valid is a list with one for each prefix.
 
         Called by all ranks. Where an index cache lacks files, rank 0 builds them and the others wait for the
         files, without a collective. An error on one rank is raised on all.
@@ -71,7 +73,7 @@ class BlendedMegatronDatasetBuilder:
             return run_rank_zero_first(lambda: cls(*args), is_built_on_rank())
         return cls(*args) if is_built_on_rank() else None
 
-    def _build_splits(self) -> list[TopLevelDataset | None]:
+    def _build_splits(self) -> list[Any]:
         config = self.config
         if config.mock:
             assert config.split_matrix is not None
@@ -80,12 +82,16 @@ class BlendedMegatronDatasetBuilder:
             assert config.split_matrix is not None
             return self._build_blend(config.blend, config.split_matrix, self.sizes, single_needs_no_weight=True)
         assert config.blend_per_split is not None
-        datasets: list[TopLevelDataset | None] = []
+        datasets: list[Any] = []
         for i, blend in enumerate(config.blend_per_split):
             if blend is None:
                 datasets.append(None)
                 continue
             bounds: _Bounds = [_WHOLE if j == i else None for j in range(len(Split))]
+            if i == Split.valid.value and config.multiple_validation_sets:
+                sources = self._build_sources(blend[0], [self.sizes] * len(blend[0]), bounds)
+                datasets.append([splits[i] for splits in sources])
+                continue
             datasets.append(self._build_blend(blend, bounds, self.sizes, single_needs_no_weight=False)[i])
         return datasets
 
@@ -130,7 +136,7 @@ class BlendedMegatronDatasetBuilder:
         return BlendedDataset(mixed, weights, total, self.config)
 
     def _build_sources(
-        self, prefixes: list[str], sizes: list[list[int | None]], bounds: _Bounds
+        self, prefixes: list[str], sizes: Sequence[list[int | None]], bounds: _Bounds
     ) -> list[list[MidLevelDataset | None]]:
         """For each prefix its splits, opened by several threads if so configured."""
         num_threads = self.config.num_dataset_builder_threads

@@ -102,6 +102,10 @@ class ValidationConfig:
 
     eval_iters: int = 100
     """Global batches per evaluation."""
+    full_validation: bool = False
+    """Validate on every sample of the validation data once, rather than on --eval-iters batches of it."""
+    multiple_validation_sets: bool = False
+    """Validate on each data set of --valid-data-path by itself, with a loss for each."""
     eval_interval: int = 1000
     """Steps between evaluations."""
     skip_train: bool = False

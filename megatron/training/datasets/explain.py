@@ -72,6 +72,8 @@ def explain_sample(data: RunData, split: str, sample: int, text_length: int | No
     Args:
         text_length: characters of the text that are kept; None: all.
     """
+    if split not in data.datasets:
+        raise ValueError(f"there is no data {split!r}; the run has {', '.join(data.datasets)}")
     dataset = data.datasets[split]
     if dataset is None:
         raise ValueError(f"the run has no {split} data")
@@ -98,14 +100,17 @@ def explain_sample(data: RunData, split: str, sample: int, text_length: int | No
 def shares_of_run(data: RunData) -> Iterator[Row]:
     """A row for each dataset of each split: weight asked and achieved, samples, tokens and epochs of the whole run."""
     args = data.args
+    evaluations = args.train_iters // args.eval_interval + 1
     wanted = {
         "train": args.train_samples or args.train_iters * args.global_batch_size,
-        "valid": (args.train_iters // args.eval_interval + 1) * args.eval_iters * args.global_batch_size,
+        "valid": evaluations * args.eval_iters * args.global_batch_size,
         "test": args.eval_iters * args.global_batch_size,
     }
     for split, dataset in data.datasets.items():
         if dataset is not None:
-            yield from _shares_of_split(split, dataset, wanted[split], args)
+            whole = args.full_validation and split.startswith("valid")
+            num_wanted = evaluations * len(dataset) if whole else wanted[split.split("_")[0]]
+            yield from _shares_of_split(split, dataset, num_wanted, args)
 
 
 def _shares_of_split(split: str, dataset: Any, num_wanted: int, args: Any) -> Iterator[Row]:

@@ -33,7 +33,7 @@ class RunData:
     args: Any
     tokenizer: Any
     datasets: dict[str, Any]
-    """Of train, valid and test; None for a split without data."""
+    """Of train, valid and test; None for a split without data. Several validation sets are valid_0, valid_1, ..."""
 
 
 def load_run_data(program: str, flags: list[str], num_ranks: int | None = None) -> RunData:
@@ -61,7 +61,11 @@ def load_run_data(program: str, flags: list[str], num_ranks: int | None = None) 
         finally:
             parallel_state.destroy_model_parallel()
             dist.destroy_process_group()
-    return RunData(get_args(), get_tokenizer(), dict(zip(("train", "valid", "test"), splits)))
+    datasets: dict[str, Any] = {}
+    for name, dataset in zip(("train", "valid", "test"), splits):
+        several = isinstance(dataset, list)
+        datasets |= {f"{name}_{i}": each for i, each in enumerate(dataset)} if several else {name: dataset}
+    return RunData(get_args(), get_tokenizer(), datasets)
 
 
 @contextlib.contextmanager

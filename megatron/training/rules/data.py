@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import math
 
+from megatron.core.datasets.object_storage_utils import is_object_storage_path
+from megatron.core.msc_utils import MultiStorageClientFeature
 from megatron.training.settings import refuse_unless, warn, was_given
 
 SPLIT_PATHS = ("train_data_path", "valid_data_path", "test_data_path")
@@ -54,6 +56,39 @@ def refuse_split_of_separate_data(args: argparse.Namespace) -> None:
     refuse_unless(
         not per_split or args.split is None,
         f"--split {args.split} has no meaning with {' and '.join(per_split)}; leave one of them out",
+    )
+
+
+def require_cache_for_object_storage(args: argparse.Namespace) -> None:
+    """The indices of data in object storage are kept in a local folder."""
+    paths = [word.strip() for name in ("data_path", *SPLIT_PATHS) for word in getattr(args, name) or ()]
+    remote = [path for path in paths if is_object_storage_path(path)]
+    refuse_unless(
+        not remote or args.object_storage_cache_path is not None,
+        f"{remote[0] if remote else ''} lies in object storage; --object-storage-cache-path names a local folder for "
+        "the indices of such data",
+    )
+
+
+def switch_multi_storage_client(args: argparse.Namespace) -> None:
+    """Paths msc:// are read unless that is turned off."""
+    if args.enable_msc:
+        MultiStorageClientFeature.enable()
+        return
+    MultiStorageClientFeature.disable()
+    warn(args, "--disable-msc: the multi-storage client is turned off, paths msc:// cannot be read")
+
+
+def require_validation_sets(args: argparse.Namespace) -> None:
+    """Several validation sets are named as such; a full pass needs data that has an end."""
+    refuse_unless(
+        not args.multiple_validation_sets or bool(args.valid_data_path or args.per_split_data_args_path),
+        "--multiple-validation-sets needs the sets: name them with --valid-data-path (or in the file of "
+        "--per-split-data-args-path), without weights",
+    )
+    refuse_unless(
+        not args.full_validation or args.dataloader_type != "external",
+        "--full-validation reads a data set to its end; --dataloader-type external has none that is known",
     )
 
 
@@ -179,7 +214,10 @@ DATA_RULES = (
     require_one_data_source,
     derive_split,
     refuse_split_of_separate_data,
+    require_cache_for_object_storage,
+    switch_multi_storage_client,
     derive_dataloader_type,
+    require_validation_sets,
     require_builder_threads,
     derive_sequence_length,
     require_positions_for_sequence,

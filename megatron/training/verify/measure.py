@@ -131,7 +131,7 @@ def measure(
         for chunk in run.model:
             chunk.finish_param_sync()  # type: ignore[operator]
         final = tensors.gather(tensors.pieces_of(run.model, tensors.weights))
-        validation = evaluate(run.forward_step_func, run.valid_data, run.model)
+        validation = evaluate(run.forward_step_func, run.validation_sets[0], run.model)
         assert validation is not None and recorder.gradient_pieces is not None
         gradients = tensors.gather(recorder.gradient_pieces)
         rows = _from_last_stage((recorder.losses, validation[0].get("lm loss")))

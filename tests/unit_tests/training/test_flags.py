@@ -54,6 +54,8 @@ ADDED_FLAGS = {
     "--hf-model-type",
     "--timeline",
     "--timeline-step",
+    "--full-validation",
+    "--multiple-validation-sets",
     "--torch-compile",
     "--cpu-offloading",
     "--cpu-offloading-num-layers",
