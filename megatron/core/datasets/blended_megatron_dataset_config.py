@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import numpy
 
 from megatron.core.datasets.megatron_tokenizer import MegatronTokenizer
+from megatron.core.datasets.object_storage_utils import ObjectStorageConfig
 from megatron.core.datasets.utils import Split, normalize
 
 Blend = tuple[list[str], list[float] | None]
@@ -46,6 +47,12 @@ class BlendedMegatronDatasetConfig:
     mmap_bin_files: bool = True
     """Read token files through a memory map instead of plain reads."""
 
+    object_storage_cache_path: str | None = None
+    """Folder for the index files of data in object storage; needed by paths `s3://` and `msc://`."""
+
+    multiple_validation_sets: bool = False
+    """Make a dataset of each prefix of the validation blend, instead of one that mixes them."""
+
     mock: bool = field(init=False, default=False)
     """Whether the data is mock data; derived."""
 
@@ -54,6 +61,12 @@ class BlendedMegatronDatasetConfig:
 
     mid_level_dataset_surplus: float = 0.005
     """Share of samples that each dataset of a blend is built larger than its weight asks."""
+
+    @property
+    def object_storage(self) -> ObjectStorageConfig | None:
+        """How data in object storage is read."""
+        folder = self.object_storage_cache_path
+        return None if folder is None else ObjectStorageConfig(path_to_idx_cache=folder)
 
     def __post_init__(self) -> None:
         if self.sequence_length < 1:
@@ -80,6 +93,12 @@ class BlendedMegatronDatasetConfig:
         for split, blend in zip(Split, self.blend_per_split):
             if blend is not None:
                 _check_blend(blend, f"blend_per_split for {split.name}")
+        valid = self.blend_per_split[Split.valid.value]
+        if self.multiple_validation_sets and valid is not None and valid[1] is not None:
+            raise ValueError(
+                f"several validation sets are not mixed: leave out their weights {valid[1]} "
+                "(--multiple-validation-sets)"
+            )
 
 
 def _check_blend(blend: Blend, name: str) -> None:

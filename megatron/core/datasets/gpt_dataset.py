@@ -47,9 +47,6 @@ class GPTDatasetConfig(BlendedMegatronDatasetConfig):
     add_extra_token_to_sequence: bool = True
     """Read one token beyond the sample, so that its last position has a label."""
 
-    object_storage_cache_path: str | None = None
-    """Directory for index files fetched from object storage."""
-
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in ("tokenizer", "reset_position_ids", "reset_attention_mask", "eod_mask_loss"):
@@ -117,7 +114,7 @@ class GPTDataset(MegatronDataset):
             raise ValueError(
                 "no data is given: name a dataset with --data-path, or ask for made-up data with --mock-data"
             )
-        return IndexedDataset(dataset_path, multimodal=False, mmap=config.mmap_bin_files)
+        return IndexedDataset(dataset_path, mmap=config.mmap_bin_files, object_storage_config=config.object_storage)
 
     def __len__(self) -> int:
         return len(self.shuffle_index)

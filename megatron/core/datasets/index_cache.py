@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
 import numpy
 
@@ -25,7 +25,8 @@ _LEFTOVER_SECONDS = 3600  # age at which a file under a temporary name belongs t
 
 Arrays = dict[str, numpy.ndarray]
 Check = Callable[[Arrays], str | None]
-OnMiss = Callable[[str, Callable[[], Arrays | None]], Arrays | None]
+Found = TypeVar("Found")
+OnMiss = Callable[[str, Callable[[], Any]], Any]
 
 _on_miss: ContextVar[OnMiss | None] = ContextVar("on_miss", default=None)
 
@@ -34,14 +35,20 @@ _on_miss: ContextVar[OnMiss | None] = ContextVar("on_miss", default=None)
 def on_cache_miss(handler: OnMiss) -> Iterator[None]:
     """Within the block, `handler(path, load)` is asked before an index that could be kept in files is built.
 
-    It returns the arrays if another process has built them meanwhile (`load` looks for them again), or None: build
-    them here.
+    It returns what `load` found if another process has built the files meanwhile (`load` looks for them again), or
+    None: build them here.
     """
     token = _on_miss.set(handler)
     try:
         yield
     finally:
         _on_miss.reset(token)
+
+
+def built_by_another_process(path: str, load: Callable[[], Found | None]) -> Found | None:
+    """What `load` finds once another process has made the files at `path`; None: make them here."""
+    handler = _on_miss.get()
+    return None if handler is None else handler(path, load)
 
 
 class IndexCache:
@@ -86,9 +93,8 @@ class IndexCache:
             return build(), True
         finder = _Finder(self, array_names, check)
         arrays = finder.look()
-        handler = _on_miss.get()
-        if arrays is None and handler is not None:
-            arrays = handler(str(self.path("*")), finder.look)
+        if arrays is None:
+            arrays = built_by_another_process(str(self.path("*")), finder.look)
         if arrays is not None:
             return arrays, False
         identities = [identify(path) for path in self.sources]  # before they are read, in case they change meanwhile

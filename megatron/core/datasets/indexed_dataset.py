@@ -11,6 +11,14 @@ import torch
 
 from megatron.core.datasets.index_file import DType, Index, get_bin_path, get_idx_path, map_file
 from megatron.core.datasets.indexed_dataset_builder import IndexedDatasetBuilder
+from megatron.core.datasets.object_storage_utils import (
+    ObjectStorageConfig,
+    RemoteTokens,
+    S3Config,
+    fetch_index,
+    is_object_storage_path,
+    storage_of,
+)
 
 __all__ = ["DType", "IndexedDataset", "IndexedDatasetBuilder", "get_bin_path", "get_idx_path"]
 
@@ -24,7 +32,8 @@ class IndexedDataset(torch.utils.data.Dataset):
         path_prefix: path of both files without their suffix.
         multimodal: the index also holds a mode for each sequence; items are then (tokens, mode).
         mmap: read tokens from a memory map; otherwise by one plain read an item.
-        object_storage_config, s3_config: not built yet.
+        object_storage_config: for a path in object storage (`s3://`, `msc://`), where its index is kept; the tokens
+            are then fetched in pieces, whatever `mmap` says. `s3_config` is an older name of it.
     """
 
     def __init__(
@@ -32,40 +41,45 @@ class IndexedDataset(torch.utils.data.Dataset):
         path_prefix: str,
         multimodal: bool = False,
         mmap: bool = True,
-        object_storage_config: Any = None,
-        s3_config: Any = None,
+        object_storage_config: ObjectStorageConfig | None = None,
+        s3_config: S3Config | None = None,
     ) -> None:
         super().__init__()
         self.initialize(path_prefix, multimodal, mmap, object_storage_config or s3_config)
 
-    def initialize(self, path_prefix: str, multimodal: bool, mmap: bool, object_storage_config: Any) -> None:
+    def initialize(
+        self, path_prefix: str, multimodal: bool, mmap: bool, object_storage_config: ObjectStorageConfig | None
+    ) -> None:
         """Open the files; also what unpickling calls."""
-        if object_storage_config is not None or path_prefix.startswith(("s3://", "msc://")):
-            raise NotImplementedError(f"reading a dataset from object storage ({path_prefix}) is not built yet")
         self.path_prefix = path_prefix
         self.multimodal = multimodal
         self.mmap = mmap
-        self._bin_path = get_bin_path(path_prefix)
-        _require_files(path_prefix)
-        self.index = Index(get_idx_path(path_prefix), multimodal)
+        self.object_storage_config = object_storage_config
+        bin_path = get_bin_path(path_prefix)
+        self._tokens: RemoteTokens | LocalTokens
+        if is_object_storage_path(path_prefix):
+            config = _required_config(path_prefix, object_storage_config)
+            self._tokens = RemoteTokens(bin_path, config.bin_chunk_nbytes)
+            num_bytes, idx_path = self._tokens.file.num_bytes, fetch_index(get_idx_path(path_prefix), config)
+        else:
+            _require_files(path_prefix)
+            self._tokens, num_bytes, idx_path = LocalTokens(bin_path), os.path.getsize(bin_path), f"{path_prefix}.idx"
+        self.index = Index(idx_path, multimodal)
         self._dtype = numpy.dtype(self.index.dtype)
-        self._require_bin_size()
+        _require_bin_size(bin_path, num_bytes, self.index)
         self._buffer: MemoryMap | None = None
-        if mmap and self.index.num_bin_bytes:
-            self._buffer = map_file(self._bin_path)
+        if mmap and self.index.num_bin_bytes and isinstance(self._tokens, LocalTokens):
+            self._buffer = map_file(bin_path)
 
-    def _require_bin_size(self) -> None:
-        found, expected = os.path.getsize(self._bin_path), self.index.num_bin_bytes
-        if found != expected:
-            state = "is truncated" if found < expected else "does not belong to its index"
-            raise ValueError(
-                f"{self._bin_path} {state}: it has {found} bytes, the sequences of {self.index.path} need {expected}"
-            )
+    @property
+    def local_prefix(self) -> str:
+        """Path of the index file without its suffix: `path_prefix`, or that of the copy of a file in object storage."""
+        return self.index.path.removesuffix(".idx")
 
-    def __getstate__(self) -> tuple[str, bool, bool, None]:
-        return self.path_prefix, self.multimodal, self.mmap, None
+    def __getstate__(self) -> tuple[str, bool, bool, ObjectStorageConfig | None]:
+        return self.path_prefix, self.multimodal, self.mmap, self.object_storage_config
 
-    def __setstate__(self, state: tuple[str, bool, bool, None]) -> None:
+    def __setstate__(self, state: tuple[str, bool, bool, ObjectStorageConfig | None]) -> None:
         self.initialize(*state)
 
     def __len__(self) -> int:
@@ -106,14 +120,8 @@ class IndexedDataset(torch.utils.data.Dataset):
         if self._buffer is not None:
             return numpy.frombuffer(self._buffer, self._dtype, count, position)
         tokens = numpy.empty(count, self._dtype)
-        target, done = memoryview(tokens.view(numpy.uint8).data), 0
-        with open(self._bin_path, "rb", buffering=0) as file:
-            file.seek(position)
-            while done < len(target):
-                num_read = file.readinto(target[done:])
-                if not num_read:
-                    raise RuntimeError(f"{self._bin_path} ended at byte {position + done} while it was read")
-                done += num_read
+        if count:
+            self._tokens.read_into(position, memoryview(tokens.view(numpy.uint8).data))
         return tokens
 
     @property
@@ -142,7 +150,49 @@ class IndexedDataset(torch.utils.data.Dataset):
     @staticmethod
     def exists(path_prefix: str) -> bool:
         """Whether both files of a dataset are there."""
+        if is_object_storage_path(path_prefix):
+            try:
+                for path in (get_idx_path(path_prefix), get_bin_path(path_prefix)):
+                    storage_of(path).find(path)
+            except FileNotFoundError:
+                return False
+            return True
         return os.path.exists(get_idx_path(path_prefix)) and os.path.exists(get_bin_path(path_prefix))
+
+
+class LocalTokens:
+    """The bytes of a `.bin` file, by one plain read at a time."""
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+
+    def read_into(self, position: int, target: memoryview) -> None:
+        """Fill `target` with the bytes from `position` on."""
+        done = 0
+        with open(self._path, "rb", buffering=0) as file:
+            file.seek(position)
+            while done < len(target):
+                num_read = file.readinto(target[done:])
+                if not num_read:
+                    raise RuntimeError(f"{self._path} ended at byte {position + done} while it was read")
+                done += num_read
+
+
+def _required_config(path_prefix: str, config: ObjectStorageConfig | None) -> ObjectStorageConfig:
+    if config is None:
+        raise ValueError(
+            f"{path_prefix} lies in object storage: its index needs a local folder, object_storage_config "
+            "(--object-storage-cache-path)"
+        )
+    return config
+
+
+def _require_bin_size(bin_path: str, num_bytes: int, index: Index) -> None:
+    if num_bytes != index.num_bin_bytes:
+        state = "is truncated" if num_bytes < index.num_bin_bytes else "does not belong to its index"
+        raise ValueError(
+            f"{bin_path} {state}: it has {num_bytes} bytes, the sequences of {index.path} need {index.num_bin_bytes}"
+        )
 
 
 def _require_files(path_prefix: str) -> None:

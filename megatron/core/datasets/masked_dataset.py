@@ -125,7 +125,7 @@ class MaskedWordPieceDataset(MegatronDataset):
         """Open `<dataset_path>.bin` and `.idx`."""
         if dataset_path is None:
             raise ValueError("no data is given: name a dataset of sentences with --data-path")
-        return IndexedDataset(dataset_path, multimodal=False, mmap=config.mmap_bin_files)
+        return IndexedDataset(dataset_path, mmap=config.mmap_bin_files, object_storage_config=config.object_storage)
 
     def __len__(self) -> int:
         return len(self.sample_index)

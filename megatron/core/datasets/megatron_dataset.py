@@ -73,7 +73,7 @@ class MegatronDataset(ABC, torch.utils.data.Dataset):
         """Files of this dataset's index: in the configured directory, else beside the data, else none."""
         directory = self.config.path_to_cache
         if directory is None and isinstance(self.dataset, IndexedDataset) and not self.config.mock:
-            directory = os.path.join(self.dataset.path_prefix, "cache", f"{type(self).__name__}_indices")
+            directory = os.path.join(self.dataset.local_prefix, "cache", f"{type(self).__name__}_indices")
         return IndexCache(directory, self._index_name(), self.unique_description, self._index_sources())
 
     def _index_sources(self) -> list[str]:

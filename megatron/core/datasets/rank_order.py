@@ -17,7 +17,7 @@ from typing import TypeVar
 import torch
 from torch.distributed import PrefixStore, Store
 
-from megatron.core.datasets.index_cache import Arrays, on_cache_miss
+from megatron.core.datasets.index_cache import on_cache_miss
 
 logger = logging.getLogger(__name__)
 
@@ -95,7 +95,7 @@ class _Board:
 
     # -- rank 0 ----------------------------------------------------------------------------------------
 
-    def _tell_of_building(self, path: str, _: Callable[[], Arrays | None]) -> None:
+    def _tell_of_building(self, path: str, _: Callable[[], T | None]) -> None:
         self._store.set("now", f"builds {path}")
 
     def _show_life(self, ended: threading.Event) -> None:
@@ -106,14 +106,14 @@ class _Board:
 
     # -- the others ------------------------------------------------------------------------------------
 
-    def _wait_for_file(self, path: str, load: Callable[[], Arrays | None]) -> Arrays | None:
+    def _wait_for_file(self, path: str, load: Callable[[], T | None]) -> T | None:
         pulse, heard = -1, time.monotonic()
         for _ in self._pauses(lambda: f"wait for {path}: rank 0 {self._now() or 'has not come this far'}"):
             over = self._now() == ""  # asked before looking, so that no file is missed
             if self.failure():
                 raise _BuilderFailed
-            if (arrays := load()) is not None or over:
-                return arrays
+            if (found := load()) is not None or over:
+                return found
             if (beat := self._store.add("pulse", 0)) != pulse:
                 pulse, heard = beat, time.monotonic()
             elif pulse > 0 and time.monotonic() - heard > _SILENCE_SECONDS:
