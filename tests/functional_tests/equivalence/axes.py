@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
+from itertools import cycle, islice
 from math import prod
 
 from megatron.training.arguments import build_parser, parse_args, validate_args
@@ -13,7 +14,7 @@ from megatron.training.library_configs import (
     optimizer_config_from_args,
 )
 from megatron.training.settings import ConfigurationError
-from tests.functional_tests.equivalence.covering import Design, Row, Rule
+from tests.functional_tests.equivalence.covering import Combination, Design, Row, Rule
 
 Flags = str | Callable[[Row], str]
 
@@ -49,6 +50,9 @@ LAYOUT_AXES: dict[str, dict[str, Flags]] = {
         "all_gather": "--cp-comm-type all_gather",
         "a2a": "--cp-comm-type a2a",
         "a2a+p2p": "--cp-comm-type a2a+p2p --hierarchical-context-parallel-sizes 2 2",
+        "by layer": lambda row: (
+            f"--cp-comm-type {' '.join(islice(cycle(('a2a', 'p2p', 'all_gather')), num_layers(row)))}"
+        ),
     },
     "dp": dict.fromkeys(("1", "2", "4"), ""),
     "sharding": {
@@ -64,6 +68,12 @@ OTHER_AXES: dict[str, dict[str, Flags]] = {
         "even": "",
         "uneven": "--decoder-first-pipeline-num-layers 1 --decoder-last-pipeline-num-layers 2",
         "accounted": "--account-for-loss-in-pipeline-split",
+        "layout": lambda row: f"--pipeline-model-parallel-layout E{'|t' * (int(row['pp']) - 1)}tL",
+    },
+    "transfers": {
+        "overlapped": "",
+        "waited for": "--no-overlap-p2p-communication",
+        "overlapped throughout": "--overlap-p2p-communication-warmup-flush",
     },
     "rank order": {"tp-dp-pp": "", "tp-pp-dp": "--use-tp-pp-dp-mapping"},
     "overlap": {
@@ -82,11 +92,22 @@ OTHER_AXES: dict[str, dict[str, Flags]] = {
         "modules": "--recompute-granularity selective --recompute-modules core_attn mlp layernorm",
         "uniform": "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1",
         "block": "--recompute-granularity full --recompute-method block --recompute-num-layers 1",
+        "distributed": "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1 "
+        "--distribute-saved-activations",
     },
     "offload": {"none": "", "first layer": "--cpu-offloading --cpu-offloading-num-layers 1"},
     "tp overlap": {"off": "", "on": "--tp-comm-overlap"},
     "average": {"scaled": "", "collective": "--ddp-average-in-collective"},
-    "weight gradients": {"fused": "", "unfused": "--no-gradient-accumulation-fusion"},
+    "weight gradients": {
+        "fused": "",
+        "unfused": "--no-gradient-accumulation-fusion",
+        "those of the vocabulary later": "--defer-embedding-wgrad-compute",
+    },
+    "sharded layers": {
+        "freed after forward": "",
+        "kept for backward": "--torch-fsdp2-no-reshard-after-forward",
+        "built on the meta device": "--init-model-with-meta-device",
+    },
     "compile": {"off": "", "on": "--torch-compile"},
     "micro-batch": {n: f"--micro-batch-size {n}" for n in ("1", "2")},
 }
@@ -120,6 +141,16 @@ NUMERIC_AXES: dict[str, dict[str, Flags]] = {
 }
 """What changes the numbers, for one process as for many: a reference is made for each combination."""
 
+RARE: dict[str, list[str]] = {
+    "cp type": ["by layer"],
+    "placement": ["accounted", "layout"],
+    "transfers": ["waited for", "overlapped throughout"],
+    "recompute": ["modules", "block", "distributed"],
+    "weight gradients": ["those of the vocabulary later"],
+    "sharded layers": ["kept for backward", "built on the meta device"],
+}
+"""Values that the fast selection contains once each, not in pairs: they are variants of one that it has in pairs."""
+
 AXES_BY_THREE = [*LAYOUT_AXES, "overlap"]
 """The axes of which every three values that may stand together do so in some layout."""
 ALL_AXES: dict[str, dict[str, Flags]] = {**LAYOUT_AXES, **OTHER_AXES, **NUMERIC_AXES}
@@ -133,7 +164,9 @@ def num_chunks(row: Row) -> int:
 def num_layers(row: Row) -> int:
     """Layers of the model: as many as its stages ask for, not fewer than two."""
     stages = int(row["pp"]) * num_chunks(row)
-    return {"even": max(2, stages), "uneven": stages + 1, "accounted": 2 * stages - 1}[row["placement"]]
+    return {"even": max(2, stages), "uneven": stages + 1, "accounted": 2 * stages - 1, "layout": stages}[
+        row["placement"]
+    ]
 
 
 def num_ranks(row: Row) -> int:
@@ -142,9 +175,14 @@ def num_ranks(row: Row) -> int:
 
 
 RULES = [
-    Rule(("tp", "pp", "dp", "cp"), lambda *sizes: prod(map(int, sizes)) <= MAX_RANKS),
     Rule(("pp", "offload"), lambda pp, offload: offload == "none" or pp == "1"),
     Rule(("recompute", "offload"), lambda recompute, offload: offload == "none" or recompute == "none"),
+    Rule(
+        ("tp", "sp", "recompute"), lambda tp, sp, recompute: recompute != "distributed" or (tp != "1" and sp == "off")
+    ),
+    Rule(("schedule", "transfers"), lambda schedule, way: way == "overlapped" or schedule not in ("1f1b", "gpipe")),
+    Rule(("pp", "weight gradients"), lambda pp, when: when != "those of the vocabulary later" or pp != "1"),
+    Rule(("sharding", "sharded layers"), lambda sharding, how: how == "freed after forward" or sharding == "weights"),
     Rule(("sp", "tp overlap"), lambda sp, overlap: overlap == "off" or sp == "on"),
     Rule(
         ("pp", "schedule"),
@@ -241,8 +279,16 @@ def plain_row(**values: str) -> Row:
     return row | changed
 
 
-def design(*, fast: bool = False) -> Design:
-    """All axes with the values that are built; `fast` leaves out those that take minutes."""
+def fast_combinations(small: Design) -> list[Combination]:
+    """What the fast selection covers: pairs of values, and those of `RARE` once."""
+    is_rare = lambda axis, value: value in RARE.get(axis, ())  # noqa: E731
+    once = [frozenset([(axis, value)]) for axis in RARE for value in RARE[axis]]
+    pairs = small.combinations(small.axes, 2)
+    return [*(pair for pair in pairs if not any(is_rare(*item) for item in pair)), *once]
+
+
+def design(*, fast: bool = False, max_ranks: int = MAX_RANKS) -> Design:
+    """All axes with the values that are built; `fast` leaves out those that take long: compiling, many layers."""
     built = {
         name: [value for value, flags in values.items() if callable(flags) or is_built(flags)]
         for name, values in ALL_AXES.items()
@@ -253,4 +299,5 @@ def design(*, fast: bool = False) -> Design:
     prices = {("compile", "on"): PRICE_OF_COMPILING} | {
         (axis, n): PRICE_OF_A_RANK * int(n) for axis in ("tp", "cp", "pp", "dp") for n in built[axis]
     }
-    return Design(built, RULES, prices)
+    size_rule = Rule(("tp", "pp", "dp", "cp"), lambda *sizes: prod(map(int, sizes)) <= max_ranks)
+    return Design(built, [size_rule, *RULES], prices)

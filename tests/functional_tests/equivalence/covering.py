@@ -78,11 +78,11 @@ class Design:
                 if self.completed(dict(zip(names, values))) is not None:
                     yield frozenset(zip(names, values))
 
-    def cover(self, wanted: Iterable[Combination], seed: int = 0) -> list[Row]:
-        """Rows in which all of `wanted` occur."""
+    def cover(self, wanted: Iterable[Combination], given: Iterable[Row] = (), seed: int = 0) -> list[Row]:
+        """Rows in which all of `wanted` occur, beginning with those `given`."""
         generator = random.Random(seed)
-        left = dict.fromkeys(wanted)  # keeps their order, which sets do not
-        rows: list[Row] = []
+        rows = list(given)
+        left = {c: None for c in wanted if not any(c <= row.items() for row in rows)}  # a set would lose their order
         while left:
             first = next(iter(left))
             row = max((self._grow(first, left, generator) for _ in range(CANDIDATES)), key=lambda r: _gain(r, left))

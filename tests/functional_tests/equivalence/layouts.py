@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 from functools import cache, lru_cache
+from itertools import combinations
 from typing import Any
 
 from megatron.training.verify.compare import Deviation, compare
@@ -20,21 +21,24 @@ FAST_STEPS = 2
 
 @cache
 def matrix() -> list[Row]:
-    """Every layout: all pairs of values of all axes, and all triples of what divides the work over ranks."""
+    """Every layout, the fast selection first: all pairs of values of all axes, and all triples of what divides the work
+    over ranks."""
     design = axes.design()
     pairs = design.combinations(design.axes, 2)
     triples = design.combinations(axes.AXES_BY_THREE, 3)
-    return design.cover([*triples, *pairs])
+    return design.cover([*triples, *pairs], fast_selection())
 
 
 @cache
 def fast_selection() -> list[Row]:
-    """Layouts that run in every test session: every pair of values occurs in one, and what planted mistakes need."""
-    design = axes.design(fast=True)
-    rows = design.cover(design.combinations(design.axes, 2))
+    """Layouts that run in every test session: pairs of values on up to four ranks, every three ways to divide the work
+    on eight, and what planted mistakes need."""
+    small, large = axes.design(fast=True, max_ranks=4), axes.design(fast=True)
+    rows = small.cover(axes.fast_combinations(small))
+    rows += large.cover(frozenset((way, "2") for way in three) for three in combinations(("tp", "cp", "pp", "dp"), 3))
     for mutation in mutations.MUTATIONS:
         if not any(mutation.matters_in(row) for row in rows):
-            rows += filter(None, [design.completed(mutation.smallest_layout())])
+            rows += filter(None, [small.completed(mutation.smallest_layout())])
     return rows
 
 

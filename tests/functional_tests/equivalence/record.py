@@ -1,7 +1,8 @@
 """Run the whole matrix and keep what it measured: `python -m tests.functional_tests.equivalence.record`.
 
 Writes results.json beside this file, one row for each layout, and the tables in docs/equivalence.md, which can also be
-made anew from the file alone (`--render`). Takes a quarter of an hour on two idle cores, most of it for compiling.
+made anew from the file alone (`--render`). The file is written after every layout: a run that was stopped is taken up
+with `--again`, and its page says how many of the layouts it has.
 """
 
 from __future__ import annotations
@@ -32,8 +33,7 @@ def main() -> None:
     parser.add_argument("--again", action="store_true", help="run only what results.json lacks or what failed there")
     own = parser.parse_args()
     if not own.render:
-        known = json.loads(RESULTS.read_text())["layouts"] if own.again and RESULTS.exists() else []
-        RESULTS.write_text(as_text(measure_matrix(known)))
+        measure_matrix(json.loads(RESULTS.read_text())["layouts"] if own.again and RESULTS.exists() else [])
     render(json.loads(RESULTS.read_text()))
 
 
@@ -44,17 +44,18 @@ def as_text(results: dict[str, Any]) -> str:
     return f'{head[:-2]},\n "layouts": [\n{lines}\n]}}\n'
 
 
-def measure_matrix(known: list[dict[str, Any]]) -> dict[str, Any]:
-    """Every layout of the matrix with its deviations, worst places included."""
+def measure_matrix(known: list[dict[str, Any]]) -> None:
+    """Every layout of the matrix with its deviations, worst places included, into results.json one by one."""
     done = {name_of_axes(entry["axes"]): entry for entry in known if not entry["violated"]}
-    entries = []
     rows = layouts.matrix()
+    head = {"torch": torch.__version__, "machine": platform.machine(), "steps": layouts.STEPS, "designed": len(rows)}
     for number, row in enumerate(rows, start=1):
-        entry = done.get(name_of_axes(row)) or measure_layout(row)
-        entries.append(entry)
+        name = name_of_axes(row)
+        entry = done[name] = done.get(name) or measure_layout(row)
+        entries = [done[name] for name in map(name_of_axes, rows) if name in done]
+        RESULTS.write_text(as_text({**head, "layouts": entries}))
         words = ", ".join(entry["violated"]) or "ok"
         print(f"{number}/{len(rows)} {layouts.name_of(row)}: {words} ({entry['seconds']} s)", flush=True)
-    return {"torch": torch.__version__, "machine": platform.machine(), "steps": layouts.STEPS, "layouts": entries}
 
 
 def name_of_axes(row: Row) -> str:
@@ -93,7 +94,8 @@ def summary(results: dict[str, Any]) -> list[str]:
     ranks = Counter(entry["ranks"] for entry in entries)
     failed = [entry for entry in entries if entry["violated"]]
     lines = [
-        f"{len(entries)} layouts ({', '.join(f'{n} of {r} ranks' for r, n in sorted(ranks.items()))}), "
+        f"{len(entries)} of the {results['designed']} layouts "
+        f"({', '.join(f'{n} of {r} ranks' for r, n in sorted(ranks.items()))}), "
         f"{results['steps']} steps each, torch {results['torch']}, CPU ({results['machine']}), gloo. "
         f"**{len(entries) - len(failed)} are within all bounds.** Initial weights equal to the bit: "
         f"{sum(not entry['deviations'].get(EXACT[0], {'found': 1})['found'] for entry in entries)}.",

@@ -55,11 +55,23 @@ def test_same_rows_every_time() -> None:
     assert design.cover(pairs) == design.cover(pairs)
 
 
-def test_fast_selection_has_every_allowed_pair() -> None:
-    design = axes.design(fast=True)
-    rows = layouts.fast_selection()
-    assert all(design.allows(row) for row in rows)
-    assert combinations_in(rows, 2, list(design.axes)) >= set(design.combinations(design.axes, 2))
+def test_fast_selection_has_what_it_says() -> None:
+    small, rows = axes.design(fast=True, max_ranks=4), layouts.fast_selection()
+    assert all(axes.design().allows(row) for row in rows)
+    assert combinations_in(rows, 2, list(small.axes)) >= {c for c in axes.fast_combinations(small) if len(c) == 2}
+    assert combinations_in(rows, 1, list(axes.RARE)) >= set(small.combinations(axes.RARE, 1))
+    large = [
+        {name for name in ("tp", "cp", "pp", "dp") if row[name] != "1"} for row in rows if axes.num_ranks(row) == 8
+    ]
+    assert all(set(three) in large for three in combinations(("tp", "cp", "pp", "dp"), 3))
+
+
+def test_rows_that_are_given_are_kept_and_count() -> None:
+    design = Design(TOY_AXES, TOY_RULES)
+    pairs = list(design.combinations(design.axes, 2))
+    whole = design.cover(pairs)
+    assert design.cover(pairs, whole) == whole
+    assert design.cover(pairs, whole[:2])[:2] == whole[:2]
 
 
 @pytest.mark.slow
