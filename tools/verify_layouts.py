@@ -16,12 +16,27 @@ import argparse
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # for the library and the program beside this folder
 
 from megatron.training.settings import ConfigurationError
-from megatron.training.verify.verify import RankError, load_program, on_this_machine, shrink, verify
+from megatron.training.verify.measure import Measurement, Samples
+from megatron.training.verify.verify import RankError, Runner, load_program, on_this_machine, shrink, verify
+
+
+def announced(run: Runner) -> Runner:
+    """`run`, saying on stderr what runs: it may take a minute."""
+
+    def run_and_say(ranks: int, words: list[str], samples: Samples, options: dict[str, Any]) -> Measurement:
+        half = [word for word in words if word in ("--bf16", "--fp16")]
+        precision = "float64" if options.get("in_float64") else half[0][2:] if half else "float32"
+        order = ", sums reordered" if "reordered" in options else ""
+        sys.stderr.write(f"running {ranks} rank{'s' * (ranks > 1)} in {precision}{order}\n")
+        return run(ranks, words, samples, options)
+
+    return run_and_say
 
 
 def main() -> int:
@@ -39,7 +54,7 @@ def main() -> int:
         print(f"{command.ranks} ranks against one process in float64, on a small copy of the model:")
         for change in command.changes:
             print(f"  {change}")
-        verdict = verify(command, on_this_machine(own.program))
+        verdict = verify(command, announced(on_this_machine(own.program)))
     except ConfigurationError as error:
         sys.stderr.write(f"verify_layouts.py: error: {error}\n")
         return 2

@@ -8,7 +8,7 @@ import pytest
 
 from tests.functional_tests.program import pretrain_gpt, train_rows
 
-HALF, FULL = 10, 20
+HALF, FULL = 4, 8
 
 LAYOUTS = {
     "one": (1, ""),

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from megatron.core.pipeline_parallel.output_weight_grads import finish_output_weight_grads
 from megatron.core.pipeline_parallel.schedule import Compute, Kind, Step
 
 
@@ -27,7 +28,7 @@ class GradientSync:
     """
 
     def __init__(self, config: Any, chunks: Sequence[nn.Module], steps: list[Step], rank: int) -> None:
-        self.chunks, self.rank = chunks, rank
+        self.config, self.chunks, self.rank = config, chunks, rank
         self.no_sync = _one_for_each(config.no_sync_func, len(chunks))
         self.grad_sync = _one_for_each(config.grad_sync_func, len(chunks)) if rank > 0 else []
         self.param_sync = _one_for_each(config.param_sync_func, len(chunks))
@@ -81,6 +82,7 @@ class GradientSync:
 
     def _reduce(self, chunk: int) -> None:
         self.unreduced.remove(chunk)
+        finish_output_weight_grads(self.config, [self.chunks[chunk]])  # what is reduced has to be whole
         self.grad_sync[chunk](self.chunks[chunk].parameters())
 
 

@@ -236,7 +236,9 @@ class _Numbers:
     def _change(self, name: str, value: Any) -> None:
         self.replaced.add(name)
         before = getattr(self.args, name)
-        if before != value and before is not None:
+        if name in _MADE_UP:
+            self.changes.append(f"{all_flags()[name].names[0]} {value}, random tokens")
+        elif before != value and before is not None:
             self.changes.append(f"{all_flags()[name].names[0]} {before} -> {value}")
 
     # --- depth ---
@@ -284,7 +286,9 @@ class _Numbers:
         share = args.num_attention_heads // groups
         inner = {"a2a": self.cp, "a2a+p2p": (args.hierarchical_context_parallel_sizes or [1])[0]}
         exchanged = math.lcm(1, *(inner.get(kind, 1) for kind in args.cp_comm_type or ()))
-        fitting = [g for g in range(self.tp, groups + 1, self.tp) if g * share // self.tp % exchanged == 0]
+        # Whether ranks share a group of keys, and whether there is more than one, decides which code runs.
+        kind = lambda g: (g > 1, g % (self.tp * exchanged) == 0, g * share // self.tp % exchanged == 0)  # noqa: E731
+        fitting = [g for g in range(self.tp, groups + 1, self.tp) if kind(g) == kind(groups)]
         groups = next((g for g in fitting if g * share >= FEWEST_HEADS), fitting[-1])
         heads = groups * share
         own_width = args.kv_channels is not None and args.kv_channels * args.num_attention_heads != args.hidden_size

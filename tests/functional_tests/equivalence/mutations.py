@@ -321,7 +321,7 @@ MUTATIONS = [
         "gradients are sent off before the last micro-batch",
         f"{CORE}.distributed.overlap:GradReducer.gradient_added",
         lambda right: lambda self, param: None if setattr(self, "is_last_microbatch", True) else right(self, param),
-        {"overlap": ("gradients", "gradients and weights"), "dp": ("1", "2"), "micro-batch": "1"},
+        {"overlap": ("gradients", "gradients and weights"), "batch size": "growing", "micro-batch": "1"},
         "after its bucket was sent off",
     ),
     Mutation(

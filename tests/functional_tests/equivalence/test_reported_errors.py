@@ -199,6 +199,13 @@ def test_no_stale_weights_under_overlapped_gathers(pp: str) -> None:
     check(row)
 
 
+@pytest.mark.parametrize("schedule", ["1f1b", "interleaved 2"])
+def test_postponed_gradients_are_there_before_they_are_reduced(schedule: str) -> None:
+    """The vocabulary's product waits for the end of the pipeline; its bucket is not reduced before."""
+    later = {"weight gradients": "those of the vocabulary later"}
+    check(plain_row(pp="2", schedule=schedule, overlap="gradients", output="untied") | later)
+
+
 # --- logging ---
 
 

@@ -107,7 +107,7 @@ def test_scalars(reference: Measurement) -> None:
         "loss": "step 2",
         "gradient norm": "step 1",
         "validation loss": "step 1",
-        "steps of another batch size": "",
+        "steps with other batch sizes": "",
         "gradient of vocabulary padding": "",
         "copies on several ranks": "weight of a",
     }

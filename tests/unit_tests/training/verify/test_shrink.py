@@ -71,6 +71,23 @@ def test_ratios_stay() -> None:
     assert args.ffn_hidden_size / args.hidden_size == pytest.approx(14336 / 4096, rel=0.1)
 
 
+@pytest.mark.parametrize(
+    ("ranks", "groups", "small_groups"),
+    [("--context-parallel-size 2", 8, 2), ("--context-parallel-size 4", 2, 2), ("--context-parallel-size 2", 1, 1)],
+)
+def test_ranks_share_groups_of_keys_only_if_they_did(ranks: str, groups: int, small_groups: int) -> None:
+    command = small(f"{ranks} --cp-comm-type a2a --group-query-attention --num-query-groups {groups}")
+    args = settings(command.words, command.ranks)
+    assert args.num_query_groups == small_groups
+    assert args.num_attention_heads // args.num_query_groups == 32 // groups
+
+
+def test_changes_are_said_with_the_values_given() -> None:
+    changes = small("--tensor-model-parallel-size 2 --vocab-size 50257").changes
+    assert "--hidden-size 4096 -> 32" in changes
+    assert "--vocab-size 123, random tokens" in changes
+
+
 def test_longer_stages_stay_longer() -> None:
     args = settings(
         small(
