@@ -42,11 +42,15 @@ def fast_selection() -> list[Row]:
     return rows
 
 
-def name_of(row: Row) -> str:
-    """E.g. `tp=2 pp=2 schedule=1f1b`: what is not plain."""
+def not_plain(row: Row) -> Row:
+    """What distinguishes a layout from one process without anything special."""
     plain = axes.plain_row()
-    words = [f"{name}={value}" for name, value in row.items() if value != plain[name]]
-    return " ".join(words) or "plain"
+    return {name: value for name, value in row.items() if value != plain[name]}
+
+
+def name_of(row: Row) -> str:
+    """E.g. `tp=2 pp=2 schedule=gpipe`: what is not plain."""
+    return " ".join(f"{name}={value}" for name, value in not_plain(row).items()) or "plain"
 
 
 def deviations(row: Row, steps: int, mutation: str | None = None) -> list[Deviation]:

@@ -46,35 +46,37 @@ def as_text(results: dict[str, Any]) -> str:
 
 def measure_matrix(known: list[dict[str, Any]]) -> None:
     """Every layout of the matrix with its deviations, worst places included, into results.json one by one."""
-    done = {name_of_axes(entry["axes"]): entry for entry in known if not entry["violated"]}
     rows = layouts.matrix()
+    done = {as_key(entry["layout"]): entry for entry in known if not entry["violated"]}
     head = {"torch": torch.__version__, "machine": platform.machine(), "steps": layouts.STEPS, "designed": len(rows)}
     for number, row in enumerate(rows, start=1):
-        name = name_of_axes(row)
-        entry = done[name] = done.get(name) or measure_layout(row)
-        entries = [done[name] for name in map(name_of_axes, rows) if name in done]
+        key = as_key(layouts.not_plain(row))
+        entry = done[key] = done.get(key) or measure_layout(row)
+        entries = [done[key] for key in (as_key(layouts.not_plain(row)) for row in rows) if key in done]
         RESULTS.write_text(as_text({**head, "layouts": entries}))
         words = ", ".join(entry["violated"]) or "ok"
         print(f"{number}/{len(rows)} {layouts.name_of(row)}: {words} ({entry['seconds']} s)", flush=True)
 
 
-def name_of_axes(row: Row) -> str:
-    return json.dumps(row, sort_keys=True)
+def as_key(values: Row) -> str:
+    return json.dumps(values, sort_keys=True)
 
 
 def measure_layout(row: Row) -> dict[str, Any]:
     """One entry of results.json; a run that fails is a violation."""
     started = time.monotonic()
-    entry: dict[str, Any] = {"axes": row, "ranks": axes.num_ranks(row), "deviations": {}}
+    entry: dict[str, Any] = {"layout": layouts.not_plain(row), "ranks": axes.num_ranks(row), "deviations": {}}
     try:
         found = layouts.deviations(row, layouts.STEPS)
-        entry["deviations"] = {
-            d.quantity: {"found": d.found, "allowed": d.allowed, "share": d.share, "where": d.where} for d in found
-        }
+        entry["deviations"] = {d.quantity: [rounded(d.found), rounded(d.allowed), d.where] for d in found}
         entry["violated"] = [str(d) for d in found if d.is_violation]
     except AssertionError as failure:
         entry["violated"] = [f"failed: {str(failure)[-500:]}"]
     return entry | {"seconds": round(time.monotonic() - started, 1)}
+
+
+def rounded(value: float) -> float:
+    return float(f"{value:.3g}")
 
 
 # --- the page ---
@@ -82,10 +84,14 @@ def measure_layout(row: Row) -> dict[str, Any]:
 
 def render(results: dict[str, Any]) -> None:
     """Replace the measured part of docs/equivalence.md."""
-    text = PAGE.read_text()
-    before, rest = text.split(BEGIN)
+    PAGE.write_text(rendered(PAGE.read_text(), results))
+
+
+def rendered(page: str, results: dict[str, Any]) -> str:
+    """`page` with the tables of these results."""
+    before, rest = page.split(BEGIN)
     after = rest.split(END)[1]
-    PAGE.write_text(before + "\n".join([BEGIN, *summary(results), "", *table(results), END]) + after)
+    return before + "\n".join([BEGIN, *summary(results), "", *table(results), END]) + after
 
 
 def summary(results: dict[str, Any]) -> list[str]:
@@ -93,32 +99,47 @@ def summary(results: dict[str, Any]) -> list[str]:
     entries = results["layouts"]
     ranks = Counter(entry["ranks"] for entry in entries)
     failed = [entry for entry in entries if entry["violated"]]
+    same = sum(found_in(entry, EXACT[0]) == 0.0 for entry in entries)
     lines = [
-        f"{len(entries)} of the {results['designed']} layouts "
+        f"{len(entries)} of the {results['designed']} layouts of the design "
         f"({', '.join(f'{n} of {r} ranks' for r, n in sorted(ranks.items()))}), "
         f"{results['steps']} steps each, torch {results['torch']}, CPU ({results['machine']}), gloo. "
-        f"**{len(entries) - len(failed)} are within all bounds.** Initial weights equal to the bit: "
-        f"{sum(not entry['deviations'].get(EXACT[0], {'found': 1})['found'] for entry in entries)}.",
+        f"**{len(entries) - len(failed)} are within all bounds.** Initial weights are equal to the bit in {same}.",
         "",
         "| quantity | largest deviation | allowed there | layout, place |",
         "|---|---|---|---|",
     ]
     for quantity in (*EXACT, *QUANTITIES):
-        worst = max(entries, key=lambda e: e["deviations"].get(quantity, {"share": 0})["share"])
-        d = worst["deviations"][quantity]
-        exact = quantity in EXACT and not d["found"]
-        place = "all" if exact else f"{layouts.name_of(worst['axes'])}; {d['where']}"
-        lines.append(f"| {quantity} | {d['found']:.1e} | {d['allowed']:.1e} | {place} |")
-    lines += [f"- {layouts.name_of(entry['axes'])}: {entry['violated'][0]}" for entry in failed]
-    return lines
+        worst = max(entries, key=lambda entry: share_of_allowed(entry, quantity))
+        found, allowed, where = worst["deviations"][quantity]
+        place = f"{layouts.name_of(worst['layout'])}; {where}" if found else "none in any"
+        lines.append(f"| {quantity} | {found:.1e} | {allowed:.1e} | {place} |")
+    return [*lines, *(f"- {layouts.name_of(entry['layout'])}: {last_line(entry['violated'][0])}" for entry in failed)]
+
+
+def last_line(text: str) -> str:
+    return text.strip().splitlines()[-1]
+
+
+def found_in(entry: dict[str, Any], quantity: str) -> float | None:
+    """A deviation; None for a run that failed."""
+    return entry["deviations"][quantity][0] if entry["deviations"] else None
+
+
+def share_of_allowed(entry: dict[str, Any], quantity: str) -> float:
+    if not entry["deviations"]:
+        return -1.0
+    found, allowed, _ = entry["deviations"][quantity]
+    return found / allowed if allowed else found
 
 
 def table(results: dict[str, Any]) -> list[str]:
     """One line a layout; deviations of gradients and weights are those of the worst parameter."""
     lines = [f"| ranks | layout | {' | '.join(QUANTITIES)} |", f"|---|---|{'---|' * len(QUANTITIES)}"]
     for entry in results["layouts"]:
-        cells = [f"{d['found']:.1e}" if (d := entry["deviations"].get(q)) else "-" for q in QUANTITIES]
-        lines.append(f"| {entry['ranks']} | {layouts.name_of(entry['axes'])} | {' | '.join(cells)} |")
+        found = [found_in(entry, quantity) for quantity in QUANTITIES]
+        cells = ["-" if value is None else f"{value:.1e}" for value in found]
+        lines.append(f"| {entry['ranks']} | {layouts.name_of(entry['layout'])} | {' | '.join(cells)} |")
     return lines
 
 

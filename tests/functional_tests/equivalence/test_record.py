@@ -1,0 +1,55 @@
+"""The page shows what was measured."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from tests.functional_tests.equivalence import axes, record
+from tests.functional_tests.equivalence.record import EXACT, PAGE, QUANTITIES, RESULTS
+
+
+def entry(deviation: float, **layout: str) -> dict[str, Any]:
+    deviations = {quantity: [0.0, 0.0, ""] for quantity in EXACT}
+    deviations |= {quantity: [deviation, 1e-5, "step 1"] for quantity in QUANTITIES}
+    violated = ["loss: too far"] if deviation > 1e-5 else []
+    return {"layout": layout, "ranks": 2, "deviations": deviations, "violated": violated, "seconds": 1.0}
+
+
+def test_summary_counts_and_names_the_worst() -> None:
+    failed = {**entry(0.0, pp="2"), "deviations": {}, "violated": ["failed: a rank died"]}
+    entries = [entry(1e-7, tp="2"), entry(3e-6, cp="2"), failed]
+    lines = record.summary({"layouts": entries, "designed": 9, "steps": 5, "torch": "2", "machine": "x"})
+    assert lines[0].startswith("3 of the 9 layouts")
+    assert "**2 are within all bounds.** Initial weights are equal to the bit in 2." in lines[0]
+    assert "| gradients | 3.0e-06 | 1.0e-05 | cp=2; step 1 |" in lines
+    assert "| copies on several ranks | 0.0e+00 | 0.0e+00 | none in any |" in lines
+    assert lines[-1] == "- pp=2: failed: a rank died"
+    assert record.table({"layouts": entries})[-1] == "| 2 | pp=2 | - | - | - | - | - |"
+
+
+def test_page_shows_the_results() -> None:
+    results = json.loads(RESULTS.read_text())
+    assert record.rendered(PAGE.read_text(), results) == PAGE.read_text()
+    assert record.as_text(results) == RESULTS.read_text()
+
+
+def test_stopped_run_is_taken_up(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is known and held is not run again; what failed or lacks is."""
+    rows = [axes.plain_row(tp="2"), axes.plain_row(cp="2"), axes.plain_row(pp="2")]
+    ran: list[dict[str, str]] = []
+
+    def measured(row: dict[str, str]) -> dict[str, Any]:
+        ran.append(row)
+        return entry(1e-7, **record.layouts.not_plain(row))
+
+    monkeypatch.setattr(record, "RESULTS", tmp_path / "results.json")
+    monkeypatch.setattr(record.layouts, "matrix", lambda: rows)
+    monkeypatch.setattr(record, "measure_layout", measured)
+    record.measure_matrix([entry(2e-7, tp="2"), entry(1.0, cp="2")])
+    assert ran == rows[1:]
+    found = json.loads(record.RESULTS.read_text())
+    assert [e["deviations"]["loss"][0] for e in found["layouts"]] == [2e-7, 1e-7, 1e-7]
+    assert found["designed"] == 3
