@@ -23,7 +23,8 @@ def known_flags() -> set[str]:
     """Flags of training, and those that a program under tools/, tasks/ or benchmarks/ adds itself."""
     flags = {name for action in build_parser()._actions for name in action.option_strings}
     tokenizer_flags = ROOT / "megatron/training/tokenizer/flags.py"
-    for program in [*(path for folder in PROGRAMS for path in ROOT.glob(f"{folder}/*.py")), tokenizer_flags]:
+    recorder = ROOT / "tests/functional_tests/equivalence/record.py"
+    for program in [*(path for folder in PROGRAMS for path in ROOT.glob(f"{folder}/*.py")), tokenizer_flags, recorder]:
         flags |= set(re.findall(r'"(--[a-z][\w-]*)"', program.read_text()))
     return flags | ELSEWHERE
 
