@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.functional_tests.golden_curves import compare_with_golden
 from tests.functional_tests.program import run_program, train_rows
 from tests.functional_tests.sentences import write_sentences
 from tests.worker_pool import run_ranks
@@ -55,6 +56,10 @@ def expected(data: str, tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
     rows = train_rows(path)
     assert rows[-1]["lm loss"] < rows[0]["lm loss"] - 0.1
     return rows
+
+
+def test_the_curve_is_the_committed_one(expected: list[dict]) -> None:
+    compare_with_golden("t5", expected, NUMBERS)
 
 
 @pytest.mark.parametrize("layout", list(LAYOUTS))
