@@ -43,6 +43,8 @@ FLAGS = f"""
 """Embedding and loss are small beside a stage, so that pipeline stages are equal."""
 WARMUP = 2
 """Steps at the start of each run that are not measured."""
+Rounds = dict[str, list[list[dict[str, Any]]]]
+"""By layout: the measured steps of each round."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +98,8 @@ def run(layout: Layout, steps: int) -> list[dict[str, Any]]:
         if any(codes):
             logs = "\n".join((Path(folder) / f"log{rank}").read_text()[-2000:] for rank in range(layout.ranks))
             raise RuntimeError(f"{layout.name} ended with {codes}:\n{logs}")
-        return [json.loads((Path(folder) / f"step{step}.json").read_text())["otherData"] for step in measured]
+        traces = (json.loads((Path(folder) / f"step{step}.json").read_text()) for step in measured)
+        return [{name: number and round(number, 5) for name, number in one["otherData"].items()} for one in traces]
 
 
 def _start(command: list[str], rank: int, layout: Layout, port: int, folder: Path) -> subprocess.Popen[bytes]:
@@ -108,15 +111,14 @@ def _start(command: list[str], rank: int, layout: Layout, port: int, folder: Pat
         return subprocess.Popen(command, cwd=ROOT, env={**os.environ, **settings}, stdout=log, stderr=log)
 
 
-def measure(layouts: list[Layout], rounds: int, steps: int) -> dict[str, list[list[dict[str, Any]]]]:
-    """Steps of each round of each layout."""
-    found: dict[str, list[list[dict[str, Any]]]] = {layout.name: [] for layout in layouts}
-    for number in range(rounds):
+def measure(layouts: list[Layout], rounds: int, steps: int, found: Rounds) -> None:
+    """Add the steps of some rounds to those that have been found before."""
+    for _ in range(rounds):
         for layout in layouts:
-            found[layout.name].append(run(layout, steps))
-            seconds = statistics.median(step["seconds"] for step in found[layout.name][-1])
-            print(f"round {number + 1}, {layout.name}: {seconds:.3f} s a step", file=sys.stderr, flush=True)
-    return found
+            measured = run(layout, steps)
+            found.setdefault(layout.name, []).append(measured)
+            seconds, number = median_of(measured, "seconds"), len(found[layout.name])
+            print(f"round {number}, {layout.name}: {seconds:.3f} s a step", file=sys.stderr, flush=True)
 
 
 # --- adding up ------------------------------------------------------------------------------------------
@@ -212,23 +214,19 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=8, help="measured in each run")
     parser.add_argument("--layouts", nargs="+", choices=[layout.name for layout in LAYOUTS], help="only these")
     parser.add_argument("--output", type=Path, help="write the numbers to this JSON file")
+    parser.add_argument("--add", action="store_true", help="keep the rounds that are in --output already")
     args = parser.parse_args()
     layouts = [one for one in LAYOUTS if args.layouts is None or one.name in args.layouts]
-    before = machine()
-    found = measure(layouts, args.rounds, args.steps)
-    base = found.get(BASE) or next(iter(found.values()))
-    rows = [summary(layout, found[layout.name], base) for layout in layouts]
+    found: Rounds = json.loads(args.output.read_text())["all_steps"] if args.add and args.output.exists() else {}
+    measure(layouts, args.rounds, args.steps, found)
+    base = BASE if BASE in found else layouts[0].name
+    rows = [summary(layout, found[layout.name], found[base]) for layout in LAYOUTS if layout.name in found]
     show(rows)
     if args.output:
         shape = {"layers": LAYERS, "hidden": HIDDEN, "sequence": LENGTH, "microbatches": MICROBATCHES}
-        settings = {
-            **shape,
-            "rounds": args.rounds,
-            "steps": args.steps,
-            "base": layouts[0].name if BASE not in found else BASE,
-        }
-        result = {"machine": before, "load_at_the_end": machine()["load"], "settings": settings, "layouts": rows}
-        args.output.write_text(json.dumps({**result, "all_steps": found}, indent=1) + "\n")
+        settings = {**shape, "rounds": len(found[base]), "steps": args.steps, "base": base}
+        result = {"machine": machine(), "settings": settings, "layouts": rows, "all_steps": found}
+        args.output.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":
