@@ -24,11 +24,16 @@ def bias_swiglu_impl(
 ) -> Tensor:
     """`swiglu` of input + bias, keeping one tensor for backward; input [..., 2f] -> [..., f].
 
+    Args:
+        fp8_input_store: keep it in fp8.
+        cpu_offload_input: says nothing new here: where `cpu_offloading` puts a layer's activations away, this one goes
+            with the others.
+
     Raises:
-        NotImplementedError: the kept tensor is to be stored in fp8 or on the host.
+        NotImplementedError: the kept tensor is to be stored in fp8.
     """
-    if fp8_input_store or cpu_offload_input:
-        raise NotImplementedError("activation_func_fp8_input_store and cpu_offloading are not built for SwiGLU yet")
+    if fp8_input_store:
+        raise NotImplementedError("activation_func_fp8_input_store is not built yet")
     return GatedActivation.apply(input, bias, torch.nn.functional.silu, _silu_backward)
 
 

@@ -88,6 +88,23 @@ def test_fp8_store_is_refused() -> None:
         bias_swiglu_impl(x, bias, fp8_input_store=True)
 
 
+def test_what_swiglu_keeps_can_be_put_away() -> None:
+    x, bias = inputs(torch.float32, True)
+    kept: list[torch.Size] = []
+
+    def put_away(tensor: torch.Tensor) -> torch.Tensor:
+        kept.append(tensor.shape)
+        return tensor.clone()
+
+    with torch.autograd.graph.saved_tensors_hooks(put_away, lambda tensor: tensor):
+        y = bias_swiglu_impl(x, bias, cpu_offload_input=True)
+    assert x.shape in kept
+    grad = torch.randn(y.shape)
+    torch.testing.assert_close(
+        torch.autograd.grad(y, (x, bias), grad), torch.autograd.grad(bias_swiglu_impl(x, bias), (x, bias), grad)
+    )
+
+
 @pytest.mark.parametrize("residual_type", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("with_bias", [True, False])
 def test_bias_dropout_add_without_dropout(with_bias: bool, residual_type: torch.dtype) -> None:
