@@ -33,9 +33,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
-LENGTH, LAYERS, HIDDEN, MICROBATCHES = 256, 8, 384, 4
+LENGTH, LAYERS, MICROBATCHES = 256, 8, 4
 FLAGS = f"""
-    --num-layers {LAYERS} --hidden-size {HIDDEN} --num-attention-heads 6 --seq-length {LENGTH}
+    --num-layers {LAYERS} --num-attention-heads 4 --seq-length {LENGTH}
     --max-position-embeddings {LENGTH} --micro-batch-size 1 --global-batch-size {MICROBATCHES} --lr 1e-4 --mock-data
     --tokenizer-type NullTokenizer --vocab-size 255 --attention-dropout 0 --hidden-dropout 0
     --cross-entropy-loss-fusion --eval-iters 0 --log-interval 1 --num-workers 0 --no-progress-bar
@@ -85,14 +85,22 @@ BASE = LAYOUTS[0].name
 # --- measuring ------------------------------------------------------------------------------------------
 
 
-def run(layout: Layout, steps: int) -> list[dict[str, Any]]:
+def run(layout: Layout, hidden: int, steps: int) -> list[dict[str, Any]]:
     """The numbers of each measured step of one start of the program."""
     with tempfile.TemporaryDirectory() as folder, socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
         server.close()
         measured = range(WARMUP + 1, WARMUP + steps + 1)
         words = ["--train-iters", str(WARMUP + steps), "--timeline", folder, "--timeline-step", *map(str, measured)]
-        command = [sys.executable, str(ROOT / "pretrain_gpt.py"), *FLAGS, *layout.flags, *words]
+        command = [
+            sys.executable,
+            str(ROOT / "pretrain_gpt.py"),
+            *FLAGS,
+            "--hidden-size",
+            str(hidden),
+            *layout.flags,
+            *words,
+        ]
         ranks = [_start(command, rank, layout, port, Path(folder)) for rank in range(layout.ranks)]
         codes = [rank.wait() for rank in ranks]
         if any(codes):
@@ -111,11 +119,11 @@ def _start(command: list[str], rank: int, layout: Layout, port: int, folder: Pat
         return subprocess.Popen(command, cwd=ROOT, env={**os.environ, **settings}, stdout=log, stderr=log)
 
 
-def measure(layouts: list[Layout], rounds: int, steps: int, found: Rounds) -> None:
+def measure(layouts: list[Layout], hidden: int, rounds: int, steps: int, found: Rounds) -> None:
     """Add the steps of some rounds to those that have been found before."""
     for _ in range(rounds):
         for layout in layouts:
-            measured = run(layout, steps)
+            measured = run(layout, hidden, steps)
             found.setdefault(layout.name, []).append(measured)
             seconds, number = median_of(measured, "seconds"), len(found[layout.name])
             print(f"round {number}, {layout.name}: {seconds:.3f} s a step", file=sys.stderr, flush=True)
@@ -210,6 +218,7 @@ def machine() -> dict[str, Any]:
 def main() -> None:
     """Measure, print, and write down if asked to."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--hidden", type=int, default=384, help="size of the model")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=8, help="measured in each run")
     parser.add_argument("--layouts", nargs="+", choices=[layout.name for layout in LAYOUTS], help="only these")
@@ -218,12 +227,12 @@ def main() -> None:
     args = parser.parse_args()
     layouts = [one for one in LAYOUTS if args.layouts is None or one.name in args.layouts]
     found: Rounds = json.loads(args.output.read_text())["all_steps"] if args.add and args.output.exists() else {}
-    measure(layouts, args.rounds, args.steps, found)
+    measure(layouts, args.hidden, args.rounds, args.steps, found)
     base = BASE if BASE in found else layouts[0].name
     rows = [summary(layout, found[layout.name], found[base]) for layout in LAYOUTS if layout.name in found]
     show(rows)
     if args.output:
-        shape = {"layers": LAYERS, "hidden": HIDDEN, "sequence": LENGTH, "microbatches": MICROBATCHES}
+        shape = {"layers": LAYERS, "hidden": args.hidden, "sequence": LENGTH, "microbatches": MICROBATCHES}
         settings = {**shape, "rounds": len(found[base]), "steps": args.steps, "base": base}
         result = {"machine": machine(), "settings": settings, "layouts": rows, "all_steps": found}
         args.output.write_text(json.dumps(result, indent=1) + "\n")

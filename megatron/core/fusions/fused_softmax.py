@@ -32,7 +32,8 @@ class _ScaledSoftmax(torch.autograd.Function):
         (probs,) = ctx.saved_tensors
         probs, dtype = probs.float(), grad_output.dtype
         grad = torch.ops.aten._softmax_backward_data(grad_output.float(), probs, -1, torch.float32)
-        # A masked score is a constant: its probability is exactly zero, so its gradient already is.
+        # A masked score is a constant: its probability is exactly zero, so its gradient already is. Rows without any
+        # seen key are the exception; attention lets no gradient into them.
         return (grad * ctx.scale).to(dtype), None, None
 
 

@@ -85,5 +85,8 @@ class DotProductAttention(CoreAttention):
         probs = self.scale_mask_softmax(scores, hidden)
         with self.dropout_rng():
             probs = dropout(probs, self.attention_dropout, self.training)
-        context = torch.bmm(probs.flatten(0, 1), v)  # [b * a, sq, d]
-        return context.view(b, a, sq, -1).permute(2, 0, 1, 3).reshape(sq, b, -1)
+        context = torch.bmm(probs.flatten(0, 1), v).view(b, a, sq, -1)
+        if attention_mask is not None and hidden is not None:
+            # A query that sees no key gets nothing, as from the other cores and from keys spread over ranks.
+            context = context.masked_fill(hidden.all(-1, keepdim=True), 0.0)
+        return context.permute(2, 0, 1, 3).reshape(sq, b, -1)

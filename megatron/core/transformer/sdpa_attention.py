@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from megatron.core.device import to_computing_type
-from megatron.core.fusions.blocked_attention import blocked_causal_attention, suits_blocks
+from megatron.core.fusions.blocked_attention import Rules, blocked_attention, computes_here, suits_blocks
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.attention_masks import (
     UNLIMITED,
@@ -55,9 +55,10 @@ class SDPAttention(CoreAttention):
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool) -> Tensor:
         """[b, a, s, d] of queries, keys, values in that layout; `mask` as torch wants it."""
-        if is_causal and self.dropout_p == 0.0 and suits_blocks(q, v):
-            return blocked_causal_attention(q, k, v, self.softmax_scale)
         with self.dropout_rng():
+            rules = self._blocked(q, v, mask, is_causal)
+            if rules is not None:
+                return blocked_attention(q, k, v, rules)
             context = scaled_dot_product_attention(
                 to_computing_type(q),
                 to_computing_type(k),
@@ -69,6 +70,18 @@ class SDPAttention(CoreAttention):
                 enable_gqa=q.size(1) != k.size(1),
             )
         return context.to(q.dtype)
+
+    def _blocked(self, q: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool) -> Rules | None:
+        """How to attend by blocks, where torch's kernels are slower, or would keep the s x s probabilities: on a CPU
+        they do so with dropout.
+        """
+        if self.dropout_p == 0.0:
+            return Rules(self.softmax_scale) if is_causal and suits_blocks(q, v) else None
+        if not computes_here(q, v) or (mask is not None and mask.dtype is not torch.bool):
+            return None
+        seed = int(torch.randint(2**62, ()))
+        hidden = None if mask is None else ~mask.view(*(1,) * (4 - mask.dim()), *mask.shape)
+        return Rules(self.softmax_scale, is_causal, hidden, self.dropout_p, seed)
 
     def attend_packed(
         self,

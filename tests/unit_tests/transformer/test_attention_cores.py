@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from megatron.core.transformer.attention_backends import CORE_OF_BACKEND, build_core_attention
 from megatron.core.transformer.core_attention import CoreAttention
 from megatron.core.transformer.enums import AttnBackend, AttnMaskType
@@ -195,6 +196,44 @@ def test_half_precision(backend: AttnBackend) -> None:
     assert y.dtype == torch.bfloat16
     expected = brute_force(*(x.detach() for x in inputs), causal_hidden())
     torch.testing.assert_close(y.double(), expected, rtol=3e-2, atol=3e-2)  # bf16 probabilities
+
+
+@pytest.mark.parametrize("fusion", [True, False])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_query_that_sees_nothing_gets_nothing_and_asks_for_nothing(backend: AttnBackend, fusion: bool) -> None:
+    mask = torch.zeros(B, 1, S, S, dtype=torch.bool)
+    mask[0, 0, 3] = True
+    core = build(backend, mask_type=AttnMaskType.padding, masked_softmax_fusion=fusion)
+    inputs = tensors()
+    context = core(*inputs, mask)
+    assert not context[3, 0].any() and context[3, 1].all() and context[4, 0].all()
+    (context[3, 0].sum() * 5).backward()
+    assert not any(x.grad.any() for x in inputs)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_dropout_keeps_no_square_matrix_on_a_cpu(dtype: torch.dtype, masked: bool) -> None:
+    s, dropped = 256, []
+    core = build(AttnBackend.auto, mask_type=AttnMaskType.padding if masked else AttnMaskType.causal)
+    core.attention_dropout = 0.2
+    q, k, v = (torch.randn(s, 1, A, D).to(dtype).requires_grad_() for _ in range(3))
+    mask = torch.zeros(1, 1, 1, s, dtype=torch.bool) if masked else None
+    stored: dict[int, int] = {}
+
+    def note(x: Tensor) -> Tensor:
+        stored[x.untyped_storage()._cdata] = x.untyped_storage().nbytes()
+        return x
+
+    model_parallel_cuda_manual_seed(1)
+    for _ in range(2):
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
+            dropped.append(core(q, k, v, mask))
+        assert sum(stored.values()) < A * s * s  # not a byte for each probability
+        stored.clear()
+    assert not torch.equal(*dropped)
+    core.eval()
+    torch.testing.assert_close(core(q, k, v, mask), core(q, k, v, mask), rtol=0, atol=0)
 
 
 def test_backends() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -22,7 +22,6 @@ class Case:
     packed: PackedSeqParams | None = None
     mask: Tensor | None = None
     window: tuple[int, int] | None = None
-    backends: tuple[str, ...] = field(default=("auto", "unfused"))
 
 
 def later() -> Tensor:
@@ -79,7 +78,7 @@ def cases() -> dict[str, Case]:
         "window in documents": Case(
             outside(6, 2) | others(anywhere), AttnMaskType.no_mask, packing(anywhere, by_sample=True), None, (6, 2)
         ),
-        "rows that see nothing": Case(empty_rows, AttnMaskType.arbitrary, mask=empty_rows, backends=("auto",)),
+        "rows that see nothing": Case(empty_rows, AttnMaskType.arbitrary, mask=empty_rows),
     }
 
 
