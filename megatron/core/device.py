@@ -86,6 +86,12 @@ def to_computing_type(x: Tensor) -> Tensor:
     return x.float() if x.dtype is torch.float16 and x.device.type == "cpu" else x
 
 
+def release_cached_memory() -> None:
+    """Give memory that torch's allocator keeps for later back to the driver; a CPU's allocator keeps none."""
+    if not is_cpu():
+        _module().empty_cache()
+
+
 def memory_stats() -> dict[str, int]:
     """Bytes in use as the device's allocator counts them: `allocated`, `max_allocated`, `reserved`, `max_reserved`.
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from megatron.core import device, parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.training.device_memory import release_unused
 from megatron.training.global_vars import get_args, get_timers, get_trackers
 from megatron.training.train_step import reduce_reports
 from megatron.training.utils import print_rank_0, print_rank_last
@@ -64,6 +65,7 @@ def evaluate(
                 decoder_seq_length=args.decoder_seq_length,
                 forward_only=True,
             )
+            release_unused(args, level=1)
             for name, total in reduce_reports(reports, add_up=True).items():
                 totals[name] = totals[name] + total if name in totals else total
             if deadline is not None and _any_rank(time.time() > deadline):

@@ -13,13 +13,14 @@ from megatron.core import device
 from megatron.core.num_microbatches_calculator import get_num_microbatches
 from megatron.core.utils import check_param_hashes_across_dp_replicas
 from megatron.training.checkpoint.save import save_run
+from megatron.training.device_memory import write_memory_history
 from megatron.training.evaluation import evaluate_and_print_results
 from megatron.training.global_vars import get_signal_handler, get_timers, get_trackers
 from megatron.training.initialize import print_datetime
 from megatron.training.logging.training_log import training_log
 from megatron.training.run import Action, Run, StopTraining
 from megatron.training.train_step import StepResult
-from megatron.training.utils import gather_weights, print_rank_0
+from megatron.training.utils import gather_weights, is_last_rank, print_rank_0
 
 
 def periodic_actions(run: Run) -> list[Action]:
@@ -27,6 +28,7 @@ def periodic_actions(run: Run) -> list[Action]:
     args = run.args
     listed: list[tuple[bool, Action]] = [
         (True, training_log),
+        (args.record_memory_history, write_memory_snapshot),
         (bool(args.eval_interval and run.validation_sets), evaluate_now),
         (bool(args.train_sync_interval), synchronize_device),
         (bool(args.check_weight_hash_across_dp_replicas_interval), compare_weights_of_replicas),
@@ -40,6 +42,12 @@ def periodic_actions(run: Run) -> list[Action]:
     return [action for is_on, action in listed if is_on]
 
 
+def write_memory_snapshot(run: Run, result: StepResult) -> None:
+    """The last rank's device memory, at each log."""
+    if run.state.iteration % run.args.log_interval == 0 and is_last_rank():
+        write_memory_history(run.args.memory_snapshot_path)
+
+
 def evaluate_now(run: Run, result: StepResult) -> None:
     """Validate every `--eval-interval` iterations."""
     args = run.args
@@ -47,7 +55,7 @@ def evaluate_now(run: Run, result: StepResult) -> None:
         return
     timers = get_timers()
     run.progress.clear()
-    with interval_paused():
+    with interval_paused(run):
         if args.manual_gc and args.manual_gc_eval:
             gc.collect()
         timers("eval-time", log_level=0).start(barrier=True)
@@ -141,7 +149,7 @@ def save(run: Run, *, non_persistent: bool = False) -> None:
     name = "save-checkpoint-non-persistent" if non_persistent else "save-checkpoint"
     if args.async_save and not non_persistent:
         log_progress(run, "Saving async checkpoint")
-    with interval_paused():
+    with interval_paused(run):
         timers(name, log_level=0).start(barrier=True)
         save_run(
             args,
@@ -180,13 +188,17 @@ def _note_published(run: Run, iteration: int, non_persistent: bool) -> Callable[
 
 
 @contextmanager
-def interval_paused() -> Iterator[None]:
-    """Keep what happens inside out of the time per iteration."""
+def interval_paused(run: Run) -> Iterator[None]:
+    """Keep what happens inside out of the time and the energy per iteration."""
     timer = get_timers()("interval-time", log_level=0)
     running = getattr(timer, "running", False)
     if running:
         timer.stop()
+    if run.energy is not None:
+        run.energy.pause()
     yield
+    if run.energy is not None:
+        run.energy.resume()
     if running:
         timer.start(barrier=True)
 

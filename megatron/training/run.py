@@ -12,6 +12,7 @@ from torch import nn
 from megatron.core.num_microbatches_calculator import get_num_microbatches
 from megatron.training.checkpoint.context import CheckpointContext
 from megatron.training.evaluation import HeldOut
+from megatron.training.logging.energy import EnergyMeter
 from megatron.training.logging.log_line import IntervalTotals
 from megatron.training.logging.progress import ProgressLine
 from megatron.training.train_state import TrainState
@@ -46,6 +47,8 @@ class Run:
     progress: ProgressLine = field(default_factory=lambda: ProgressLine(False, 0))
     flops_at_start: float = 0.0
     has_reported_memory: bool = False
+    energy: EnergyMeter | None = None
+    """Counts with `--log-energy`."""
     checkpoints: CheckpointContext = field(default_factory=CheckpointContext)
 
     @property

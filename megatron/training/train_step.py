@@ -15,6 +15,7 @@ from megatron.core.activity import activity
 from megatron.core.collectives import all_reduce
 from megatron.core.num_microbatches_calculator import get_num_microbatches
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.training.device_memory import release_unused
 from megatron.training.global_vars import get_args, get_timers
 from megatron.training.nan_check import FiniteCheck, begin_step, can_replay, replay
 
@@ -87,12 +88,14 @@ def train_step(
         decoder_seq_length=args.decoder_seq_length,
     )
     reports = run(data_iterator=data_iterator, forward_only=False)
+    release_unused(args, level=1)
     if finite is not None:
         finite.agree(model, stages_of(model), lambda: run_again(run, data_iterator))
     timers("optimizer", log_level=1).start(barrier=args.barrier_with_L1_time)
     with activity("optimizer"):
         success, grad_norm, num_zeros = optimizer.step()
     timers("optimizer").stop()
+    release_unused(args, level=2)
     if success:
         samples = get_num_microbatches() * args.micro_batch_size * args.data_parallel_size
         opt_param_scheduler.step(increment=samples)

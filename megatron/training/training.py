@@ -16,12 +16,14 @@ from megatron.core.utils import get_model_config
 from megatron.training.checkpoint.data import restore_position
 from megatron.training.checkpoint.hf import save_hf
 from megatron.training.checkpoint.load import load_run
+from megatron.training.device_memory import start_memory_history
 from megatron.training.errors import exit_at_once_on_error
 from megatron.training.evaluation import evaluate_and_print_results
 from megatron.training.failure.start import stop_failure_watch
 from megatron.training.flops import num_floating_point_operations
 from megatron.training.global_vars import get_args, get_timers, get_tokenizer, get_trackers, set_train_state
 from megatron.training.initialize import initialize_megatron, print_datetime, program_start
+from megatron.training.logging.energy import EnergyMeter
 from megatron.training.logging.progress import ProgressLine
 from megatron.training.logging.progress_file import append_start
 from megatron.training.nan_check import FiniteCheck
@@ -112,6 +114,8 @@ def set_up(
 ) -> Run:
     """Everything that training needs, from initialised settings and process groups; see `pretrain`."""
     args, timers = get_args(), get_timers()
+    if args.record_memory_history:
+        start_memory_history()
     started = program_start()
     print_rank_0(f"time to initialize megatron (seconds): {time.time() - started:.3f}")
     print_datetime("after megatron is initialized")
@@ -154,6 +158,7 @@ def set_up(
         saved_iteration=state.iteration if args.load == args.save and state.iteration else None,
         progress=ProgressLine(args.progress_bar, args.train_iters),
         flops_at_start=state.num_floating_point_operations_so_far,
+        energy=EnergyMeter() if args.log_energy else None,
     )
 
 
@@ -192,6 +197,8 @@ def train(run: Run, more_actions: Sequence[Action] = ()) -> None:
         gc.disable()
         gc.collect()
     get_timers()("interval-time", log_level=0).start(barrier=True)
+    if run.energy is not None:
+        run.energy.lap()  # what setting up has used
     print_datetime("before the start of training step")
     with Profiler(args) as profiler:
         while state.iteration < args.train_iters:

@@ -19,7 +19,7 @@ class LoggingConfig:
     timing_log_level: Literal[0, 1, 2] = 0
     """Detail of timers: 0 the whole step, 1 its phases, 2 every part."""
     log_energy: bool = False
-    """Log the energy that each device uses."""
+    """Log the energy that each CUDA device uses."""
     timing_log_option: Literal["max", "minmax", "all"] = "minmax"
     """Which ranks' times are shown."""
     tensorboard_log_interval: int = 1

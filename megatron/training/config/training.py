@@ -39,13 +39,13 @@ class TrainingConfig:
     profile_ranks: list[int] = field(default_factory=lambda: [0])
     """Ranks that profile."""
     record_memory_history: bool = False
-    """Record every allocation of device memory."""
+    """Record allocations of device memory; the last rank writes them at each log."""
     memory_snapshot_path: str = "snapshot.pickle"
     """File for that record."""
     tp_comm_overlap_cfg: str | None = None
     """YAML file that tunes the overlap of tensor parallel communication."""
     empty_unused_memory_level: Literal[0, 1, 2] = 0
-    """Return cached device memory: 0 never, 1 after the optimizer step, 2 also after backward."""
+    """Return cached device memory: 0 never, 1 after forward and backward, 2 also after the optimizer step."""
     check_weight_hash_across_dp_replicas_interval: int | None = None
     """Steps between checks that data parallel ranks hold equal weights."""
     train_sync_interval: int | None = None

@@ -46,6 +46,8 @@ class LogLine:
     skipped_samples: int = 0
     milliseconds: float
     tflops: float | None = None
+    joules: float | None = None
+    """Of one iteration on one device."""
     learning_rate: float
     decoupled_learning_rate: float | None = None
     global_batch_size: int
@@ -67,6 +69,9 @@ class LogLine:
         parts.append(f"elapsed time per iteration (ms): {self.milliseconds:.1f}")
         if self.tflops is not None:
             parts.append(f"throughput per GPU (TFLOP/s/GPU): {self.tflops:.1f}")
+        if self.joules is not None:
+            parts.append(f"energy per GPU (J/iter/GPU): {self.joules:.1f}")
+            parts.append(f"power per GPU (W/GPU): {self.joules / (self.milliseconds / 1000):.1f}")
         parts.append(f"learning rate: {self.learning_rate:.6E}")
         if self.decoupled_learning_rate is not None:
             parts.append(f"decoupled learning rate: {self.decoupled_learning_rate:.6E}")

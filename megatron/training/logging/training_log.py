@@ -120,6 +120,7 @@ def _print_line(run: Run, result: StepResult, learning_rate: float, params_norm:
         skipped_samples=state.skipped_train_samples,
         milliseconds=elapsed * 1000,
         tflops=tflops if args.log_throughput else None,
+        joules=None if run.energy is None else run.energy.lap() / max(1, totals.iterations),
         learning_rate=learning_rate,
         decoupled_learning_rate=decoupled_learning_rate(run.optimizer),
         global_batch_size=run.batch_size,

@@ -9,6 +9,7 @@ import os
 from megatron.core.communicators import plan_communicators, require_network_reduction
 from megatron.core.device import device_type
 from megatron.core.fusions.compiled import why_not_compilable
+from megatron.training.logging.energy import why_no_energy
 from megatron.training.settings import ConfigurationError, refuse_unless, warn, was_given
 
 POSITIVE = (
@@ -60,6 +61,25 @@ def require_communicators_available(args: argparse.Namespace) -> None:
             raise ConfigurationError(f"{flag}: {error}") from error
     if args.use_sharp:
         require_network_reduction()
+
+
+def require_cuda_for_its_settings(args: argparse.Namespace) -> None:
+    """What looks into a GPU, or returns its memory, has nothing to do elsewhere."""
+    kind = device_type()
+    refuse_unless(
+        args.empty_unused_memory_level == 0 or kind != "cpu",
+        f"--empty-unused-memory-level {args.empty_unused_memory_level} returns memory that torch caches on a GPU; this "
+        "run computes on the CPU, where none is cached: leave it out",
+    )
+    refuse_unless(
+        not args.record_memory_history or kind == "cuda",
+        f"--record-memory-history records allocations on CUDA devices, found {kind}: leave it out",
+    )
+    if not args.record_memory_history and was_given(args, "memory_snapshot_path"):
+        warn(args, "--memory-snapshot-path has no effect without --record-memory-history")
+    if args.log_energy:
+        missing = why_no_energy()
+        refuse_unless(missing is None, f"--log-energy: {missing}; leave it out")
 
 
 def require_positive_seed(args: argparse.Namespace) -> None:
@@ -145,6 +165,7 @@ RUNTIME_RULES = (
     choose_distributed_backend,
     choose_pipeline_backend,
     require_communicators_available,
+    require_cuda_for_its_settings,
     require_positive_seed,
     require_sensible_intervals,
     require_compiler,

@@ -46,6 +46,7 @@ def test_longest_line() -> None:
     found = line(
         skipped_samples=512,
         tflops=45.678,
+        joules=246.912,
         decoupled_learning_rate=3e-3,
         losses={"lm loss": 8.25, "load_balancing_loss": 1.0625, "mtp_1 loss": 9.5},
         loss_scale=65536.0,
@@ -59,6 +60,7 @@ def test_longest_line() -> None:
         found,
         "iteration      100/    5000 | consumed samples:        25600 | skipped samples:          512 | "
         "elapsed time per iteration (ms): 1234.6 | throughput per GPU (TFLOP/s/GPU): 45.7 | "
+        "energy per GPU (J/iter/GPU): 246.9 | power per GPU (W/GPU): 200.0 | "
         "learning rate: 1.500000E-04 | decoupled learning rate: 3.000000E-03 | global batch size:   256 | "
         "lm loss: 8.250000E+00 | load_balancing_loss: 1.062500E+00 | mtp_1 loss: 9.500000E+00 | "
         "loss scale: 65536.0 | grad norm: 1.235 | num zeros: 12 | params norm: 987.654 | "

@@ -100,6 +100,24 @@ REFUSED: list[tuple[Any, str, str, str]] = [
         SMALL_GPT,
     ),
     (runtime.require_communicators_available, "--use-sharp", "needs NCCL on a network that reduces", SMALL_GPT),
+    (
+        runtime.require_cuda_for_its_settings,
+        "--empty-unused-memory-level 2",
+        "this run computes on the CPU, where none is cached",
+        SMALL_GPT,
+    ),
+    (
+        runtime.require_cuda_for_its_settings,
+        "--record-memory-history",
+        "records allocations on CUDA devices, found cpu",
+        SMALL_GPT,
+    ),
+    (
+        runtime.require_cuda_for_its_settings,
+        "--log-energy",
+        "--log-energy: energy is counted by NVIDIA's driver, and this run computes on cpu",
+        SMALL_GPT,
+    ),
     (checkpoint.require_save_interval, "--save x", "--save x needs --save-interval", SMALL_GPT),
     (
         checkpoint.require_dist_format_without_gloo,
