@@ -12,10 +12,8 @@ HALF, FULL = 4, 8
 
 LAYOUTS = {
     "one": (1, ""),
-    "one-bf16": (1, "--bf16"),
     "one-fp16": (1, "--fp16 --initial-loss-scale 65536"),
-    "one-sgd": (1, "--optimizer sgd"),
-    "tp2-sp": (2, "--tensor-model-parallel-size 2 --sequence-parallel"),
+    "one-bf16-sgd": (1, "--bf16 --optimizer sgd"),
     "pp2-recompute": (
         2,
         "--pipeline-model-parallel-size 2 --recompute-granularity full --recompute-method uniform "
@@ -39,15 +37,15 @@ LAYOUTS = {
         2,
         "--pipeline-model-parallel-size 2 --num-virtual-stages-per-pipeline-rank 2 --pipeline-schedule zb-v --bf16",
     ),
-    "dp2-distopt-overlap": (
-        2,
-        "--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather --ddp-bucket-size 4000",
-    ),
     "dp2-fully-sharded": (
         2,
         "--use-torch-fsdp2 --no-gradient-accumulation-fusion --untie-embeddings-and-output-weights",
     ),
-    "dp4-two-instances": (4, "--use-distributed-optimizer --num-distributed-optimizer-instances 2"),
+    "dp4-two-instances-overlap": (
+        4,
+        "--use-distributed-optimizer --num-distributed-optimizer-instances 2 "
+        "--overlap-grad-reduce --overlap-param-gather --ddp-bucket-size 4000",
+    ),
     "tp2-sp-recompute-modules": (
         2,
         "--tensor-model-parallel-size 2 --sequence-parallel --recompute-granularity selective "
@@ -65,7 +63,7 @@ def history(path: Path) -> list[tuple]:
 
 @pytest.mark.parametrize(
     ("layout", "ckpt_format"),
-    [(layout, "torch_dist") for layout in LAYOUTS]
+    [(layout, "torch_dist") for layout in LAYOUTS if layout != "tp2-pp2"]
     + [("tp2-pp2", "torch"), ("tp2-sp-dp2-distopt", "torch"), ("pp2-interleaved", "torch")],
 )
 def test_resume_is_bit_exact(layout: str, ckpt_format: str, tmp_path: Path) -> None:
@@ -123,8 +121,8 @@ FAMILIES = {
 
 
 def test_resume_into_other_layouts_continues_the_curve(tmp_path: Path) -> None:
-    """Each family stops after four iterations and the next one goes on: one curve, that of one process."""
-    each = 4
+    """Each family stops after three iterations and the next one goes on: one curve, that of one process."""
+    each = 3
     flags = (
         f"--train-iters {each * len(FAMILIES)} --attention-dropout 0 --hidden-dropout 0 --lr-decay-style cosine "
         "--untie-embeddings-and-output-weights"
