@@ -52,10 +52,17 @@ def measure_matrix(known: list[dict[str, Any]]) -> None:
     for number, row in enumerate(rows, start=1):
         key = as_key(layouts.not_plain(row))
         entry = done[key] = done.get(key) or measure_layout(row)
-        entries = [done[key] for key in (as_key(layouts.not_plain(row)) for row in rows) if key in done]
-        RESULTS.write_text(as_text({**head, "layouts": entries}))
+        RESULTS.write_text(as_text({**head, **measured(rows, done)}))
         words = ", ".join(entry["violated"]) or "ok"
         print(f"{number}/{len(rows)} {layouts.name_of(row)}: {words} ({entry['seconds']} s)", flush=True)
+
+
+def measured(rows: list[Row], done: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """The entries there are, in the order of `rows`, and how many of all pairs of values they have."""
+    held = [row for row in rows if as_key(layouts.not_plain(row)) in done]
+    missing = sum(not any(pair <= row.items() for row in held) for pair in layouts.pairs())
+    entries = [done[as_key(layouts.not_plain(row))] for row in held]
+    return {"pairs": len(layouts.pairs()), "pairs_missing": missing, "layouts": entries}
 
 
 def as_key(values: Row) -> str:
@@ -104,6 +111,7 @@ def summary(results: dict[str, Any]) -> list[str]:
         f"{len(entries)} of the {results['designed']} layouts of the design "
         f"({', '.join(f'{n} of {r} ranks' for r, n in sorted(ranks.items()))}), "
         f"{results['steps']} steps each, torch {results['torch']}, CPU ({results['machine']}), gloo. "
+        f"They have {results['pairs'] - results['pairs_missing']} of the {results['pairs']} pairs of values. "
         f"**{len(entries) - len(failed)} are within all bounds.** Initial weights are equal to the bit in {same}.",
         "",
         "| quantity | largest deviation | allowed there | layout, place |",

@@ -21,8 +21,10 @@ def entry(deviation: float, **layout: str) -> dict[str, Any]:
 def test_summary_counts_and_names_the_worst() -> None:
     failed = {**entry(0.0, pp="2"), "deviations": {}, "violated": ["failed: a rank died"]}
     entries = [entry(1e-7, tp="2"), entry(3e-6, cp="2"), failed]
-    lines = record.summary({"layouts": entries, "designed": 9, "steps": 5, "torch": "2", "machine": "x"})
+    head = {"designed": 9, "steps": 5, "torch": "2", "machine": "x", "pairs": 7, "pairs_missing": 2}
+    lines = record.summary({**head, "layouts": entries})
     assert lines[0].startswith("3 of the 9 layouts")
+    assert "They have 5 of the 7 pairs of values." in lines[0]
     assert "**2 are within all bounds.** Initial weights are equal to the bit in 2." in lines[0]
     assert "| gradients | 3.0e-06 | 1.0e-05 | cp=2; step 1 |" in lines
     assert "| copies on several ranks | 0.0e+00 | 0.0e+00 | none in any |" in lines
@@ -47,9 +49,11 @@ def test_stopped_run_is_taken_up(tmp_path: Any, monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr(record, "RESULTS", tmp_path / "results.json")
     monkeypatch.setattr(record.layouts, "matrix", lambda: rows)
+    two = [frozenset({("tp", "2"), ("cp", size)}) for size in ("1", "2")]
+    monkeypatch.setattr(record.layouts, "pairs", lambda: two)
     monkeypatch.setattr(record, "measure_layout", measured)
     record.measure_matrix([entry(2e-7, tp="2"), entry(1.0, cp="2")])
     assert ran == rows[1:]
     found = json.loads(record.RESULTS.read_text())
     assert [e["deviations"]["loss"][0] for e in found["layouts"]] == [2e-7, 1e-7, 1e-7]
-    assert found["designed"] == 3
+    assert (found["designed"], found["pairs"], found["pairs_missing"]) == (3, 2, 1)
