@@ -11,6 +11,9 @@ FINETUNING = ("epochs", "keep_last", "train_data", "valid_data")
 READ_BY: dict[str, tuple[str, ...]] = {
     "WIKITEXT103": ("valid_data", "overlapping_eval"),
     "LAMBADA": ("valid_data", "strict_lambada"),
+    "MNLI": FINETUNING,
+    "QQP": FINETUNING,
+    "RACE": FINETUNING,
 }
 """Task -> the task flags that it reads."""
 

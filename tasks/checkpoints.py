@@ -6,7 +6,7 @@ import argparse
 from typing import Any
 
 from megatron.core.dist_checkpointing.collective import on_first_rank
-from megatron.training.checkpoint_find import candidates, open_candidate, read_common, saved_args
+from megatron.training.checkpoint.find import candidates, open_candidate, read_common, saved_args
 from megatron.training.settings import Source, refuse_unless
 from megatron.training.tokenizer import vocab_size_with_padding
 

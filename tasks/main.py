@@ -17,11 +17,15 @@ from megatron.training.arguments import parse_args
 from megatron.training.errors import exit_at_once_on_error
 from megatron.training.settings import configuration_errors_end_the_program
 from tasks.arguments import add_task_arguments, refuse_flags_of_other_tasks
-from tasks.zeroshot_gpt import evaluate
+from tasks.finetuning import run as finetuning
+from tasks.zeroshot_gpt import evaluate as zeroshot
 
 TASKS: dict[str, Callable[[Any], Callable[[], None]]] = {
-    "WIKITEXT103": evaluate.prepare,
-    "LAMBADA": evaluate.prepare,
+    "WIKITEXT103": zeroshot.prepare,
+    "LAMBADA": zeroshot.prepare,
+    "MNLI": finetuning.prepare,
+    "QQP": finetuning.prepare,
+    "RACE": finetuning.prepare,
 }
 """Task -> (settings, not yet checked) -> what runs it. The task's files are read, and refused, before anything else."""
 

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import torch
-
-from megatron.core import parallel_state
-from megatron.training.failure.start import stop_failure_watch
 from megatron.training.global_vars import get_trackers
 from megatron.training.utils import print_rank_last
 
@@ -24,14 +20,3 @@ def report_results(task: str, results: dict[str, float], iteration: int = 0) -> 
 
 def _shown(name: str, value: float) -> str:
     return str(value) if name == "token ratio" else f"{value:.4E}"
-
-
-def close() -> None:
-    """Finish trackers and leave the process groups."""
-    trackers = get_trackers()
-    if trackers is not None:
-        trackers.close()
-    parallel_state.barrier()
-    stop_failure_watch()
-    parallel_state.destroy_model_parallel()
-    torch.distributed.destroy_process_group()

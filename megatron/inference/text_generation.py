@@ -8,7 +8,7 @@ attention is causal, and its next token is read at its own last position.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -105,6 +105,7 @@ def generate(
     vocab_size: int,
     max_context: int,
     end_of_document: int | None = None,
+    is_finished: Callable[[list[int]], bool] | None = None,
 ) -> list[list[int]]:
     """The continuation of each prompt, as token ids without the prompt; the same on every rank.
 
@@ -115,6 +116,7 @@ def generate(
         model: the chunks of this rank, with or without their wrappers.
         vocab_size: tokens of the vocabulary without padding; a padding token is never chosen.
         max_context: tokens that the model can look at.
+        is_finished: (continuation so far, not empty) -> whether it ends here; the same on every rank.
 
     Raises:
         ValueError: no prompt, an empty one, or a token outside the vocabulary.
@@ -132,8 +134,10 @@ def generate(
             for row, token in zip(list(unfinished), share_next_tokens(drawn, len(unfinished))):
                 if token == end_of_document:
                     unfinished.remove(row)
-                else:
-                    texts[row].append(token)
+                    continue
+                texts[row].append(token)
+                if is_finished is not None and is_finished(texts[row][len(prompts[row]) :]):
+                    unfinished.remove(row)
     return [text[len(prompt) :] for text, prompt in zip(texts, prompts)]
 
 

@@ -23,8 +23,8 @@ from megatron.training.arguments import parse_args, validate_args
 from megatron.training.checkpoint.hf_settings import hf_directory
 from megatron.training.checkpointing import load_args_from_checkpoint
 from megatron.training.explain import explain_and_exit_if_asked, print_args
-from megatron.training.failure.start import start_failure_watch
-from megatron.training.global_vars import get_args, get_tokenizer, set_global_variables, set_trackers
+from megatron.training.failure.start import start_failure_watch, stop_failure_watch
+from megatron.training.global_vars import get_args, get_tokenizer, get_trackers, set_global_variables, set_trackers
 from megatron.training.logging.trackers import open_trackers
 from megatron.training.settings import configuration_errors_end_the_program
 from megatron.training.tokenizer import vocab_size_with_padding
@@ -196,4 +196,15 @@ def print_datetime(what: str) -> None:
     print_rank_0(f"[{what}] datetime: {datetime.datetime.now():%Y-%m-%d %H:%M:%S} ")
 
 
-__all__ = ["get_args", "initialize_megatron", "print_datetime", "program_start"]
+def close_program() -> None:
+    """Finish the trackers and leave the process groups."""
+    trackers = get_trackers()
+    if trackers is not None:
+        trackers.close()
+    parallel_state.barrier()
+    stop_failure_watch()
+    parallel_state.destroy_model_parallel()
+    dist.destroy_process_group()
+
+
+__all__ = ["close_program", "get_args", "initialize_megatron", "print_datetime", "program_start"]

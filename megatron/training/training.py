@@ -8,8 +8,6 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
-
 from megatron.core.enums import ModelType
 from megatron.core.num_microbatches_calculator import get_num_microbatches, update_num_microbatches
 from megatron.core.utils import get_model_config
@@ -19,10 +17,9 @@ from megatron.training.checkpoint.load import load_run
 from megatron.training.device_memory import start_memory_history
 from megatron.training.errors import exit_at_once_on_error
 from megatron.training.evaluation import evaluate_and_print_results
-from megatron.training.failure.start import stop_failure_watch
 from megatron.training.flops import num_floating_point_operations
-from megatron.training.global_vars import get_args, get_timers, get_tokenizer, get_trackers, set_train_state
-from megatron.training.initialize import initialize_megatron, print_datetime, program_start
+from megatron.training.global_vars import get_args, get_timers, get_tokenizer, set_train_state
+from megatron.training.initialize import close_program, initialize_megatron, print_datetime, program_start
 from megatron.training.logging.energy import EnergyMeter
 from megatron.training.logging.progress import ProgressLine
 from megatron.training.logging.progress_file import append_start
@@ -100,10 +97,17 @@ def pretrain(
         if run.args.skip_train:
             print_rank_0("skipping training (--skip-train is on) ...")
         else:
-            _train_to_the_end(run)
+            train_to_the_end(run)
         _export(run)
         _evaluate_at_the_end(run)
-        _close(run)
+        close(run)
+
+
+def load_if_asked(args: Any, model: list[Any], optimizer: Any, scheduler: Any) -> TrainState:
+    """What `--load` or `--pretrained-checkpoint` hold; a fresh run without them."""
+    if not (args.load or args.pretrained_checkpoint):
+        return TrainState()
+    return load_run(args, model, optimizer, scheduler)
 
 
 def set_up(
@@ -111,8 +115,13 @@ def set_up(
     model_provider: Callable[..., Any],
     model_type: ModelType,
     forward_step_func: Callable[..., Any],
+    load: Callable[..., TrainState] = load_if_asked,
 ) -> Run:
-    """Everything that training needs, from initialised settings and process groups; see `pretrain`."""
+    """Everything that training needs, from initialised settings and process groups; see `pretrain`.
+
+    Args:
+        load: (args, model, optimizer, schedule) -> where the run stands, after restoring them.
+    """
     args, timers = get_args(), get_timers()
     if args.record_memory_history:
         start_memory_history()
@@ -125,7 +134,7 @@ def set_up(
     model, optimizer, scheduler = setup_model_and_optimizer(model_provider, model_type)
     timers("model-and-optimizer-setup").stop()
     timers("load-checkpoint", log_level=0).start(barrier=True)
-    state = load_run(args, model, optimizer, scheduler) if _has_something_to_load(args) else TrainState()
+    state = load(args, model, optimizer, scheduler)
     timers("load-checkpoint").stop(barrier=True)
     set_train_state(state)
     update_num_microbatches(state.consumed_train_samples, consistency_check=False)
@@ -162,18 +171,15 @@ def set_up(
     )
 
 
-def _has_something_to_load(args: Any) -> bool:
-    return bool(args.load or args.pretrained_checkpoint)
-
-
-def _train_to_the_end(run: Run) -> None:
+def train_to_the_end(run: Run, more_actions: Sequence[Action] = ()) -> None:
+    """Train and save; a run that is asked to stop before ends the program."""
     print_rank_0("training ...")
     try:
-        train(run)
+        train(run, more_actions)
     except StopTraining as stop:
         print_datetime(str(stop))
         _export(run)
-        _close(run)
+        close(run)
         sys.exit(0)
     print_datetime("after training is done")
     if run.state.iteration > run.first_iteration:
@@ -265,15 +271,7 @@ def _evaluate_at_the_end(run: Run) -> None:
             )
 
 
-def _close(run: Run) -> None:
+def close(run: Run) -> None:
     """Finish saves and trackers, and leave the process groups."""
-    from megatron.core import parallel_state
-
     run.checkpoints.close()
-    trackers = get_trackers()
-    if trackers is not None:
-        trackers.close()
-    parallel_state.barrier()
-    stop_failure_watch()
-    parallel_state.destroy_model_parallel()
-    torch.distributed.destroy_process_group()
+    close_program()

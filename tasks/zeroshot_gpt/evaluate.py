@@ -10,15 +10,15 @@ from typing import Any
 from torch import nn
 
 from megatron.inference.scoring import Score, ScoredText, score
-from megatron.training import get_args, get_model, get_tokenizer, print_rank_0
-from megatron.training.checkpoint_load import load_run
+from megatron.training import get_args, get_model, get_tokenizer, initialize_megatron, print_rank_0
+from megatron.training.checkpoint.load import load_run
 from megatron.training.evaluation import perplexity
+from megatron.training.initialize import close_program
 from megatron.training.settings import refuse_unless, was_given
 from pretrain_gpt import model_provider
 from tasks.checkpoints import require_checkpoint, require_same_tokenizer
 from tasks.files import one_file
-from tasks.report import close, report_results
-from tasks.start import start
+from tasks.report import report_results
 from tasks.zeroshot_gpt.datasets import Lambada, WikiText, windows
 
 Results = dict[str, float]
@@ -94,13 +94,13 @@ def prepare(args: Any) -> Callable[[], None]:
 
 
 def _run(args: Any, measurement: ZeroShot) -> None:
-    start(args, {"tokenizer_type": "GPT2BPETokenizer"})
+    initialize_megatron(parsed_args=args, args_defaults={"tokenizer_type": "GPT2BPETokenizer"})
     require_same_tokenizer(get_args(), "load")
     texts = measurement.texts(get_args(), get_tokenizer())
     model = get_model(model_provider, wrap_with_ddp=False)
     load_run(get_args(), model, None, None)
     report_results(measurement.name, measure(measurement, texts, model))
-    close()
+    close_program()
 
 
 def measure(measurement: ZeroShot, texts: Sequence[ScoredText], model: list[nn.Module]) -> Results:

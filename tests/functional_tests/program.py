@@ -64,3 +64,19 @@ def metrics(path: Path) -> list[dict[str, Any]]:
 def train_rows(path: Path) -> list[dict[str, Any]]:
     """Rows of training iterations, at full precision."""
     return [row for row in metrics(path) if "lm loss" in row]
+
+
+def refusals(program: str, command_lines: list[list[str]]) -> list[str]:
+    """What a program says to command lines that it refuses, one after the other on this rank."""
+    from megatron.core import parallel_state
+    from megatron.training.global_vars import destroy_global_vars
+
+    said = []
+    for argv in command_lines:
+        try:
+            said.append(f"not refused: {run_program(program, argv)}")
+        except RuntimeError as error:
+            said.append(str(error))
+        parallel_state.destroy_model_parallel()
+        destroy_global_vars()
+    return said

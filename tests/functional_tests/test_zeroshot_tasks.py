@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.functional_tests.program import metrics, pretrain_gpt, run_program
+from tests.functional_tests.program import metrics, pretrain_gpt, refusals, run_program
 from tests.functional_tests.sentences import BOOK
 from tests.worker_pool import run_ranks
 
@@ -45,10 +45,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     bpe.save_model(str(folder))
     spaced = "\n".join(re.sub(r"([.,;!?:()\"'])", r" \1 ", text) for text in paragraphs[:3])
     (folder / "wikitext.txt").write_text(f" = A heading = \n {spaced} \n The 1 @,@ 000 @-@ year @-@ old ( whale ) . \n")
-    save = f"--save {folder}/save --save-interval 1 --ckpt-format torch_dist"
+    save = f"--save {folder}/save --save-interval 1 --ckpt-format torch_dist --save-hf {folder}/hf"
     data = f"--mock-data --train-iters 1 --micro-batch-size 1 --lr 1e-4 --init-method-std 0.5 --eval-iters 0 {save}"
     pretrain_gpt(1, f"{SIZES} {vocabulary(folder)} {data} --num-workers 0 --no-progress-bar", tiny=False)
-    torch.save(run_ranks(1, hugging_face_weights, str(folder))[0], folder / "hf.pt")
     write_passages(folder, paragraphs)
     return folder
 
@@ -57,33 +56,8 @@ def vocabulary(folder: Path) -> str:
     return f"--vocab-file {folder}/vocab.json --merge-file {folder}/merges.txt"
 
 
-def hugging_face_weights(folder: str) -> dict[str, torch.Tensor]:
-    """The weights of the checkpoint under Hugging Face's names."""
-    import sys
-
-    from megatron.core.models.gpt.hf_weights import gpt2_weights, to_hf
-    from megatron.training import get_args, get_model, initialize_megatron
-    from megatron.training.checkpoint_load import load_run
-    from pretrain_gpt import model_provider
-
-    sys.argv = ["test", *f"{SIZES} {vocabulary(Path(folder))} --micro-batch-size 1 --load {folder}/save".split()]
-    initialize_megatron()
-    model = get_model(model_provider, wrap_with_ddp=False)
-    load_run(get_args(), model, None, None)
-    ours = {name: value for name, value in model[0].state_dict().items() if isinstance(value, torch.Tensor)}
-    return to_hf(gpt2_weights(model[0].config), ours)
-
-
 def hf_model(folder: Path) -> Any:
-    weights = torch.load(folder / "hf.pt", weights_only=True)
-    config = transformers.GPT2Config(
-        n_layer=2, n_embd=32, n_head=4, vocab_size=weights["transformer.wte.weight"].size(0), n_positions=LENGTH
-    )
-    model = transformers.GPT2LMHeadModel(config).eval()
-    missing = model.load_state_dict(weights, strict=False).missing_keys
-    assert set(missing) <= {"lm_head.weight"}
-    model.tie_weights()
-    return model
+    return transformers.GPT2LMHeadModel.from_pretrained(folder / "hf").eval()
 
 
 def tokenizer_of(folder: Path) -> Any:
@@ -199,26 +173,27 @@ def test_lambada_equals_greedy_decoding(
 # --- what is refused ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        ("--task HELLASWAG", "'WIKITEXT103', 'LAMBADA'"),
-        ("--task LAMBADA", "--valid-data is missing"),
-        ("--task LAMBADA --valid-data {folder}/none*.jsonl", "none*.jsonl: there is no such file"),
-        ("--task LAMBADA --valid-data {folder}/wikitext.txt", "wikitext.txt, line 1: no JSON"),
-        ("--task LAMBADA --valid-data {folder}/vocab.json", 'an object with a "text" is expected'),
-        ("--task WIKITEXT103 --valid-data {folder}/hf.pt", "no UTF-8 text"),
-        ("--task WIKITEXT103 --valid-data {folder}/wikitext.txt {folder}/vocab.json", "reads one file, found 2"),
-        ("--task WIKITEXT103 --valid-data {folder}/wikitext.txt --strict-lambada", "LAMBADA read it"),
-        ("--task WIKITEXT103 --valid-data {folder}/wikitext.txt --overlapping-eval 25", "must be between 1 and"),
-        ("--task WIKITEXT103 --valid-data {folder}/wikitext.txt --load {folder}/nothing", "status 1|SystemExit"),
-        (
-            "--task WIKITEXT103 --valid-data {folder}/wikitext.txt --tokenizer-type NullTokenizer --vocab-size 599",
-            "trained with --tokenizer-type GPT2BPETokenizer, this run has NullTokenizer",
-        ),
-    ],
-)
-def test_what_cannot_work_is_refused(flags: str, message: str, folder: Path) -> None:
-    with pytest.raises(Exception, match=message if "|" in message else re.escape(message)):
-        common = f"{SIZES} {vocabulary(folder)} --load {folder}/save --micro-batch-size 1"
-        run_ranks(1, run_program, "tasks/main.py", f"{common} {flags.format(folder=folder)}".split())
+REFUSED = [
+    ("--task HELLASWAG", "'WIKITEXT103', 'LAMBADA'"),
+    ("--task LAMBADA", "--valid-data is missing"),
+    ("--task LAMBADA --valid-data {folder}/none*.jsonl", "none*.jsonl: there is no such file"),
+    ("--task LAMBADA --valid-data {folder}/wikitext.txt", "wikitext.txt, line 1: no JSON"),
+    ("--task LAMBADA --valid-data {folder}/vocab.json", 'an object with a "text" is expected'),
+    ("--task WIKITEXT103 --valid-data {folder}/hf/model.safetensors", "no UTF-8 text"),
+    ("--task WIKITEXT103 --valid-data {folder}/wikitext.txt {folder}/vocab.json", "reads one file, found 2"),
+    ("--task WIKITEXT103 --valid-data {folder}/wikitext.txt --strict-lambada", "LAMBADA read it"),
+    ("--task WIKITEXT103 --valid-data {folder}/wikitext.txt --overlapping-eval 25", "must be between 1 and"),
+    ("--task WIKITEXT103 --valid-data {folder}/wikitext.txt --load {folder}/nothing", "SystemExit: 1"),
+    (
+        "--task WIKITEXT103 --valid-data {folder}/wikitext.txt --tokenizer-type NullTokenizer --vocab-size 599",
+        "trained with --tokenizer-type GPT2BPETokenizer, this run has NullTokenizer",
+    ),
+]
+"""Flags, and what the message says."""
+
+
+def test_what_cannot_work_is_refused(folder: Path) -> None:
+    common = f"{SIZES} {vocabulary(folder)} --load {folder}/save --micro-batch-size 1"
+    lines = [f"{common} {flags.format(folder=folder)}".split() for flags, _ in REFUSED]
+    (said,) = run_ranks(1, refusals, "tasks/main.py", lines, timeout=200)
+    assert [(flags, text) for (flags, message), text in zip(REFUSED, said) if message not in text] == []

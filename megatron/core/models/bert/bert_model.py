@@ -205,6 +205,10 @@ class BertModel(LanguageModule):
         )
         if not self.post_process:
             return hidden_states
+        return self._read_out(hidden_states, attention_mask, lm_labels)
+
+    def _read_out(self, hidden_states: Tensor, attention_mask: Tensor, lm_labels: Tensor | None) -> Output:
+        """What the last stage makes of the hidden states."""
         if self.return_embeddings:
             return self._mean_vectors(hidden_states, attention_mask)
         binary_logits = self.binary_head(self.pooler(hidden_states)) if self.binary_head is not None else None

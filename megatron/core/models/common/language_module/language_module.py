@@ -25,7 +25,7 @@ class LanguageModule(MegatronModule):
     """Base of language models.
 
     Subclasses have `pre_process`, `post_process`, `share_embeddings_and_output_weights` and, where they
-    apply, `embedding` and `output_layer`.
+    apply, `embedding` and `output_layer` (not those that predict no tokens).
     """
 
     vocab_size: int
@@ -74,7 +74,8 @@ class LanguageModule(MegatronModule):
         parallel over stages).
         """
         tables: list[Any] = [self.embedding.word_embeddings.weight] if self.pre_process else []  # type: ignore[union-attr]
-        tables += [self.output_layer.weight] if self.post_process else []  # type: ignore[union-attr]
+        output_layer: Any = getattr(self, "output_layer", None)
+        tables += [output_layer.weight] if output_layer is not None else []
         for table in tables:
             if table is not None:
                 table.is_embedding_or_output_parameter = True

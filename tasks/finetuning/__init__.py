@@ -1,0 +1,1 @@
+"""Tasks for which a BERT is finetuned."""
