@@ -1,6 +1,7 @@
 """Training speed of one process on a CPU: this framework beside other ways to train the same GPT-2, in one run.
 
     OMP_NUM_THREADS=2 python benchmarks/train_cpu.py --sizes small base --types fp32 bf16
+    OMP_NUM_THREADS=2 python benchmarks/train_cpu.py --model bert    # or t5: see encoder_contenders.py
 
 Every contender trains the same architecture (GPT-2: learned positions, LayerNorm, tanh GELU, biases, tied
 embeddings, no dropout) on the same tokens: forward, backward, clipping by norm, AdamW. Steps of the
@@ -22,7 +23,7 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -34,6 +35,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from benchmarks import encoder_contenders
 from megatron.core.host_memory import keep_freed_memory
 
 LENGTH, BATCH, VOCAB, LR, CLIP, DECAY = 512, 4, 50304, 1e-4, 1.0, 0.1
@@ -106,10 +108,11 @@ class PlainGPT(nn.Module):
 
 # --- contenders: each a function that trains one step and returns the loss ------------------------------
 
-Step = Callable[[Tensor, Tensor], float]
+Step = Callable[..., float]
+"""Trains on one batch, handed in as the arguments that the contender takes."""
 
 
-def torch_step(model: nn.Module, loss_of: Callable[[Tensor, Tensor], Tensor], how: str) -> Step:
+def torch_step(model: nn.Module, loss_of: Callable[..., Tensor], how: str) -> Step:
     """A usual training step with fused AdamW.
 
     `how`: "fp32"; "bf16", weights in bf16 with fp32 main parameters; "autocast", fp32 weights with autocast to bf16.
@@ -121,9 +124,9 @@ def torch_step(model: nn.Module, loss_of: Callable[[Tensor, Tensor], Tensor], ho
     weights = list(model.parameters())
     optimizer = torch.optim.AdamW(mains, lr=LR, betas=(0.9, 0.95), weight_decay=DECAY, fused=True)
 
-    def step(ids: Tensor, labels: Tensor) -> float:
+    def step(*batch: Any) -> float:
         with torch.autocast("cpu", torch.bfloat16, enabled=how == "autocast"):
-            loss = loss_of(ids, labels)
+            loss = loss_of(*batch)
         loss.backward()
         if how == "bf16":
             for main, weight in zip(mains, weights):
@@ -172,20 +175,11 @@ def ours(size: Size, how: str, *, llama: bool = False, compiled: bool = False) -
 
     `llama`: with RMSNorm, SwiGLU (of 8/3 the width) and rotary positions. `compiled`: with --torch-compile.
     """
-    from megatron.core import parallel_state
-    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
     from megatron.core.models.gpt import GPTModel
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
-    from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
-    from megatron.core.pipeline_parallel import get_forward_backward_func
-    from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
-    from megatron.core.transformer.module import Float16Module
     from megatron.core.transformer.transformer_config import TransformerConfig
 
-    if not torch.distributed.is_initialized():
-        torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
-        parallel_state.initialize_model_parallel()
-    model_parallel_cuda_manual_seed(1234)
+    prepare_one_process()
     half = how == "bf16"
     config = TransformerConfig(
         num_layers=size.layers,
@@ -210,7 +204,56 @@ def ours(size: Size, how: str, *, llama: bool = False, compiled: bool = False) -
         share_embeddings_and_output_weights=True,
         position_embedding_type="rope" if llama else "learned_absolute",
     )
-    if half:
+    positions = torch.arange(LENGTH).expand(BATCH, -1)
+
+    def loss_func(losses: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        total, count = losses.sum(), torch.tensor(losses.numel(), dtype=torch.int)
+        return total, count, {"loss": total.detach() / count}
+
+    def forward_step(batch: Any, model: nn.Module) -> tuple[Tensor, Callable[..., Any]]:
+        ids, labels = next(batch)
+        return model(ids, positions, None, labels=labels), loss_func
+
+    return scheduled_step(model, config, forward_step)
+
+
+def our_encoder(model: str, size: Any, how: str) -> Step:
+    """Our BERT or T5, trained in the same way."""
+    prepare_one_process()
+    config = encoder_contenders.our_config(model, size, how == "bf16")
+    module, loss_of = encoder_contenders.ours(model, config)
+
+    def forward_step(batch: Any, model: nn.Module) -> tuple[Tensor, Callable[..., Any]]:
+        return loss_of(model, *next(batch)), lambda loss: (loss, {"loss": loss.detach()})
+
+    return scheduled_step(module, config, forward_step)
+
+
+def their_encoder(model: str, size: Any, how: str) -> Step:
+    """Hugging Face's BERT or T5."""
+    module, loss_of = encoder_contenders.hugging_face(model, size)
+    return torch_step(module, partial(loss_of, module), how)
+
+
+def prepare_one_process() -> None:
+    """Process groups of one rank, and the seed."""
+    from megatron.core import parallel_state
+    from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+
+    if not torch.distributed.is_initialized():
+        torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+        parallel_state.initialize_model_parallel()
+    model_parallel_cuda_manual_seed(1234)
+
+
+def scheduled_step(model: nn.Module, config: Any, forward_step: Callable[..., Any]) -> Step:
+    """A step of `model` by our schedule, data parallel buffers and optimizer."""
+    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+    from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+    from megatron.core.pipeline_parallel import get_forward_backward_func
+    from megatron.core.transformer.module import Float16Module
+
+    if config.bf16:
         model = Float16Module(config, model)
     model = DistributedDataParallel(config, DistributedDataParallelConfig(grad_reduce_in_fp32=True), model)
     optimizer = get_megatron_optimizer(
@@ -219,7 +262,7 @@ def ours(size: Size, how: str, *, llama: bool = False, compiled: bool = False) -
             weight_decay=DECAY,
             adam_beta2=0.95,
             clip_grad=CLIP,
-            bf16=half,
+            bf16=config.bf16,
             params_dtype=config.params_dtype,
         ),
         [model],
@@ -227,23 +270,14 @@ def ours(size: Size, how: str, *, llama: bool = False, compiled: bool = False) -
     config.finalize_model_grads_func = finalize_model_grads
     config.no_sync_func = model.no_sync
     config.grad_scale_func = optimizer.scale_loss
-    positions = torch.arange(LENGTH).expand(BATCH, -1)
     forward_backward = get_forward_backward_func()
 
-    def loss_func(losses: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        total, count = losses.sum(), torch.tensor(losses.numel(), dtype=torch.int)
-        return total, count, {"lm loss": torch.stack((total.detach(), count.float()))}
-
-    def forward_step(batch: Any, model: nn.Module) -> tuple[Tensor, Callable[..., Any]]:
-        ids, labels = next(batch)
-        return model(ids, positions, None, labels=labels), loss_func
-
-    def step(ids: Tensor, labels: Tensor) -> float:
+    def step(*batch: Any) -> float:
         model.zero_grad_buffer()
         optimizer.zero_grad()
         reports = forward_backward(
             forward_step_func=forward_step,
-            data_iterator=iter([(ids, labels)]),
+            data_iterator=iter([batch]),
             model=[model],
             num_microbatches=1,
             seq_length=LENGTH,
@@ -251,8 +285,7 @@ def ours(size: Size, how: str, *, llama: bool = False, compiled: bool = False) -
             forward_only=False,
         )
         optimizer.step()
-        total, count = reports[0]["lm loss"].tolist()
-        return total / count
+        return reports[0]["loss"].item()
 
     return step
 
@@ -277,6 +310,16 @@ CONTENDERS: dict[str, dict[str, tuple[Callable[[Size, str], Step], str]]] = {
     },
 }
 
+ENCODER_CONTENDERS = {"ours": our_encoder, "hugging face": their_encoder}
+
+
+def gpt_batches() -> Iterator[tuple[Tensor, Tensor]]:
+    """Random tokens and the tokens that follow them."""
+    generator = torch.Generator().manual_seed(2)
+    while True:
+        tokens = torch.randint(0, VOCAB, (BATCH, LENGTH + 1), generator=generator)
+        yield tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+
 
 # --- measuring ------------------------------------------------------------------------------------------
 
@@ -294,28 +337,39 @@ def gemm_peak(dtype: torch.dtype, seconds: float = 0.3) -> float:
     return count * 2 * n**3 / (time.process_time() - start)
 
 
-def measure(size: Size, number_type: str, rounds: int, warmup: int, names: list[str] | None) -> dict[str, Any]:
+def contenders(model: str, size: Any, number_type: str, names: list[str] | None) -> dict[str, Step]:
+    """The chosen contenders, ready to train."""
+    table: dict[str, tuple[Callable[..., Step], str]] = dict(CONTENDERS[number_type])
+    if model != "gpt":
+        table = {name: (partial(make, model), number_type) for name, make in ENCODER_CONTENDERS.items()}
+    steps = {}
+    for name, (make, how) in table.items():
+        if not names or name in names:
+            torch.manual_seed(1)
+            steps[name] = make(size, how)
+    return steps
+
+
+def measure(
+    model: str, size: Any, number_type: str, rounds: int, warmup: int, names: list[str] | None
+) -> dict[str, Any]:
     """Steps of all contenders in turn, `rounds` times."""
     dtype = torch.float32 if number_type == "fp32" else torch.bfloat16
-    chosen = {name: entry for name, entry in CONTENDERS[number_type].items() if not names or name in names}
-    steps = {}
-    for name, (make, how) in chosen.items():
-        torch.manual_seed(1)
-        steps[name] = make(size, how)
-    generator = torch.Generator().manual_seed(2)
+    steps = contenders(model, size, number_type, names)
+    batches = gpt_batches() if model == "gpt" else ((batch,) for batch in encoder_contenders.batches(model))
+    num_tokens = TOKENS if model == "gpt" else encoder_contenders.TOKENS[model]
     speeds: dict[str, list[float]] = {name: [] for name in steps}
     losses: dict[str, list[float]] = {name: [] for name in steps}
     peaks = []
     for i in range(warmup + rounds):
-        tokens = torch.randint(0, VOCAB, (BATCH, LENGTH + 1), generator=generator)
-        ids, labels = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+        batch = next(batches)
         for name, step in steps.items():
             start = time.process_time()
-            loss = step(ids, labels)
+            loss = step(*batch)
             elapsed = time.process_time() - start
             losses[name].append(loss)
             if i >= warmup:
-                speeds[name].append(TOKENS / elapsed)
+                speeds[name].append(num_tokens / elapsed)
         peaks.append(gemm_peak(dtype))
     peak = statistics.median(peaks)
     return {
@@ -324,7 +378,9 @@ def measure(size: Size, number_type: str, rounds: int, warmup: int, names: list[
             name: {
                 "tokens_per_cpu_second": statistics.median(values),
                 "all_rounds": values,
-                "share_of_gemm_peak": statistics.median(values) * size.flops_per_token / peak,
+                "share_of_gemm_peak": statistics.median(values) * size.flops_per_token / peak
+                if model == "gpt"
+                else None,
                 "first_and_last_loss": [losses[name][0], losses[name][-1]],
             }
             for name, values in speeds.items()
@@ -341,8 +397,9 @@ def show(title: str, result: dict[str, Any]) -> None:
     print(f"  {'':24}{'tokens/CPU-s':>14}{'of peak':>10}{'of best peer':>14}{'loss':>20}")
     for name, c in contenders.items():
         first, last = c["first_and_last_loss"]
+        share = "" if c["share_of_gemm_peak"] is None else f"{c['share_of_gemm_peak']:.1%}"
         print(
-            f"  {name:24}{c['tokens_per_cpu_second']:14.1f}{c['share_of_gemm_peak']:10.1%}"
+            f"  {name:24}{c['tokens_per_cpu_second']:14.1f}{share:>10}"
             f"{c['tokens_per_cpu_second'] / best:14.3f}{first:11.4f} ->{last:7.4f}"
         )
     sys.stdout.flush()
@@ -364,7 +421,8 @@ def machine() -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES))
+    parser.add_argument("--model", choices=["gpt", *encoder_contenders.SIZES], default="gpt")
+    parser.add_argument("--sizes", nargs="+", help="of the model; default: all that it has")
     parser.add_argument("--types", nargs="+", choices=CONTENDERS, default=list(CONTENDERS))
     parser.add_argument("--contenders", nargs="+", help="only these, by name")
     parser.add_argument("--rounds", type=int, default=5)
@@ -375,16 +433,19 @@ def main() -> None:
     if args.allocator == "keep" and not keep_freed_memory():
         print("this C library cannot be asked to keep freed memory")
     results = []
-    for size in args.sizes:
+    sizes: dict[str, Any] = dict(SIZES if args.model == "gpt" else encoder_contenders.SIZES[args.model])
+    if unknown := set(args.sizes or ()) - sizes.keys():
+        parser.error(f"--model {args.model} has no size {', '.join(sorted(unknown))}; it has {', '.join(sizes)}")
+    for size in args.sizes or sizes:
         for number_type in args.types:
-            result = measure(SIZES[size], number_type, args.rounds, args.warmup, args.contenders)
-            shape = SIZES[size]
-            show(f"{shape.layers} layers, hidden {shape.hidden}, {number_type}", result)
+            shape = sizes[size]
+            result = measure(args.model, shape, number_type, args.rounds, args.warmup, args.contenders)
+            show(f"{args.model}, {shape.layers} layers, hidden {shape.hidden}, {number_type}", result)
             results.append({"size": asdict(shape), "type": number_type, **result})
             gc.collect()
     if args.output:
         settings = {"sequence": LENGTH, "microbatch": BATCH, "vocabulary": VOCAB, "rounds": args.rounds}
-        settings["allocator"] = args.allocator
+        settings |= {"allocator": args.allocator, "model": args.model}
         args.output.parent.mkdir(parents=True, exist_ok=True)
         args.output.write_text(json.dumps({"machine": machine(), "settings": settings, "results": results}, indent=1))
 

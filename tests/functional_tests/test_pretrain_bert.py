@@ -68,7 +68,7 @@ def test_numbers_equal_one_process(layout: str, data: str, expected: list[dict],
 
 def test_resume_is_bit_exact_without_a_binary_head(data: str, tmp_path: Path) -> None:
     whole, parts, save = tmp_path / "whole.jsonl", tmp_path / "parts.jsonl", tmp_path / "save"
-    common = "--bert-no-binary-head --bf16 --eval-iters 0"
+    common = "--bert-no-binary-head --bf16 --cross-entropy-loss-fusion --eval-iters 0"
     pretrain_bert(1, data, f"{common} --metrics-jsonl {whole}")
     halfway = f"{common} --save {save} --save-interval {STEPS // 2} --metrics-jsonl {parts}"
     pretrain_bert(1, data, f"{halfway} --exit-interval {STEPS // 2}")

@@ -14,6 +14,11 @@ from megatron.core.device import to_computing_type
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x Wᵀ + b in the type of x, computed in whatever type is fast."""
     wide = to_computing_type(x)
+    if wide is x and bias is not None and not torch.is_grad_enabled():
+        # torch's own is a view of a matrix, which nobody may overwrite once an autograd function has returned it.
+        y = x.new_empty(*x.shape[:-1], weight.size(0))
+        torch.addmm(bias, x.reshape(-1, x.size(-1)), weight.t(), out=y.view(-1, y.size(-1)))
+        return y
     if wide is x:
         return F.linear(x, weight, bias)
     return F.linear(wide, weight.float(), None if bias is None else bias.float()).to(x.dtype)

@@ -39,6 +39,7 @@ class Layout:
     recompute: bool = False
     positions: str = "relative"
     tied: bool = True
+    fused_loss: bool = False
 
     @property
     def model_ranks(self) -> int:
@@ -84,6 +85,7 @@ def build(layout: Layout) -> T5Model:
             pipeline_dtype=torch.float32,
             pipeline_schedule=layout.schedule if stages > 1 or before else "auto",
             deallocate_pipeline_outputs=True,
+            cross_entropy_loss_fusion=layout.fused_loss,
             recompute_granularity="full" if layout.recompute else None,
             recompute_method="uniform" if layout.recompute else None,
             recompute_num_layers=1 if layout.recompute else None,
@@ -158,7 +160,7 @@ def expected() -> dict[tuple[str, bool], list[float]]:
 
 LAYOUTS = {
     "tp2": (2, Layout(tp=2)),
-    "tp2-sp-recompute": (2, Layout(tp=2, sp=True, recompute=True)),
+    "tp2-sp-recompute": (2, Layout(tp=2, sp=True, recompute=True, fused_loss=True)),
     "dp2-distopt": (2, Layout(dist_opt=True, positions="learned_absolute", tied=False)),
     "pp1+1-recompute": (2, Layout(encoder_pp=1, recompute=True)),
     "learned-untied-pp2+2": (4, Layout(encoder_pp=2, pp=2, positions="learned_absolute", tied=False)),
