@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from megatron.training.capabilities import capabilities_not_built
-from megatron.training.config.flags import all_flags
+from megatron.training.config.flags import Flag, all_flags
 from megatron.training.settings import refuse_unless, warn
 
 REPLACEMENTS = {
@@ -24,6 +24,16 @@ ACCEPTED_WITHOUT_EFFECT = (
     "tp_comm_bootstrap_backend",
 )
 """Documented flags that ask for what is done anyway, or for less work than is done; results are the same."""
+
+HIDDEN_WITH_EFFECT = ("enable_msc",)
+"""Flags without documentation of which this is not so."""
+
+
+def is_without_effect(flag: Flag) -> bool:
+    """Whether setting the flag is accepted and changes nothing."""
+    if flag.dest in HIDDEN_WITH_EFFECT or flag.dest in capabilities_not_built():
+        return False
+    return flag.hidden or flag.dest in ACCEPTED_WITHOUT_EFFECT
 
 
 def refuse_replaced_flags(args: argparse.Namespace) -> None:
@@ -51,14 +61,10 @@ def expand_recompute_activations(args: argparse.Namespace) -> None:
 
 def warn_of_flags_without_effect(args: argparse.Namespace) -> None:
     """Flags that nothing here corresponds to are accepted, and named in one line."""
-    refused = capabilities_not_built()
     given = [
         flag.names[0]
         for flag in all_flags().values()
-        if (flag.hidden or flag.dest in ACCEPTED_WITHOUT_EFFECT)
-        and flag.dest not in refused
-        and hasattr(args, flag.dest)
-        and getattr(args, flag.dest) != flag.default
+        if is_without_effect(flag) and hasattr(args, flag.dest) and getattr(args, flag.dest) != flag.default
     ]
     if given:
         warn(args, f"accepted without effect: {' '.join(given)}")

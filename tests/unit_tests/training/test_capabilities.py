@@ -15,19 +15,13 @@ from megatron.training.capabilities import (
     refuse_capabilities_not_built,
 )
 from megatron.training.config.flags import Flag, all_flags
-from megatron.training.rules.replaced import ACCEPTED_WITHOUT_EFFECT, REPLACEMENTS
+from megatron.training.rules.replaced import REPLACEMENTS, is_without_effect
 from megatron.training.settings import ConfigurationError
 from tests.unit_tests.training.settings_for_tests import parsed, validated
 
 NOT_BUILT = sorted(capabilities_not_built())
 REPLACED = (*REPLACEMENTS, "checkpoint_activations")
-WITHOUT_EFFECT = [
-    flag
-    for flag in all_flags().values()
-    if (flag.hidden or flag.dest in ACCEPTED_WITHOUT_EFFECT)
-    and flag.dest not in capabilities_not_built()
-    and flag.dest not in REPLACED
-]
+WITHOUT_EFFECT = [flag for flag in all_flags().values() if is_without_effect(flag) and flag.dest not in REPLACED]
 
 
 def words_for(flag: Flag) -> list[str]:
@@ -137,9 +131,9 @@ def test_flag_without_effect_is_named_in_one_warning(flag: Flag, caplog: pytest.
 
 def test_many_flags_without_effect_make_one_warning(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
-        validated("--log-straggler --use-mcore-models --ckpt-fully-parallel-save --disable-msc")
+        validated("--log-straggler --use-mcore-models --ckpt-fully-parallel-save")
     (record,) = caplog.records
-    for flag in ("--log-straggler", "--use-mcore-models", "--ckpt-fully-parallel-save", "--disable-msc"):
+    for flag in ("--log-straggler", "--use-mcore-models", "--ckpt-fully-parallel-save"):
         assert flag in record.message
 
 

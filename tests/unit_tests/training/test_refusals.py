@@ -137,6 +137,20 @@ REFUSED: list[tuple[Any, str, str, str]] = [
         r"1 processes \(WORLD_SIZE\) do not divide by --tensor-model-parallel-size 2 = 2",
         SMALL_GPT,
     ),
+    (
+        data.require_cache_for_object_storage,
+        "--data-path s3://bucket/text",
+        "s3://bucket/text lies in object storage; --object-storage-cache-path names",
+        REAL_DATA,
+    ),
+    (data.require_validation_sets, "--multiple-validation-sets", "needs the sets: name them", SMALL_GPT),
+    (
+        data.require_validation_sets,
+        "--full-validation --dataloader-type external",
+        "--dataloader-type external has none",
+        SMALL_GPT,
+    ),
+    (checkpoint.require_expressible, "--hf-model-type llama", "has no effect without --save-hf", SMALL_GPT),
     (layout.require_world_fits_layout, "--pipeline-model-parallel-size 0", "must be at least 1", SMALL_GPT),
     (
         data.require_one_data_source,
