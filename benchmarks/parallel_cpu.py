@@ -166,13 +166,14 @@ def bubbles(steps: list[dict[str, Any]]) -> dict[str, Any]:
     """Idle shares of a pipeline, and of its step that was disturbed least."""
     calmest = max(steps, key=lambda step: step["processor share of computations"])
     names = {
+        "without transfers": "undisturbed bubble without transfers",
         "undisturbed": "undisturbed bubble",
         "even": "planned bubble with even stages",
         "by clock": "measured bubble",
     }
     found: dict[str, Any] = {name: median_of(steps, key) for name, key in names.items()}
-    found["undisturbed to even"] = statistics.median(
-        step["undisturbed bubble"] / step["planned bubble with even stages"] for step in steps
+    found["without transfers to even"] = statistics.median(
+        step["undisturbed bubble without transfers"] / step["planned bubble with even stages"] for step in steps
     )
     found["calmest step"] = {name: calmest[key] for name, key in names.items()}
     found["calmest step"]["processor share"] = calmest["processor share of computations"]
@@ -192,13 +193,15 @@ def show(rows: list[dict[str, Any]]) -> None:
         )
     print(
         f"\n{'idle share':26}"
-        + "".join(f"{head:>13}" for head in ("even", "undisturbed", "ratio", "by clock", "calmest"))
+        + "".join(f"{head:>13}" for head in ("even", "no transfers", "ratio", "undisturbed", "by clock"))
     )
     for row in rows:
         if bubble := row.get("bubble"):
-            ratio, calmest = bubble["undisturbed to even"], bubble["calmest step"]["by clock"]
-            shares = f"{bubble['even']:13.2%}{bubble['undisturbed']:13.2%}{ratio:13.3f}{bubble['by clock']:13.2%}"
-            print(f"{row['layout']:26}{shares}{calmest:13.2%}")
+            shares = (bubble["undisturbed"], bubble["by clock"])
+            first = (
+                f"{bubble['even']:13.2%}{bubble['without transfers']:13.2%}{bubble['without transfers to even']:13.3f}"
+            )
+            print(f"{row['layout']:26}{first}" + "".join(f"{share:13.2%}" for share in shares))
 
 
 def machine() -> dict[str, Any]:

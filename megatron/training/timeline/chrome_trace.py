@@ -57,6 +57,7 @@ def numbers_of(step: MeasuredStep) -> dict[str, float | None]:
         "waiting for transfers": step.share("p2p"),
         "measured bubble": step.measured_bubble,
         "undisturbed bubble": alone and alone.bubble,
+        "undisturbed bubble without transfers": alone and alone.bubble_without_transfers,
         "planned bubble": step.planned.bubble_fraction,
         "planned bubble with even stages": alone and alone.even_bubble,
         "planned bubble with equal stages": step.ideal_bubble,

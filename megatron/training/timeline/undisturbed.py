@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from megatron.core.pipeline_parallel.plan import PipelinePlan
 from megatron.core.pipeline_parallel.schedule import Compute
@@ -52,7 +52,9 @@ class Undisturbed:
     """Idle shares of the step, averaged over its pipelines."""
 
     bubble: float
-    """As the step would have gone."""
+    """As the step would have gone, if transfers take as long as the quickest one did."""
+    bubble_without_transfers: float
+    """The same if they take no time: what can be said where even the quickest waited for a processor."""
     even_bubble: float
     """Of the schedule alone, if every stage took the mean time of each kind of computation."""
 
@@ -67,6 +69,7 @@ def undisturbed(step: MeasuredStep) -> Undisturbed | None:
     times = [processor_times(ranks, step.plan) for ranks in pipelines]
     return Undisturbed(
         statistics.fmean(step.plan.timeline(one).bubble_fraction for one in times),
+        statistics.fmean(step.plan.timeline(replace(one, transfer=0.0)).bubble_fraction for one in times),
         statistics.fmean(step.plan.timeline(one.even()).bubble_fraction for one in times),
     )
 
@@ -98,7 +101,7 @@ def processor_times(ranks: Sequence[RankSpans], plan: PipelinePlan) -> Processor
 
 
 def _transfer_seconds(ranks: Sequence[RankSpans], plan: PipelinePlan) -> float:
-    """The lower quartile: others were delayed by more than the transfer. 0 if nobody waited."""
+    """The quickest: others were delayed by more than the transfer. 0 if nobody waited."""
     placement = plan.request.placement
     ends = {
         (span.kind == "F", span.microbatch, placement.stage_of(stage, span.chunk or 0)): span.end
@@ -115,4 +118,4 @@ def _transfer_seconds(ranks: Sequence[RankSpans], plan: PipelinePlan) -> float:
             if span.kind != "W" and ready is not None and free < ready <= span.start:
                 found.append(span.start - ready)
             free = span.end
-    return sorted(found)[len(found) // 4] if found else 0.0
+    return min(found, default=0.0)

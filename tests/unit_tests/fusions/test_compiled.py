@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -90,20 +91,33 @@ def test_numbers_stay_with_activations_on_the_host(traced: None, monkeypatch: py
     torch.testing.assert_close(train({}, torch_compile=True, **GPT2, **away), train({}, **GPT2))
 
 
-def check_layout() -> None:
+@contextmanager
+def tracing() -> Iterator[None]:
+    """What the fixture `traced` does, on a rank."""
     compiled.BACKEND, compiled.SLOWER_ON_CPU, default = "aot_eager", (), compiled.SLOWER_ON_CPU
     try:
-        parallel_state.initialize_model_parallel(2)
-        layout = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
-        expected = train(layout, **LLAMA)
-        torch.testing.assert_close(train(layout, torch_compile=True, **LLAMA, **SELECTIVE), expected)
+        yield
     finally:
         compiled.BACKEND, compiled.SLOWER_ON_CPU = "inductor", default
         torch._dynamo.reset()
 
 
+def check_layout(layout: dict[str, Any], memory: dict[str, Any]) -> None:
+    sizes = {name: layout[name] for name in layout if name.endswith("_size")}
+    parallel_state.initialize_model_parallel(**sizes)
+    with tracing():
+        expected = train(layout, **LLAMA)
+        torch.testing.assert_close(train(layout, torch_compile=True, **LLAMA, **memory), expected)
+
+
 def test_numbers_stay_under_sequence_parallelism() -> None:
-    run_ranks(2, check_layout, timeout=240)
+    run_ranks(2, check_layout, {"tensor_model_parallel_size": 2, "sequence_parallel": True}, SELECTIVE, timeout=240)
+
+
+@pytest.mark.slow
+def test_numbers_stay_under_context_parallelism() -> None:
+    """Attention communicates outside of the regions; the rotation is of this rank's tokens."""
+    run_ranks(2, check_layout, {"context_parallel_size": 2}, {}, timeout=600)
 
 
 def test_all_layers_share_one_compilation(traced: None, monkeypatch: pytest.MonkeyPatch) -> None:

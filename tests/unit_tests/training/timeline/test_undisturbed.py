@@ -77,6 +77,7 @@ def test_transfers_are_waited_for() -> None:
     ranks = replace(step.ranks[0], spans=(forward, back)), replace(step.ranks[1], spans=there)
     found = undisturbed(replace(step, ranks=ranks))
     assert found is not None and found.bubble == pytest.approx(1 - 6.0 / (2 * 7.0))  # 6 ms of work, 1 ms of transfers
+    assert found.bubble_without_transfers == pytest.approx(1 / 2)
 
 
 def test_unknown_where_processor_time_does_not_tell() -> None:
