@@ -14,11 +14,14 @@ STEPS = 6
 FSDP = "--use-torch-fsdp2 --no-gradient-accumulation-fusion"
 LLAMA = (
     "--normalization RMSNorm --swiglu --position-embedding-type rope --disable-bias-linear --qk-layernorm "
-    "--untie-embeddings-and-output-weights --group-query-attention --num-query-groups 2"
+    "--group-query-attention --num-query-groups 2"
 )
+UNTIED = "--untie-embeddings-and-output-weights"
+TIED = "--position-embedding-type learned_absolute"
+"""Instead of `UNTIED`: with embeddings of positions, too."""
 EXACT = "--attention-dropout 0 --hidden-dropout 0"
 
-PLAIN = {"fp32": "", "bf16": "--bf16", "per-token": "--calculate-per-token-loss"}
+PLAIN = {"fp32": "", "bf16": "--bf16", "per-token": "--calculate-per-token-loss", "tied": TIED}
 OPTIONS: dict[str, tuple[str, int, str]] = {
     # name: (the plain run it equals, ranks, flags)
     "dp2-kept-gathered": ("fp32", 2, "--torch-fsdp2-no-reshard-after-forward"),
@@ -31,13 +34,23 @@ OPTIONS: dict[str, tuple[str, int, str]] = {
     "dp2-recompute": ("fp32", 2, "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"),
     "dp2-bf16-meta": ("bf16", 2, "--init-model-with-meta-device"),
     "dp2-per-token": ("per-token", 2, ""),
+    "dp2-tied-meta": ("tied", 2, "--init-model-with-meta-device"),
+    "dp2-tp2-tied-recompute": (
+        "tied",
+        4,
+        "--tensor-model-parallel-size 2 --recompute-granularity full --recompute-method uniform "
+        "--recompute-num-layers 1",
+    ),
 }
 
 
 def run(tmp_path: Path, name: str, ranks: int, flags: str) -> list[dict[str, Any]]:
     """Rows of a run that also evaluates, at full precision."""
     path = tmp_path / f"{name}.jsonl"
-    common = f"--train-iters {STEPS} {EXACT} {LLAMA} --log-params-norm --log-num-zeros-in-grad --eval-interval 2"
+    untied = "" if TIED in flags else UNTIED
+    common = (
+        f"--train-iters {STEPS} {EXACT} {LLAMA} {untied} --log-params-norm --log-num-zeros-in-grad --eval-interval 2"
+    )
     pretrain_gpt(ranks, f"{common} --global-batch-size 6 --eval-iters 1 {flags} --metrics-jsonl {path}")
     return metrics(path)
 
@@ -65,7 +78,8 @@ def test_equals_plain_training(name: str, plain: dict[str, list], tmp_path: Path
 
 
 @pytest.mark.parametrize(
-    ("ranks", "flags"), [(2, ""), (2, "--bf16"), (4, "--tensor-model-parallel-size 2 --sequence-parallel")]
+    ("ranks", "flags"),
+    [(2, UNTIED), (2, f"{UNTIED} --bf16"), (4, f"{UNTIED} --tensor-model-parallel-size 2 --sequence-parallel")],
 )
 def test_resume_is_bit_exact(ranks: int, flags: str, tmp_path: Path) -> None:
     common = f"--train-iters {STEPS} {LLAMA} {FSDP} {flags} --log-params-norm"
@@ -94,7 +108,7 @@ STAGES = [
 @pytest.mark.parametrize("precision", ["", "--bf16"], ids=["fp32", "bf16"])
 def test_checkpoints_move_between_forms_of_data_parallelism(precision: str, tmp_path: Path) -> None:
     steps = 2 * len(STAGES)
-    flags = f"--train-iters {steps} {EXACT} {LLAMA} {precision} --global-batch-size 6 --lr-decay-style cosine"
+    flags = f"--train-iters {steps} {EXACT} {LLAMA} {UNTIED} {precision} --global-batch-size 6 --lr-decay-style cosine"
     whole, parts = tmp_path / "whole.jsonl", tmp_path / "parts.jsonl"
     pretrain_gpt(1, f"{flags} --metrics-jsonl {whole}")
     save = f"--save {tmp_path / 'save'} --save-interval 2 --metrics-jsonl {parts}"

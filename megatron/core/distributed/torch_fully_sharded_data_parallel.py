@@ -44,7 +44,8 @@ class TorchFullyShardedDataParallel(_BaseDataParallel):
             time.
         sub_modules_to_wrap: classes of the units; default those with an attribute `fsdp_unit`: transformer layers,
             the embedding, column-parallel linear layers (that are not part of another unit). A module may name more
-            classes in an attribute `_fsdp_modules`.
+            classes in an attribute `_fsdp_modules`. What holds a tied embedding is part of the root, whose weights
+            stay gathered from the first use to the last.
         process_group: ranks to cut over; default data × context parallel.
     """
 
@@ -71,9 +72,13 @@ class TorchFullyShardedDataParallel(_BaseDataParallel):
         named_by_modules = (unit for m in module.modules() for unit in getattr(m, "_fsdp_modules", ()))
         classes = (*(sub_modules_to_wrap or ()), *named_by_modules)
         by_default = sub_modules_to_wrap is None
-        self.units = list(
-            outermost(module, lambda m: isinstance(m, classes) or (by_default and getattr(m, "fsdp_unit", False)))
-        )
+        tied = tied_weights(self.bare)
+
+        def is_unit(m: nn.Module) -> bool:
+            wanted = isinstance(m, classes) or (by_default and getattr(m, "fsdp_unit", False))
+            return wanted and tied.isdisjoint(m.parameters())
+
+        self.units = list(outermost(module, is_unit))
         options: dict[str, Any] = {
             "mesh": DeviceMesh.from_group(group, device.device_type(), mesh_dim_names=("dp_cp",)),
             "mp_policy": self._precision(compute_dtype),
@@ -183,6 +188,13 @@ class TorchFullyShardedDataParallel(_BaseDataParallel):
         with torch.no_grad():
             for one, value in rows_with_values(self.rows, state_dict, strict):
                 one.local.copy_(value)
+
+
+def tied_weights(model: nn.Module) -> set[nn.Parameter]:
+    """The embedding that a model also uses as its output layer, if it does."""
+    if not getattr(model, "share_embeddings_and_output_weights", False):
+        return set()
+    return {model.shared_embedding_or_output_weight()}  # type: ignore[operator]
 
 
 def outermost(module: nn.Module, is_unit: Callable[[nn.Module], bool]) -> Iterator[nn.Module]:

@@ -72,7 +72,6 @@ def require_torch_fsdp_fits(args: argparse.Namespace) -> None:
         "fused gradients (pass --no-gradient-accumulation-fusion)": args.gradient_accumulation_fusion,
         f"--ckpt-format {args.ckpt_format} (use torch_dist or torch_dcp)": args.ckpt_format
         not in ("torch_dist", "torch_dcp"),
-        "tied embeddings (pass --untie-embeddings-and-output-weights)": (not args.untie_embeddings_and_output_weights),
         "--fp16": args.fp16,
         "--data-parallel-random-init": args.data_parallel_random_init,
         "--check-for-large-grads": args.check_for_large_grads,
