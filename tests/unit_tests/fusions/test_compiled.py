@@ -6,6 +6,7 @@ Most tests trace and differentiate the regions as `torch.compile` does but leave
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,6 +26,7 @@ from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.training.settings import ConfigurationError
+from tests.functional_tests.program import TINY, run_program
 from tests.unit_tests.training.settings_for_tests import validated
 from tests.worker_pool import run_ranks
 
@@ -118,6 +120,22 @@ def test_numbers_stay_under_sequence_parallelism() -> None:
 def test_numbers_stay_under_context_parallelism() -> None:
     """Attention communicates outside of the regions; the rotation is of this rank's tokens."""
     run_ranks(2, check_layout, {"context_parallel_size": 2}, {}, timeout=600)
+
+
+def losses_fully_sharded(flags: str) -> str:
+    """What pretrain_gpt.py prints with FSDP2."""
+    with tracing():
+        sharded = "--use-torch-fsdp2 --no-gradient-accumulation-fusion --untie-embeddings-and-output-weights"
+        words = f"--train-iters 3 {sharded} --swiglu --normalization RMSNorm {flags}".split()
+        return run_program("pretrain_gpt.py", [*TINY, *words])
+
+
+@pytest.mark.slow
+def test_numbers_stay_fully_sharded() -> None:
+    """Each layer's weights are whole while it runs, and another tensor every time."""
+    plain, other = (run_ranks(2, losses_fully_sharded, flags, timeout=600) for flags in ("", "--torch-compile"))
+    found, expected = (re.findall(r"lm loss: (\S+) .*?grad norm: (\S+)", "".join(said)) for said in (other, plain))
+    assert len(expected) == 3 and found == expected
 
 
 def test_all_layers_share_one_compilation(traced: None, monkeypatch: pytest.MonkeyPatch) -> None:
