@@ -92,6 +92,10 @@ def _explanation(args: Any, num_microbatches: int | None) -> list[str]:
 
 def _weights_and_optimizer(args: Any) -> float:
     bytes_each = 6 + 12 / args.data_parallel_size if args.use_distributed_optimizer else 18
+    if getattr(args, "use_precision_aware_optimizer", False) and args.bf16:
+        main = 2  # the 16 bits that bf16 lacks, or fp16
+        state = main + args.exp_avg_dtype.itemsize + args.exp_avg_sq_dtype.itemsize
+        bytes_each = 2 + args.main_grads_dtype.itemsize + state / args.data_parallel_size
     return count_parameters(args).most_loaded_shard * bytes_each
 
 

@@ -95,3 +95,14 @@ def test_verbose_report_of_one_rank() -> None:
         "Total number of parameters",
         "Number of parameters in most loaded shard",
     ]
+
+
+def test_types_of_the_optimizers_state_count() -> None:
+    """2 for bf16 weights, 2 for their gradients, and of main weights, fp8 and bf16 moments each rank's half."""
+    aware = "--bf16 --use-distributed-optimizer --use-precision-aware-optimizer --main-grads-dtype bf16"
+    args = validated(f"{aware} --exp-avg-dtype fp8 --exp-avg-sq-dtype bf16", world_size=2).variant(
+        padded_vocab_size=128
+    )
+    plain = validated("--bf16 --use-distributed-optimizer", world_size=2).variant(padded_vocab_size=128)
+    ratio = theoretical_memory(args).weights_and_optimizer / theoretical_memory(plain).weights_and_optimizer
+    assert ratio == (2 + 2 + (2 + 1 + 2) / 2) / (6 + 12 / 2)
