@@ -40,8 +40,6 @@ ARGUMENTS_NOT_BUILT: dict[str, str] = {
     "gradient_reduce_div_fusion": "fully sharded data parallelism other than torch's",
     "suggested_communication_unit_size": "fully sharded data parallelism other than torch's",
     "keep_fp8_transpose_cache_when_using_custom_fsdp": "fully sharded data parallelism other than torch's",
-    "ckpt_convert_format": "conversion of checkpoints",
-    "ckpt_convert_save": "conversion of checkpoints",
     "load_model_opt_format": "quantization and distillation",
     "enable_experimental": "experimental functions",
     "hybrid_attention_ratio": "hybrid models",
@@ -85,6 +83,7 @@ VALUES_NOT_BUILT: dict[str, tuple[Used, str]] = {
     "cross_entropy_fusion_impl": (lambda value: value == "te", "Transformer Engine's loss"),
     "async_strategy": (lambda value: value == "nvrx", "the package nvidia_resiliency_ext; use mcore or thread"),
     "ckpt_format": (lambda value: value in ("zarr", "torch_dcp"), "this checkpoint format"),
+    "ckpt_convert_format": (lambda value: value == "zarr", "this checkpoint format"),
     "tokenizer_type": (
         lambda value: value in TOKENIZERS_NOT_BUILT,
         "this tokenizer",

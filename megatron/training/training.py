@@ -11,6 +11,7 @@ from typing import Any
 from megatron.core.enums import ModelType
 from megatron.core.num_microbatches_calculator import get_num_microbatches, update_num_microbatches
 from megatron.core.utils import get_model_config
+from megatron.training.checkpoint.convert_format import convert_format
 from megatron.training.checkpoint.data import restore_position
 from megatron.training.checkpoint.hf import save_hf
 from megatron.training.checkpoint.load import load_run
@@ -137,6 +138,10 @@ def set_up(
     state = load(args, model, optimizer, scheduler)
     timers("load-checkpoint").stop(barrier=True)
     set_train_state(state)
+    if args.ckpt_convert_format:
+        convert_format(args, state, model, optimizer, scheduler)
+        close_program()
+        sys.exit(0)
     update_num_microbatches(state.consumed_train_samples, consistency_check=False)
     print_datetime("after model, optimizer, and learning rate scheduler are built")
     timers("train/valid/test-data-iterators-setup", log_level=0).start(barrier=True)

@@ -24,7 +24,8 @@ def known_flags() -> set[str]:
     flags = {name for action in build_parser()._actions for name in action.option_strings}
     tokenizer_flags = ROOT / "megatron/training/tokenizer/flags.py"
     recorder = ROOT / "tests/functional_tests/equivalence/record.py"
-    for program in [*(path for folder in PROGRAMS for path in ROOT.glob(f"{folder}/*.py")), tokenizer_flags, recorder]:
+    programs = [path for folder in PROGRAMS for path in ROOT.glob(f"{folder}/**/*.py")]
+    for program in [*programs, tokenizer_flags, recorder]:
         flags |= set(re.findall(r'"(--[a-z][\w-]*)"', program.read_text()))
     return flags | ELSEWHERE
 

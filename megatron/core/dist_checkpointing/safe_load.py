@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import argparse
 import collections
+import contextlib
 import enum
 import io
 import pathlib
 import pickle
+import pickletools
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +22,7 @@ from typing import IO, Any
 
 import numpy as np
 import torch
+from torch._weights_only_unpickler import _get_allowed_globals  # what `weights_only` loads without being told
 
 from .core import CheckpointingException
 
@@ -131,7 +134,7 @@ def safe_torch_load(
     with torch.serialization.safe_globals(known):
         try:
             require_plain_archive(file)
-            unknown = torch.serialization.get_unsafe_globals_in_checkpoint(file)
+            unknown = unknown_names(file)
             if not isinstance(source, (str, Path)):
                 file.seek(0)
             stubs: list[Any] = [(stub_class(path), path) for path in unknown]
@@ -141,6 +144,26 @@ def safe_torch_load(
             raise
         except Exception as error:
             raise CheckpointingException(f"{name} cannot be read ({first_line(error)})") from error
+
+
+def unknown_names(file: Any) -> list[str]:
+    """Dotted paths in a file that torch's restricted reader does not know. Rewinds nothing."""
+    if zipfile.is_zipfile(file):
+        return torch.serialization.get_unsafe_globals_in_checkpoint(file)
+    known = _get_allowed_globals().keys() | known_names().keys()
+    with open(file, "rb") if isinstance(file, (str, Path)) else contextlib.nullcontext(file) as content:
+        content.seek(0)
+        return sorted(path for path in _names_before_zip(content) if path not in known)
+
+
+def _names_before_zip(file: IO[bytes]) -> set[str]:
+    """What the file's four pickles mention: the format before zip files, of protocol 2. Runs nothing."""
+    names: set[str] = set()
+    for _ in range(4):
+        for operation, argument, _position in pickletools.genops(file):
+            if operation.name == "GLOBAL":
+                names.add(str(argument).replace(" ", "."))
+    return names
 
 
 def require_plain_archive(file: Any) -> None:

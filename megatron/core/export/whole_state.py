@@ -93,6 +93,28 @@ class WithVocabulary(WholeState):
         return tensor[: self.rows] if missing < 0 else tensor
 
 
+class Cast(WholeState):
+    """`state` with its floating-point tensors in another type."""
+
+    def __init__(self, state: WholeState, dtype: torch.dtype) -> None:
+        self.state, self.dtype = state, dtype
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.state)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.state
+
+    def meta(self, name: str) -> Tensor:
+        return self._cast(self.state.meta(name))
+
+    def read(self, name: str) -> Tensor:
+        return self._cast(self.state.read(name))
+
+    def _cast(self, tensor: Tensor) -> Tensor:
+        return tensor.to(self.dtype) if tensor.is_floating_point() else tensor
+
+
 class Stacked(NamedTuple):
     """Where a tensor lies in a sharded checkpoint of equal layers."""
 

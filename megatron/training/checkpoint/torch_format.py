@@ -127,4 +127,6 @@ def load_torch_optimizer(directory: Path, args: argparse.Namespace, state_dict: 
     """Restore the optimizer from this rank's files."""
     optimizer.load_state_dict(state_dict["optimizer"])
     if args.use_distributed_optimizer:
-        optimizer.load_parameter_state(str(directory / OWN_PLACE.directory_name() / DISTRIB_OPTIM_FNAME))
+        older = bool(getattr(args, "ckpt_convert_update_legacy_dist_opt_format", False))
+        path = directory / OWN_PLACE.directory_name() / DISTRIB_OPTIM_FNAME
+        optimizer.load_parameter_state(str(path), update_legacy_format=older)

@@ -64,10 +64,12 @@ class CheckpointConfig:
     """Format of checkpoints; torch_dist and safetensors load into any parallel layout."""
     ckpt_verify: Literal["checksums", "sizes"] = "checksums"
     """What of a checkpoint's files is compared with its manifest before it is loaded."""
-    ckpt_convert_format: Literal["torch", "torch_dist", "zarr"] | None = None
+    ckpt_convert_format: Literal["torch", "torch_dist", "safetensors", "zarr"] | None = None
     """Convert the loaded checkpoint to this format and stop."""
     ckpt_convert_save: str | None = None
-    """Folder for the converted checkpoint."""
+    """Folder for the converted checkpoint, which lies in a folder of the format's name in it."""
+    ckpt_convert_update_legacy_dist_opt_format: bool = False
+    """Read the distributed optimizer's state of a checkpoint of format torch from before February 2024."""
     ckpt_fully_parallel_save_deprecated: bool = False
     """No effect: saving is shared among data parallel ranks anyway."""
     ckpt_fully_parallel_save: bool = True

@@ -30,7 +30,6 @@ class NoEffectConfig:
     use_legacy_models: bool = False
     use_dist_ckpt_deprecated: bool = False
     dist_ckpt_format_deprecated: str | None = None
-    ckpt_convert_update_legacy_dist_opt_format: bool = False
     lazy_mpu_init: bool | None = None
     adlr_autoresume: bool = False
     adlr_autoresume_interval: int = 1000

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+from pathlib import Path
 
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.export import NotExpressible, family_of_settings
@@ -21,7 +22,14 @@ def require_conversion_paths(args: argparse.Namespace) -> None:
             f"--ckpt-convert-format {args.ckpt_convert_format} needs --load (what to convert) and "
             "--ckpt-convert-save (where to write it)",
         )
+        target = Path(args.ckpt_convert_save) / args.ckpt_convert_format
+        same = [name for name in ("load", "save") if getattr(args, name) and Path(getattr(args, name)) == target]
+        refuse_unless(
+            not same, f"--ckpt-convert-save would write into {target}, which is --{' and --'.join(same)} of this run"
+        )
         args.exit_on_missing_checkpoint = True
+    elif args.ckpt_convert_save is not None:
+        warn(args, f"--ckpt-convert-save {args.ckpt_convert_save} has no effect without --ckpt-convert-format")
 
 
 def require_load_for_checkpoint_args(args: argparse.Namespace) -> None:
@@ -80,7 +88,7 @@ def require_dist_format_without_gloo(args: argparse.Namespace) -> None:
     """The `torch` format collects the sharded optimizer in host memory, over gloo."""
     if args.use_distributed_optimizer and not args.enable_gloo_process_groups:
         refuse_unless(
-            args.use_dist_ckpt,
+            args.use_dist_ckpt and args.ckpt_convert_format != "torch",
             "--disable-gloo-process-groups with --use-distributed-optimizer needs --ckpt-format torch_dist",
         )
 

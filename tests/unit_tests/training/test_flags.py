@@ -62,7 +62,11 @@ ADDED_FLAGS = {
     "--no-cpu-offloading-activations",
     "--cpu-offloading-weights",
 }
-ADDED_CHOICES = {"position_embedding_type": {"yarn"}, "ckpt_format": {"safetensors"}}
+ADDED_CHOICES = {
+    "position_embedding_type": {"yarn"},
+    "ckpt_format": {"safetensors"},
+    "ckpt_convert_format": {"safetensors"},
+}
 
 
 @pytest.fixture(scope="module")

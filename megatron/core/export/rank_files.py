@@ -1,0 +1,245 @@
+"""The `torch` format, one file for each place in the model-parallel grid, as whole tensors, and written from them.
+
+Files are mapped: a tensor costs memory when it is read. Writing makes files of holes and fills them parameter by
+parameter.
+"""
+
+from __future__ import annotations
+
+import mmap
+import re
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron.core.dist_checkpointing.core import CheckpointingException
+from megatron.core.dist_checkpointing.durable import FileRecord, checksum_of_file
+from megatron.core.dist_checkpointing.manifest import write_manifest
+from megatron.core.dist_checkpointing.safe_load import safe_torch_load
+
+from .legacy import flatten, from_legacy_name, is_legacy, reorder_rows
+from .partition import cut, join
+from .weights import ModelShape
+from .whole_state import WholeState, plain_name, with_layer_offset
+
+MODEL_FNAME = "model_optim_rng.pt"
+_PLACE = re.compile(r"mp_rank_(\d{2})(?:_(\d{3}))?(?:_(\d{3}))?")
+
+
+# --- reading --------------------------------------------------------------------------------------------
+
+
+class RankFilesState(WholeState):
+    """The model in a `torch` checkpoint of any layout, of these classes or the older ones.
+
+    Args:
+        directory: has `mp_rank_*`.
+        block: what the layers of older checkpoints stand in here, `decoder` or `encoder`.
+
+    Raises:
+        CheckpointingException: files are missing, damaged, or of another kind of model.
+    """
+
+    def __init__(self, directory: str | Path, block: str = "decoder") -> None:
+        self.directory = Path(directory)
+        grid = _grid(self.directory)
+        self.common = _read_file(grid[0][0])
+        saved = vars(self.common["args"]) if hasattr(self.common.get("args"), "__dict__") else {}
+        self.version = float(self.common.get("checkpoint_version", 0) or 0)
+        self.settings: dict[str, Any] = dict(saved)
+        self.legacy = is_legacy(_chunks(self.common)[0])
+        self._gated = bool(saved.get("swiglu"))
+        self._parts: dict[str, list[Tensor]] = defaultdict(list)
+        if saved.get("expert_model_parallel_size", 1) > 1 or saved.get("num_experts"):
+            raise CheckpointingException(f"{directory}: mixtures of experts are not built yet")
+        ranks = len(grid[0])
+        self._heads = saved["num_attention_heads"] // ranks if self.version < 2 else 0
+        stages = [[_chunks(_read_file(path)) for path in stage] for stage in grid]
+        depth: dict[str, int] = defaultdict(int)  # layers before a chunk, for each block
+        for chunk in range(len(stages[0][0])):
+            for stage in stages:
+                self._add([self._named(rank[chunk], block) for rank in stage], depth)
+        if not saved.get("untie_embeddings_and_output_weights"):
+            self._parts.pop("output_layer.weight", None)  # a copy on the last stage
+
+    def _named(self, model: Mapping[str, Any], block: str) -> dict[str, Tensor]:
+        flat = flatten(model)
+        if not self.legacy:
+            return {plain_name(name): tensor for name, tensor in flat.items()}
+        try:
+            named = {from_legacy_name(name, block): tensor for name, tensor in flat.items()}
+        except ValueError as error:
+            raise CheckpointingException(f"{self.directory}: {error}") from error
+        return {name: tensor for name, tensor in named.items() if name is not None}
+
+    def _add(self, ranks: Sequence[dict[str, Tensor]], depth: dict[str, int]) -> None:
+        counts: dict[str, int] = defaultdict(int)
+        for name in ranks[0]:
+            match = re.match(r"(\w+)\.layers\.(\d+)\.", name)
+            if match is not None:
+                counts[match[1]] = max(counts[match[1]], int(match[2]) + 1)
+            if any(name not in rank for rank in ranks):
+                raise CheckpointingException(f"{self.directory}: some tensor parallel ranks have no {name}")
+            ours = with_layer_offset(name, depth[match[1]]) if match is not None else name
+            self._parts[ours] = [rank[name] for rank in ranks]
+        for block, count in counts.items():
+            depth[block] += count
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._parts)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._parts
+
+    def meta(self, name: str) -> Tensor:
+        return join(name, [part.to("meta") for part in self._parts[name]], self._gated)
+
+    def read(self, name: str) -> Tensor:
+        parts = self._parts[name]
+        if self.version < 2:
+            parts = [reorder_rows(name, part, self._heads, self.version) for part in parts]
+        return join(name, parts, self._gated)
+
+
+def _grid(directory: Path) -> list[list[Path]]:
+    """Files [pipeline rank][tensor rank]."""
+    places: dict[tuple[int, int], Path] = {}
+    for folder in sorted(directory.glob("mp_rank_*")):
+        match = _PLACE.fullmatch(folder.name)
+        if match is not None and (folder / MODEL_FNAME).is_file():
+            places[int(match[2] or 0), int(match[1])] = folder / MODEL_FNAME
+    stages = 1 + max((stage for stage, _ in places), default=-1)
+    ranks = 1 + max((rank for _, rank in places), default=-1)
+    missing = [(stage, rank) for stage in range(stages) for rank in range(ranks) if (stage, rank) not in places]
+    if missing or not places:
+        listed = f": (pipeline, tensor) rank {', '.join(map(str, missing[:5]))} missing" if missing else ""
+        raise CheckpointingException(f"{directory} has no complete set of mp_rank_*/{MODEL_FNAME}{listed}")
+    return [[places[stage, rank] for rank in range(ranks)] for stage in range(stages)]
+
+
+def _read_file(path: Path) -> dict[str, Any]:
+    try:
+        content = safe_torch_load(path, mmap=True)
+    except CheckpointingException as error:
+        if "mmap" not in str(error):
+            raise
+        content = safe_torch_load(path)  # the format before zip files cannot be mapped
+    if not isinstance(content, dict):
+        raise CheckpointingException(f"{path} holds a {type(content).__name__}, expected a state dict")
+    return content
+
+
+def _chunks(content: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    keys = ["model"] if "model" in content else sorted((k for k in content if re.fullmatch(r"model\d+", k)), key=len)
+    if not keys or not all(isinstance(content[key], Mapping) for key in keys):
+        raise CheckpointingException(f"no model among {', '.join(map(str, content))}")
+    return [content[key] for key in keys]
+
+
+# --- writing --------------------------------------------------------------------------------------------
+
+
+def stage_of(name: str, shape: ModelShape, stages: int) -> int:
+    """The pipeline stage that holds a parameter, of stages with equal numbers of layers."""
+    match = re.search(r"\blayers\.(\d+)\.", name)
+    if match is not None:
+        return int(match[1]) // (shape.num_layers // stages)
+    return 0 if name.startswith("embedding.") else stages - 1
+
+
+def write_rank_files(
+    directory: Path,
+    state: WholeState,
+    shape: ModelShape,
+    tensor_size: int,
+    pipeline_size: int,
+    common: Mapping[str, Any],
+    arrange: Callable[[dict[str, Tensor]], dict[str, Any]] = dict,
+    on_progress: Callable[[int], None] = lambda num_bytes: None,
+    copy_name: str = "output_layer.weight",
+) -> None:
+    """Write the `torch` format for a layout, with its manifest.
+
+    Args:
+        common: entries that all files have.
+        arrange: parameters of a file, by our names with layers counted in the stage -> the value of `model`.
+        copy_name: name of the tied output weight's copy on the last of several stages.
+
+    Raises:
+        CheckpointingException: the model does not divide over the layout.
+    """
+    if shape.num_layers % pipeline_size:
+        raise CheckpointingException(f"{shape.num_layers} layers cannot be cut into {pipeline_size} equal stages")
+    records: dict[str, FileRecord] = {}
+    per_stage = shape.num_layers // pipeline_size
+    for stage in range(pipeline_size):
+        names = {
+            with_layer_offset(name, -stage * per_stage): name
+            for name in state
+            if stage_of(name, shape, pipeline_size) == stage
+        }
+        if shape.tied and 0 < stage == pipeline_size - 1:
+            names[copy_name] = "embedding.word_embeddings.weight"
+        folders = [_place_name(rank, stage, pipeline_size) for rank in range(tensor_size)]
+        for rank, folder in enumerate(folders):
+            (directory / folder).mkdir()
+            _write_holes(directory / folder / MODEL_FNAME, state, names, rank, tensor_size, shape, common, arrange)
+        _fill([directory / folder / MODEL_FNAME for folder in folders], state, names, shape, arrange, on_progress)
+        for folder in folders:
+            path = directory / folder / MODEL_FNAME
+            records[f"{folder}/{MODEL_FNAME}"] = FileRecord(path.stat().st_size, checksum_of_file(path))
+    write_manifest(directory, records)
+
+
+def _place_name(rank: int, stage: int, stages: int) -> str:
+    return f"mp_rank_{rank:02d}" if stages == 1 else f"mp_rank_{rank:02d}_{stage:03d}"
+
+
+def _write_holes(
+    path: Path,
+    state: WholeState,
+    names: Mapping[str, str],
+    rank: int,
+    size: int,
+    shape: ModelShape,
+    common: Mapping[str, Any],
+    arrange: Callable[[dict[str, Tensor]], dict[str, Any]],
+) -> None:
+    """A file of the right size that says which tensors lie where, without their bytes."""
+    metas = {here: cut(name, state.meta(name), rank, size, shape.gated) for here, name in names.items()}
+    empty = {here: torch.empty(meta.shape, dtype=meta.dtype) for here, meta in metas.items()}  # memory never touched
+    with_checksums = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(False)  # the manifest has better ones
+    try:
+        with torch.serialization.skip_data():
+            torch.save({**common, "model": arrange(empty)}, path)
+    finally:
+        torch.serialization.set_crc32_options(with_checksums)
+
+
+def _fill(
+    paths: Sequence[Path],
+    state: WholeState,
+    names: Mapping[str, str],
+    shape: ModelShape,
+    arrange: Callable[[dict[str, Tensor]], dict[str, Any]],
+    on_progress: Callable[[int], None],
+) -> None:
+    """Write the parameters of one stage into the files of its tensor parallel ranks."""
+    before = torch.serialization.get_default_mmap_options() or mmap.MAP_PRIVATE
+    torch.serialization.set_default_mmap_options(mmap.MAP_SHARED)
+    try:
+        files = [flatten(safe_torch_load(path, mmap=True)["model"]) for path in paths]
+    finally:
+        torch.serialization.set_default_mmap_options(before)
+    probe = {here: torch.empty(0) for here in names}
+    there = {id(tensor): name for name, tensor in flatten(arrange(probe)).items()}
+    for here, name in names.items():
+        whole = state.read(name)
+        for rank, file in enumerate(files):
+            file[there[id(probe[here])]].copy_(cut(name, whole, rank, len(files), shape.gated))
+        on_progress(whole.numel() * whole.element_size())

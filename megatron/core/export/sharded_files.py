@@ -1,0 +1,89 @@
+"""Writing a sharded checkpoint (`torch_dist`, `safetensors`) of whole tensors, layer by layer, in one process."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
+from megatron.core.dist_checkpointing.durable import FileRecord, sync_directory
+from megatron.core.dist_checkpointing.manifest import write_manifest
+from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.dist_checkpointing.serialization import (
+    COMMON_FORMATS,
+    get_default_save_common_strategy,
+    get_default_save_sharded_strategy,
+)
+from megatron.core.dist_checkpointing.strategies.catalog import Entry, ObjectEntry, TensorEntry, Written, catalog_of
+from megatron.core.dist_checkpointing.strategies.file_plan import write_plans
+from megatron.core.dist_checkpointing.strategies.sharded_files import ShardedFilesSaveStrategy
+
+from .whole_state import WholeState, stacked_key
+
+
+def write_sharded_files(
+    directory: Path,
+    state: WholeState,
+    common: Mapping[str, Any],
+    backend: str = "torch_dist",
+    on_progress: Callable[[int], None] = lambda num_bytes: None,
+) -> None:
+    """Write a complete checkpoint into the empty `directory`: one data file for each layer, and one for each other
+    parameter."""
+    strategy = get_default_save_sharded_strategy(backend)
+    assert isinstance(strategy, ShardedFilesSaveStrategy)
+    depths = _depths(state)
+    records: dict[str, FileRecord] = {}
+    written: list[Written] = []
+    for number, names in enumerate(_groups(state)):
+        entries = [entry for name in names for entry in _entries(name, state, depths)]
+        plan = strategy.make_file(f"__0_{number}{strategy.data_suffix}", entries)
+        records.update(write_plans([plan], directory))
+        written += plan.written
+        on_progress(sum(entry.num_bytes for entry in entries))
+    kind, version = COMMON_FORMATS[backend]
+    plans = [strategy.make_catalog_file(catalog_of(written))]
+    plans += get_default_save_common_strategy(kind, version).plan_common(dict(common)) or []
+    records.update(write_plans(plans, directory))
+    write_manifest(directory, records)
+    sync_directory(directory)
+    save_config(CheckpointingConfig(backend, 1, kind, version), directory)
+    sync_directory(directory)
+
+
+def _depths(state: WholeState) -> dict[str, int]:
+    """Number of layers under each stacked key."""
+    depths: dict[str, int] = {}
+    for name in state:
+        key, layer = stacked_key(name)
+        if layer is not None:
+            depths[key] = max(depths.get(key, 0), layer + 1)
+    return depths
+
+
+def _groups(state: WholeState) -> Iterator[list[str]]:
+    """Names that share a file: those of a layer, or a single one."""
+    layers: dict[tuple[str, int], list[str]] = {}
+    for name in state:
+        _, layer = stacked_key(name)
+        if layer is None:
+            yield [name]
+        else:
+            layers.setdefault((name.partition(".layers.")[0], layer), []).append(name)
+    yield from layers.values()
+
+
+def _entries(name: str, state: WholeState, depths: Mapping[str, int]) -> Iterator[Entry]:
+    whole = state.read(name)
+    key, layer = stacked_key(name)
+    shape = tuple(whole.shape)
+    if layer is None:
+        yield TensorEntry(key, (0,) * whole.dim(), shape, shape, None, whole.dtype, whole)
+        return
+    depth = depths[key]
+    offsets, sizes, stack = (layer,) + (0,) * whole.dim(), (1, *shape), (depth, *shape)
+    yield TensorEntry(key, offsets, sizes, stack, None, whole.dtype, whole)
+    if ".linear_" in key and key.endswith(".weight"):  # other releases do not load without it
+        extra = key.removesuffix("weight") + "_extra_state"
+        yield ObjectEntry(ShardedObject(extra, None, (depth,), (layer,)).unique_key, None)
