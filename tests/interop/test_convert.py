@@ -238,7 +238,12 @@ print("PEAK", peak - before)
 
 
 @pytest.mark.parametrize(
-    ("loader", "saver"), [("hf", "torch"), ("hf", "torch_dist"), ("torch", "hf"), ("torch_dist", "hf")]
+    ("loader", "saver"),
+    [
+        ("hf", "torch"),
+        *(pytest.param(*pair, marks=pytest.mark.slow) for pair in (("hf", "torch_dist"), ("torch", "hf"))),
+        pytest.param("torch_dist", "hf", marks=pytest.mark.slow),
+    ],
 )
 def test_memory_is_at_most_twice_the_largest_layer(loader: str, saver: str, tmp_path: Path) -> None:
     """A model of 12 layers of 12.6 MB each: 151 MB go through 25 MB."""

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.core import CheckpointingException
-from megatron.core.export import HFFolder, load_whole_state
+from megatron.core.export import Family, HFFolder, load_whole_state
 from megatron.core.export.whole_state import OF_VOCABULARY, Cast
 from megatron.training import get_model, initialize_megatron
 from megatron.training.arguments import parse_args
@@ -47,7 +47,7 @@ def compare_with_hf(checkpoint: str, directory: Path) -> tuple[float, str]:
         output = theirs.eval()(ids)
     expected, what = _scores(output)
     del theirs
-    found = our_scores(source, ids, family, words, what)
+    found = our_scores(source, ids, folder.family, words, what)
     if found.shape != expected.shape:
         raise CheckpointingException(f"{what} have shapes {list(found.shape)} and {list(expected.shape)}")
     return (found - expected).abs().max().item(), what
@@ -61,11 +61,12 @@ def _scores(output: Any) -> tuple[Tensor, str]:
     return output["last_hidden_state"], "hidden states"
 
 
-def our_scores(source: Source, ids: Tensor, family: str, words: int, what: str) -> Tensor:
+def our_scores(source: Source, ids: Tensor, theirs: Family, words: int, what: str) -> Tensor:
     """The same of our model."""
+    family = theirs.our_type
     with contextlib.redirect_stdout(io.StringIO()):
         model = build(source, family, words)
-    load_whole_state(model, Cast(source.state, torch.float32))
+    load_whole_state(model, Cast(source.state, torch.float32), theirs.optional if what != "logits" else ())
     hidden: list[Tensor] = []
     block = model.encoder if family == "bert" else model.decoder
     block.register_forward_hook(lambda module, inputs, output: hidden.append(output))

@@ -147,12 +147,14 @@ def safe_torch_load(
 
 
 def unknown_names(file: Any) -> list[str]:
-    """Dotted paths in a file that torch's restricted reader does not know. Rewinds nothing."""
-    if zipfile.is_zipfile(file):
+    """Dotted paths in a file that torch's restricted reader does not know."""
+    is_zip = zipfile.is_zipfile(file)
+    if not isinstance(file, (str, Path)):
+        file.seek(0)
+    if is_zip:
         return torch.serialization.get_unsafe_globals_in_checkpoint(file)
     known = _get_allowed_globals().keys() | known_names().keys()
     with open(file, "rb") if isinstance(file, (str, Path)) else contextlib.nullcontext(file) as content:
-        content.seek(0)
         return sorted(path for path in _names_before_zip(content) if path not in known)
 
 

@@ -12,7 +12,12 @@ from torch import Tensor, nn
 
 from megatron.core.dist_checkpointing.collective import together
 from megatron.core.dist_checkpointing.dict_utils import dict_list_map_outplace, nested_values
-from megatron.core.dist_checkpointing.mapping import ShardedStateDict, ShardedTensor, StateDict
+from megatron.core.dist_checkpointing.mapping import (
+    LocalNonpersistentObject,
+    ShardedStateDict,
+    ShardedTensor,
+    StateDict,
+)
 from megatron.core.dist_checkpointing.serialization import load_into
 from megatron.core.dist_checkpointing.strategies.base import LoadShardedStrategy
 from megatron.core.dist_checkpointing.strategies.catalog import Catalog, Chunk, Place, StoredTensor
@@ -96,20 +101,42 @@ class WholeStateLoadStrategy(LoadShardedStrategy):
         return self.load_tensors_metadata(checkpoint_dir)
 
 
+def keep_absent(request: StateDict, catalog: Catalog, optional: tuple[str, ...]) -> list[str]:
+    """Let parameters whose names begin so keep their values if they are not stored; changes `request`, returns them."""
+    absent = []
+    for name, value in request.items():
+        if (
+            isinstance(value, ShardedTensor)
+            and optional
+            and value.key.startswith(optional)
+            and value.key not in catalog
+        ):
+            request[name] = LocalNonpersistentObject(value.data)
+            absent.append(value.key)
+    return absent
+
+
 @torch.no_grad()
-def load_whole_state(model: nn.Module, state: Mapping[str, Tensor] | WholeState) -> None:
+def load_whole_state(
+    model: nn.Module, state: Mapping[str, Tensor] | WholeState, optional: tuple[str, ...] = ()
+) -> None:
     """Fill this rank's part of `model` from whole tensors; rows of padded vocabulary become zero. All ranks call this.
+
+    Args:
+        optional: parameters whose names begin so keep their values where `state` lacks them.
 
     Raises:
         CheckpointingException: a tensor is missing or has another shape than the model.
     """
     source = state if isinstance(state, WholeState) else DictState(state)
+    strategy = WholeStateLoadStrategy(source)
     request = model.sharded_state_dict()  # type: ignore[operator]
+    keep_absent(request, strategy.catalog, optional)
     loaded, _, _ = load_into(
         {},
         request,
         Path("the given tensors"),
-        WholeStateLoadStrategy(source),
+        strategy,
         TorchCommonLoadStrategy(),
         validate_access_integrity=False,
     )

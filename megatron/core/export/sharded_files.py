@@ -6,8 +6,10 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
-from megatron.core.dist_checkpointing.durable import FileRecord, sync_directory
+from megatron.core.dist_checkpointing.durable import FileRecord, sync_directory, write_durably
 from megatron.core.dist_checkpointing.manifest import write_manifest
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.dist_checkpointing.serialization import (
@@ -16,7 +18,7 @@ from megatron.core.dist_checkpointing.serialization import (
     get_default_save_sharded_strategy,
 )
 from megatron.core.dist_checkpointing.strategies.catalog import Entry, ObjectEntry, TensorEntry, Written, catalog_of
-from megatron.core.dist_checkpointing.strategies.file_plan import write_plans
+from megatron.core.dist_checkpointing.strategies.file_plan import FilePlan, segment_bytes, segment_size, write_plans
 from megatron.core.dist_checkpointing.strategies.sharded_files import ShardedFilesSaveStrategy
 
 from .whole_state import WholeState, stacked_key
@@ -37,11 +39,12 @@ def write_sharded_files(
     records: dict[str, FileRecord] = {}
     written: list[Written] = []
     for number, names in enumerate(_groups(state)):
-        entries = [entry for name in names for entry in _entries(name, state, depths)]
+        metas = {name: state.meta(name) for name in names}
+        entries = [entry for name, meta in metas.items() for entry in _entries(name, meta, depths)]
         plan = strategy.make_file(f"__0_{number}{strategy.data_suffix}", entries)
-        records.update(write_plans([plan], directory))
+        source = {id(meta): name for name, meta in metas.items()}
+        records[plan.name] = write_durably(directory / plan.name, _bytes_of(plan, state, source, on_progress))
         written += plan.written
-        on_progress(sum(entry.num_bytes for entry in entries))
     kind, version = COMMON_FORMATS[backend]
     plans = [strategy.make_catalog_file(catalog_of(written))]
     plans += get_default_save_common_strategy(kind, version).plan_common(dict(common)) or []
@@ -50,6 +53,17 @@ def write_sharded_files(
     sync_directory(directory)
     save_config(CheckpointingConfig(backend, 1, kind, version), directory)
     sync_directory(directory)
+
+
+def _bytes_of(
+    plan: FilePlan, state: WholeState, source: Mapping[int, str], on_progress: Callable[[int], None]
+) -> Iterator[Any]:
+    """The bytes of a file that was planned with tensors without data; each is read when its turn comes."""
+    for segment in plan.segments:
+        name = source.get(id(segment))
+        yield segment_bytes(segment if name is None else state.read(name))
+        if name is not None:
+            on_progress(segment_size(segment))
 
 
 def _depths(state: WholeState) -> dict[str, int]:
@@ -74,8 +88,8 @@ def _groups(state: WholeState) -> Iterator[list[str]]:
     yield from layers.values()
 
 
-def _entries(name: str, state: WholeState, depths: Mapping[str, int]) -> Iterator[Entry]:
-    whole = state.read(name)
+def _entries(name: str, whole: Tensor, depths: Mapping[str, int]) -> Iterator[Entry]:
+    """How a parameter is stored, and the empty state of a linear layer."""
     key, layer = stacked_key(name)
     shape = tuple(whole.shape)
     if layer is None:

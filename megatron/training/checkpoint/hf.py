@@ -12,13 +12,11 @@ from torch import nn
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.collective import on_first_rank, rank_and_size, together
 from megatron.core.dist_checkpointing.core import CheckpointingException
-from megatron.core.dist_checkpointing.mapping import LocalNonpersistentObject, ShardedTensor
 from megatron.core.dist_checkpointing.serialization import get_default_save_sharded_strategy, load_into
 from megatron.core.dist_checkpointing.strategies.common import TorchCommonLoadStrategy
 from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
 from megatron.core.dist_checkpointing.validation import parse_strict_flag
 from megatron.core.export import (
-    Family,
     HFFolder,
     HFState,
     ModelShape,
@@ -34,6 +32,7 @@ from megatron.core.export.hf_folder import (
     write_hf_config,
     write_hf_files,
 )
+from megatron.core.export.loading import keep_absent
 from megatron.core.export.sharded_state import ShardedState
 from megatron.core.export.whole_state import OF_VOCABULARY
 from megatron.training.checkpoint.hf_settings import PREFIX, require_same_settings
@@ -55,7 +54,9 @@ def load_hf(args: argparse.Namespace, path: Path, model: list[nn.Module], optimi
         state = open_hf(args, path)
     strategy = WholeStateLoadStrategy(state)
     request = sharded_model(model, {})
-    absent = sorted({name for part in request.values() for name in _keep_absent(part, strategy, state.family)})
+    absent = sorted(
+        {name for part in request.values() for name in keep_absent(part, strategy.catalog, state.family.optional)}
+    )
     if absent:
         print_rank_0(f"WARNING: {path} lacks {', '.join(absent)}: they keep their initial values")
     contents, _, _ = load_into(
@@ -85,17 +86,6 @@ def open_hf(args: argparse.Namespace, path: Path) -> HFState:
         raise CheckpointingException(f"a {family.model_type} model is trained by pretrain_{family.our_type}.py")
     require_same_settings(vars(args), settings, path)
     return HFState(folder, ModelShape.of_settings(vars(args)), family)
-
-
-def _keep_absent(part: dict[str, Any], strategy: WholeStateLoadStrategy, family: Family) -> list[str]:
-    """Leave out of a request, in place, what models without heads lack; the names of it."""
-    absent = []
-    for name, value in part.items():
-        optional = isinstance(value, ShardedTensor) and value.key.startswith(family.optional or ("\0",))
-        if optional and value.key not in strategy.catalog:
-            part[name] = LocalNonpersistentObject(value.data)
-            absent.append(value.key)
-    return absent
 
 
 # ---- saving ----
