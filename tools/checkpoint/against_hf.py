@@ -92,7 +92,8 @@ def build(source: Source, family: str, words: int) -> Any:
     apply_checkpoint_args(args, source.settings)
     rows = source.state.meta(OF_VOCABULARY[0]).size(0)
     own = {"tokenizer_type": "NullTokenizer", "tokenizer_model": None, "ckpt_format": "torch_dist"}
-    own |= {"padded_vocab_size": rows, "bert_binary_head": bool(source.settings.get("bert_binary_head"))}
+    own |= {"padded_vocab_size": rows}
+    own |= {"bert_binary_head": bool(source.settings.get("bert_binary_head"))} if family == "bert" else {}
     for name, value in own.items():
         args.put(name, value, Origin("program"))
     program = pretrain_bert if family == "bert" else pretrain_gpt

@@ -116,7 +116,8 @@ def load_own(folder: str | Path, family: str) -> Source:
     if not isinstance(saved, argparse.Namespace):
         raise CheckpointingException(f"{directory} does not say which arguments it was made with")
     settings = complete_settings(vars(saved), family)
-    settings["bert_binary_head"] = family == "bert" and "embedding.tokentype_embeddings.weight" in state
+    if family == "bert":
+        settings["bert_binary_head"] = "embedding.tokentype_embeddings.weight" in state
     if f"{BLOCKS[family]}.final_layernorm.weight" not in state:
         raise CheckpointingException(f"{directory} is no checkpoint of a {family.upper()}: it has no {BLOCKS[family]}")
     iteration = common.get("iteration", common.get("total_iters", getattr(saved, "iteration", 0) or 0))
