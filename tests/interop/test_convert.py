@@ -23,7 +23,7 @@ from megatron.core.export.partition import cut
 from megatron.core.export.rank_files import RankFilesState
 from tests.functional_tests.program import ROOT
 from tests.interop.hf_models import CASES, HEADS, VOCAB, inputs, is_bert, make, our_scores, start, their_scores
-from tests.worker_pool import run_ranks
+from tests.worker_pool import RankFailure, run_ranks
 from tools.checkpoint.convert import main
 
 
@@ -151,10 +151,16 @@ def test_checkpoints_of_the_older_classes(case: str, version: float | None, tp: 
     assert_same_bits(source, out)
 
 
+SIZES = "--num-layers 4 --hidden-size 64 --num-attention-heads 8 --seq-length 48 --max-position-embeddings 48".split()
+
+
 def test_training_takes_the_weights_of_the_older_classes(made: Any, tmp_path: Path) -> None:
     """The way of the public releases: convert, then load with the checkpoint's own settings, in another layout."""
     source, expected = made("megatron-bert")
     write_legacy(source, tmp_path / "legacy", None, 1, old=True)
+    with pytest.raises(RankFailure, match=r"convert\.py --loader legacy"):
+        direct = ["--load", str(tmp_path / "legacy"), "--ckpt-format", "torch", "--finetune"]
+        run_ranks(1, scores_of, "megatron-bert", [*direct, *SIZES], timeout=120)
     out = convert("megatron-bert", "legacy", "core", tmp_path / "legacy", tmp_path / "out", *layout(2, 1))
     flags = ["--load", str(out), "--use-checkpoint-args", "--ckpt-format", "torch", "--finetune"]
     results = run_ranks(2, scores_of, "megatron-bert", [*flags, "--tensor-model-parallel-size", "2"], timeout=120)

@@ -19,6 +19,7 @@ from megatron.core.dist_checkpointing.strategies.common import TorchCommonLoadSt
 from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelLoadStrategyWrapper
 from megatron.core.dist_checkpointing.strategies.scattered import ScatteredLoadStrategy
 from megatron.core.dist_checkpointing.validation import StrictHandling, parse_strict_flag
+from megatron.core.export.legacy import is_legacy
 from megatron.training.checkpoint.checks import (
     plain_shape_mismatches,
     require_same_model,
@@ -347,6 +348,11 @@ def load_torch(
     mismatches: list[str] = []
     with together(f"cannot load {found.directory}"):
         contents = read_own(found.directory)
+        if is_legacy(contents.get("model") or {}):
+            raise CheckpointingException(
+                "it is of Megatron-LM's older classes: convert its weights first (tools/checkpoint/convert.py --loader "
+                "legacy --saver core)"
+            )
         require_entries(found, contents, parts)
         if parts.optimizer:
             require_same_kind_of_optimizer(args, saved)

@@ -110,7 +110,7 @@ def read_own(directory: Path) -> dict[str, Any]:
         there = ", ".join(sorted(p.name for p in directory.glob("mp_rank_*")))
         raise CheckpointingException(
             f"{path} does not exist: a checkpoint of format torch loads only into the tensor and pipeline "
-            f"parallel sizes that wrote it (there: {there})"
+            f"parallel sizes that wrote it (there: {there}); tools/checkpoint/convert.py writes its weights for others"
         )
     return read_file(path)
 
