@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.functional_tests.program import ROOT
 from tests.interop.hf_models import make, start
 from tests.interop.test_convert import convert, layout
 from tests.real_inputs import real_input
@@ -68,22 +67,23 @@ def test_verify(folders: dict[str, Path], tmp_path: Path, capsys: Any) -> None:
     assert "its checksum is not the one of what was written" in capsys.readouterr().out
 
 
-def run_verify(checkpoint: str, directory: Path) -> tuple[int, str]:
-    """Status and output of the program, in a process of its own: it makes process groups."""
-    command = [sys.executable, "tools/checkpoint/inspect.py", "verify", checkpoint, "--against-hf", str(directory)]
-    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=300)
-    return result.returncode, result.stdout + result.stderr
+def verified(checkpoint: str, directory: Path) -> tuple[int, str]:
+    """Status and output of the program; on a rank of the pool, since it makes process groups."""
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
+        status = main(["verify", checkpoint, "--against-hf", str(directory)])
+    return status, printed.getvalue()
 
 
 def test_verify_against_hf(folders: dict[str, Path], tmp_path: Path) -> None:
     """Right weights pass; the same weights with another base of the rotary angles do not."""
-    status, printed = run_verify(str(folders["torch"]), folders["hf"])
+    [(status, printed)] = run_ranks(1, verified, str(folders["torch"]), folders["hf"], timeout=200)
     assert status == 0 and "OK: logits" in printed, printed
     config = json.loads((folders["hf"] / "config.json").read_text())
     config["rope_parameters"]["rope_theta"] = 100.0
     (tmp_path / "config.json").write_text(json.dumps(config))
     (tmp_path / "model.safetensors").symlink_to(folders["hf"] / "model.safetensors")
-    status, printed = run_verify(str(folders["torch"]), tmp_path)
+    [(status, printed)] = run_ranks(1, verified, str(folders["torch"]), tmp_path, timeout=200)
     assert status == 1 and "DIFFERENT: logits" in printed, printed
 
 
