@@ -14,6 +14,7 @@ READ_BY: dict[str, tuple[str, ...]] = {
     "MNLI": FINETUNING,
     "QQP": FINETUNING,
     "RACE": FINETUNING,
+    "LM_EVAL": ("lm_eval_tasks", "lm_eval_include_path", "num_fewshot", "limit"),
 }
 """Task -> the task flags that it reads."""
 
@@ -32,6 +33,10 @@ def add_task_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPars
     group.add_argument(
         "--strict-lambada", action="store_true", help="LAMBADA: all tokens of the last word must be right"
     )
+    group.add_argument("--lm-eval-tasks", nargs="+", metavar="NAME", help="tasks of lm-eval for LM_EVAL")
+    group.add_argument("--lm-eval-include-path", metavar="DIR", help="folder with further tasks of lm-eval")
+    group.add_argument("--num-fewshot", type=int, help="LM_EVAL: solved examples before each question")
+    group.add_argument("--limit", type=int, help="LM_EVAL: only so many samples of each task")
     return parser
 
 

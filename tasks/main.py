@@ -18,6 +18,7 @@ from megatron.training.errors import exit_at_once_on_error
 from megatron.training.settings import configuration_errors_end_the_program
 from tasks.arguments import add_task_arguments, refuse_flags_of_other_tasks
 from tasks.finetuning import run as finetuning
+from tasks.lm_eval_harness import run as lm_eval_harness
 from tasks.zeroshot_gpt import evaluate as zeroshot
 
 TASKS: dict[str, Callable[[Any], Callable[[], None]]] = {
@@ -26,6 +27,7 @@ TASKS: dict[str, Callable[[Any], Callable[[], None]]] = {
     "MNLI": finetuning.prepare,
     "QQP": finetuning.prepare,
     "RACE": finetuning.prepare,
+    "LM_EVAL": lm_eval_harness.prepare,
 }
 """Task -> (settings, not yet checked) -> what runs it. The task's files are read, and refused, before anything else."""
 
