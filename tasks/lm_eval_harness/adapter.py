@@ -109,7 +109,13 @@ class GPTOfHarness(TemplateLM):
 
 
 def last_of(context: list[int], continuation: list[int], length: int) -> ScoredText:
-    """The continuation after as much of the context as a window of `length` tokens has room for."""
+    """The continuation after as much of the context as a window of `length` tokens has room for.
+
+    Raises:
+        ValueError: there is no room for the continuation, or nothing in it.
+    """
+    if not 0 < len(continuation) <= length:
+        raise ValueError(f"a continuation of {len(continuation)} tokens, where --seq-length is {length}")
     tokens = [*context, *continuation][-(length + 1) :]
     return ScoredText(tokens, max(1, len(tokens) - len(continuation)))
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+from megatron.core.dist_checkpointing.collective import broadcast_from_first
 from megatron.training import get_args, get_model, get_tokenizer, initialize_megatron
 from megatron.training.checkpoint.load import load_run
 from megatron.training.initialize import close_program
@@ -64,6 +65,16 @@ def _run(args: Any, manager: Any) -> None:
         bootstrap_iters=0,
         log_samples=False,
     )
-    for task, metrics in (found["results"] if found else {}).items():
-        report_results(task, {name: value for name, value in metrics.items() if isinstance(value, (int, float))})
+    # The harness gives its results to the first process of a machine only.
+    for task, metrics in broadcast_from_first(numbers(found)).items():
+        report_results(task, metrics)
     close_program()
+
+
+def numbers(found: Any) -> dict[str, dict[str, float]]:
+    """Of each task, the metrics that are numbers; nothing where the harness gives no results."""
+    results = found["results"] if found else {}
+    return {
+        task: {name: float(value) for name, value in metrics.items() if isinstance(value, (int, float))}
+        for task, metrics in results.items()
+    }

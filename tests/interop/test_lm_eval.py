@@ -56,7 +56,7 @@ def requests(folder: Path) -> dict[str, list[tuple[Any, ...]]]:
     texts = [json.loads(line)["text"] for line in (folder / "lambada.jsonl").read_text().splitlines()][:6]
     return {
         "loglikelihood": [(text, " " + word) for text in texts for word in ("whale", "a ship, and all of it")]
-        + [("", texts[0]), ("Ishmael ", "is my name")],
+        + [("", texts[0][:20]), ("Ishmael ", "is my name")],
         "loglikelihood_rolling": [(text,) for text in [*texts, "sea"]],
         "generate_until": [(text, {"until": ["e", "\n"], "max_gen_toks": 6}) for text in texts[:4]]
         + [(texts[4], {"until": [], "max_gen_toks": 9, "do_sample": False})],
