@@ -59,8 +59,6 @@ ARGUMENTS_NOT_BUILT: dict[str, str] = {
 }
 """Single arguments, in use as soon as they differ from their default."""
 
-TOKENIZERS_NOT_BUILT = ("MultimodalTokenizer",)
-
 ARGUMENTS_OF_FAMILIES: dict[str, tuple[str, ...]] = {
     "bert_binary_head": ("bert",),
     "mask_prob": ("bert", "t5"),
@@ -84,10 +82,6 @@ VALUES_NOT_BUILT: dict[str, tuple[Used, str]] = {
     "async_strategy": (lambda value: value == "nvrx", "the package nvidia_resiliency_ext; use mcore or thread"),
     "ckpt_format": (lambda value: value in ("zarr", "torch_dcp"), "this checkpoint format"),
     "ckpt_convert_format": (lambda value: value == "zarr", "this checkpoint format"),
-    "tokenizer_type": (
-        lambda value: value in TOKENIZERS_NOT_BUILT,
-        "this tokenizer",
-    ),
 }
 """Arguments of which only some values wait."""
 

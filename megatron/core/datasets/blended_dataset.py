@@ -48,7 +48,10 @@ class BlendedDataset(torch.utils.data.Dataset):
         self._exhaustive = size is None
         self.config = config
         self.unique_identifiers = self._describe(size)
-        self.unique_description, self.unique_description_hash = describe_uniquely(self.unique_identifiers)
+        members = ",\n".join(dataset.unique_description for dataset in datasets).replace("\n", "\n    ")
+        self.unique_description, self.unique_description_hash = describe_uniquely(
+            self.unique_identifiers, {"datasets": f"[\n    {members}\n]"}
+        )
         self.built_anew_on_cache_miss = False
         self.dataset_index, self.dataset_sample_index = self._build_indices()
         self._require_samples()

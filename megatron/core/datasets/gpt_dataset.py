@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy
@@ -90,7 +91,7 @@ class GPTDataset(MegatronDataset):
         self._vocab_size = _id_or_none(config.tokenizer, "vocab_size", None)
         self._needs_eod = bool(config.reset_position_ids or config.reset_attention_mask or config.eod_mask_loss)
         self._eod = config.tokenizer.eod if self._needs_eod else None
-        self._positions = torch.arange(config.sequence_length, dtype=torch.int64)
+        self._positions = _positions(config.sequence_length)
         self._causal_mask: torch.Tensor | None = None
 
         self._check_some_sequences()
@@ -256,7 +257,7 @@ class GPTDataset(MegatronDataset):
         if found or plan.num_samples == 0:
             return found[0] if found else None
         lengths = self.dataset.sequence_lengths
-        for row in numpy.linspace(0, plan.num_samples - 1, _CHECKED_SAMPLES).astype(numpy.int64):
+        for row in _evenly(plan.num_samples, _CHECKED_SAMPLES):
             (first, begin), (last, end) = samples[row : row + 2].tolist()
             read = documents[first:last]
             if not 0 <= first <= last < len(documents) or documents[first : last + 1].max() >= len(lengths):
@@ -273,7 +274,7 @@ class GPTDataset(MegatronDataset):
         """Find data of a larger vocabulary early; every sample is checked again when it is read."""
         if self._vocab_size is None or len(self.indices) == 0:
             return
-        for place in numpy.linspace(0, len(self.indices) - 1, _CHECKED_SEQUENCES).astype(numpy.int64):
+        for place in _evenly(len(self.indices), _CHECKED_SEQUENCES):
             document = int(self.indices[place])
             length = min(int(self.dataset.sequence_lengths[document]), 4096)
             self._check_ids(document, self.dataset.get(document, 0, length))
@@ -350,6 +351,16 @@ class MockGPTDataset(GPTDataset):
         """The made-up sequences."""
         assert config.tokenizer is not None
         return MockGPTLowLevelDataset(config.tokenizer)
+
+
+def _evenly(size: int, count: int) -> list[int]:
+    """Up to `count` places among `size`, the first and the last of them included."""
+    return sorted({i * (size - 1) // (count - 1) for i in range(count)})
+
+
+@lru_cache(maxsize=8)
+def _positions(sequence_length: int) -> torch.Tensor:
+    return torch.arange(sequence_length, dtype=torch.int64)
 
 
 def _ids_within(tokens: numpy.ndarray, vocab_size: int) -> bool:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import logging
+import math
+import mmap
 import os
+import re
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
@@ -27,6 +30,10 @@ Arrays = dict[str, numpy.ndarray]
 Check = Callable[[Arrays], str | None]
 Found = TypeVar("Found")
 OnMiss = Callable[[str, Callable[[], Any]], Any]
+
+_TEMPORARY_NAME = re.compile(r"\..+-\w+\.(npy|json|txt)\.[0-9a-f]{32}")
+_cleaned: set[str] = set()
+"""Folders in which this process has looked for leftovers: a large one takes longer than an index."""
 
 _on_miss: ContextVar[OnMiss | None] = ContextVar("on_miss", default=None)
 
@@ -157,11 +164,18 @@ class IndexCache:
             )
 
     def _remove_leftovers(self) -> None:
-        """Delete what killed processes left of this index under temporary names."""
+        """Delete what killed processes left in the folder under temporary names, once in each process."""
         assert self.directory is not None
-        for path in self.directory.glob(f".{self.name}-*"):
-            if time.time() - path.stat().st_mtime > _LEFTOVER_SECONDS:
-                path.unlink(missing_ok=True)
+        if str(self.directory) in _cleaned:
+            return
+        _cleaned.add(str(self.directory))
+        with os.scandir(self.directory) as entries:
+            for entry in entries:
+                if not _TEMPORARY_NAME.fullmatch(entry.name):
+                    continue
+                with suppress(FileNotFoundError):  # another process removed it, or has just completed it
+                    if time.time() - entry.stat().st_mtime > _LEFTOVER_SECONDS:
+                        os.unlink(entry.path)
 
 
 class _Finder:
@@ -193,8 +207,29 @@ class _Finder:
             return None
 
 
+_NPY_1 = b"\x93NUMPY\x01\x00"
+_NPY_HEADER = re.compile(rb"\{'descr': '([<|][iu]\d)', 'fortran_order': False, 'shape': \((\d+), ?(\d+)?\), \} *\n")
+
+
 def _map_array(path: Path) -> numpy.ndarray:
-    return numpy.load(path, mmap_mode="r", allow_pickle=False)
+    """The array of an `.npy` file, memory-mapped.
+
+    What `numpy.save` writes for our arrays is read here: a run opens thousands of them, and numpy takes half a
+    millisecond for the header of each, and more for each use of the kind of array that it returns.
+    """
+    with open(path, "rb") as file:
+        start = file.read(10)
+        size = int.from_bytes(start[8:], "little")
+        header = _NPY_HEADER.fullmatch(file.read(size)) if start.startswith(_NPY_1) else None
+        if header is None:
+            return numpy.load(path, mmap_mode="r", allow_pickle=False)
+        content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    dtype = numpy.dtype(header[1].decode())
+    shape = tuple(int(number) for number in header.groups()[1:] if number is not None)
+    num_bytes = math.prod(shape) * dtype.itemsize
+    if len(content) < 10 + size + num_bytes:
+        raise ValueError(f"{path.name} is cut off: it has {len(content)} bytes, {10 + size + num_bytes} are needed")
+    return numpy.frombuffer(content, dtype, math.prod(shape), 10 + size).reshape(shape)
 
 
 @contextmanager

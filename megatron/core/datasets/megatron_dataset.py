@@ -8,6 +8,7 @@ import os
 from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping
+from functools import lru_cache
 from typing import Any
 
 import numpy
@@ -111,7 +112,28 @@ class MegatronDataset(ABC, torch.utils.data.Dataset):
         """One sample."""
 
 
-def describe_uniquely(identifiers: OrderedDict[str, Any]) -> tuple[str, str]:
-    """The identifiers as JSON text, and the MD5 hash of that text."""
-    text = json.dumps(identifiers, indent=4, default=lambda value: value.unique_identifiers)
+def _identifiers_of(value: Any) -> Any:
+    return value.unique_identifiers
+
+
+@lru_cache(maxsize=256)
+def _indented(text: str) -> str:
+    """JSON text again, over several lines; datasets of a blend have most of theirs in common."""
+    return json.dumps(json.loads(text), indent=4)
+
+
+def describe_uniquely(identifiers: OrderedDict[str, Any], written: Mapping[str, str] | None = None) -> tuple[str, str]:
+    """The identifiers as JSON text with indentations of 4, and the MD5 hash of that text.
+
+    Args:
+        written: for some names, their values as such text already.
+    """
+    texts = {
+        name: json.dumps(value, default=_identifiers_of)
+        for name, value in identifiers.items()
+        if name not in (written or {})
+    }
+    texts = {name: _indented(text) if text[0] in "[{" else text for name, text in texts.items()} | dict(written or {})
+    rows = ",\n".join(f"{json.dumps(name)}: {texts[name]}" for name in identifiers)
+    text = "{\n    " + rows.replace("\n", "\n    ") + "\n}"
     return text, hashlib.md5(text.encode("utf-8"), usedforsecurity=False).hexdigest()

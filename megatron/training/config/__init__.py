@@ -9,7 +9,7 @@ from megatron.core.distributed.distributed_data_parallel_config import Distribut
 from megatron.core.optimizer.optimizer_config import OptimizerConfig
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 from megatron.training.config.checkpointing import CheckpointConfig
-from megatron.training.config.data import DataConfig, FinetuningDataConfig, TokenizerConfig
+from megatron.training.config.data import DataConfig, FinetuningDataConfig, StorageClientConfig, TokenizerConfig
 from megatron.training.config.distributed import DistributedConfig
 from megatron.training.config.families import (
     BiencoderConfig,
@@ -225,6 +225,7 @@ FLAG_GROUPS: tuple[FlagGroup, ...] = (
     FlagGroup("sft", FinetuningDataConfig),
     FlagGroup("pretrain_gpt.py when modelopt installed: modelopt-generic", ExportConfig),
     FlagGroup("pretrain_vlm.py: vision language model specific arguments", VisionLanguageConfig),
+    FlagGroup("msc", StorageClientConfig, hidden=True),
     FlagGroup("replaced", ReplacedConfig, hidden=True),
     FlagGroup(
         "no effect",

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from megatron.training.tokenizer.config import TokenizerConfig
 
-__all__ = ["DataConfig", "FinetuningDataConfig", "TokenizerConfig"]
+__all__ = ["DataConfig", "FinetuningDataConfig", "StorageClientConfig", "TokenizerConfig"]
 
 
 @dataclass(kw_only=True)
@@ -63,6 +63,14 @@ class DataConfig:
     """Folder for the indices of data in object storage."""
     mid_level_dataset_surplus: float = 0.005
     """Extra samples drawn from each part of a blend, as a share."""
+
+
+@dataclass(kw_only=True)
+class StorageClientConfig:
+    """Which clients of object storage may be used."""
+
+    enable_msc: bool = True
+    """Read paths msc:// with the package multi-storage-client."""
 
 
 @dataclass(kw_only=True)

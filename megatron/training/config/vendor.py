@@ -81,7 +81,6 @@ class NoEffectConfig:
     inprocess_empty_cuda_cache: bool = False
     enable_ft_package: bool = False
     calc_ft_timeouts: bool = False
-    enable_msc: bool = True
     kitchen_config_file: str | None = None
     kitchen_recipe_number: int | None = None
     export_legacy_megatron: bool = False

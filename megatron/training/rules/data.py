@@ -22,6 +22,7 @@ TOKENIZER_NEEDS: dict[str, tuple[str, ...]] = {
     "SFTTokenizer": ("tokenizer_model",),
     "NullTokenizer": ("vocab_size",),
     "NullMultimodalTokenizer": ("vocab_size",),
+    "MultimodalTokenizer": ("tokenizer_model", "tokenizer_prompt_format"),  # the latter is of programs with pictures
 }
 TOKENIZERS_WITH_SENTINELS = ("SentencePieceTokenizer", "BertWordPieceLowerCase", "BertWordPieceCase")
 
@@ -157,7 +158,7 @@ def _nearest_multiples(value: int, divisor: int) -> str:
 
 def require_tokenizer_files(args: argparse.Namespace) -> None:
     """Each tokenizer reads its own files."""
-    missing = [name for name in TOKENIZER_NEEDS.get(args.tokenizer_type, ()) if getattr(args, name) is None]
+    missing = [name for name in TOKENIZER_NEEDS.get(args.tokenizer_type, ()) if getattr(args, name, None) is None]
     chosen = "" if was_given(args, "tokenizer_type") else " (the default of this program)"
     refuse_unless(
         not missing,

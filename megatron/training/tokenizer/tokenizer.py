@@ -23,6 +23,7 @@ class _Kind:
     module: str
     """Where the class is, in this package; imported when needed, as each needs another library."""
     class_name: str
+    """Or the name of a function that makes it."""
     positional: tuple[str, ...]
     """Settings that must be given, in the order of the constructor."""
     options: tuple[str, ...] = ()
@@ -53,9 +54,13 @@ KINDS: dict[str, _Kind] = {
     "SFTTokenizer": _Kind("sft_tokenizer", "SFTTokenizer", ("tokenizer_model", "sft_tokenizer_prompt_format")),
     "NullTokenizer": _Kind("null_tokenizer", "NullTokenizer", ("vocab_size",)),
     "NullMultimodalTokenizer": _Kind("null_tokenizer", "NullMultimodalTokenizer", ("vocab_size",)),
+    "MultimodalTokenizer": _Kind(
+        "multimodal_tokenizer",
+        "load_multimodal",
+        ("tokenizer_model", "tokenizer_prompt_format"),
+        ("special_tokens", "image_tag_type", "force_system_message"),
+    ),
 }
-
-NOT_BUILT = ("MultimodalTokenizer",)
 
 
 def build_tokenizer(args: Any, **kwargs: Any) -> MegatronTokenizer:
@@ -68,7 +73,6 @@ def build_tokenizer(args: Any, **kwargs: Any) -> MegatronTokenizer:
 
     Raises:
         ValueError: the type is unknown, a setting it needs is missing, or its files cannot be read as such.
-        NotImplementedError: the type is known but not built.
     """
     kind = _find_kind(args.tokenizer_type)
     positional = [_require(args, name) for name in kind.positional]
@@ -93,8 +97,6 @@ def _find_kind(tokenizer_type: str | None) -> _Kind:
     if tokenizer_type in KINDS:
         return KINDS[tokenizer_type]
     choices = ", ".join(KINDS)
-    if tokenizer_type in NOT_BUILT:
-        raise NotImplementedError(f"--tokenizer-type {tokenizer_type} is not built yet; built are {choices}")
     found = "is not given" if tokenizer_type is None else f"{tokenizer_type} is unknown"
     raise ValueError(f"--tokenizer-type {found}: choose one of {choices}")
 

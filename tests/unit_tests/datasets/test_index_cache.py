@@ -63,12 +63,14 @@ def test_killed_at_any_moment_leaves_nothing_that_passes_for_an_index(tmp_path: 
 
 
 def test_leftovers_of_killed_processes_are_removed(tmp_path: Path) -> None:
-    old, new = tmp_path / ".x-a.npy.123", tmp_path / ".x-b.npy.456"
+    old, new, other = (tmp_path / name for name in (f".x-a.npy.{'0a' * 16}", f".x-b.npy.{'1b' * 16}", ".x-note.txt"))
+    other.write_text("of somebody else")
+    os.utime(other, (0, 0))
     old.write_bytes(b"half")
     new.write_bytes(b"half of another process")
     os.utime(old, (0, 0))
     IndexCache(str(tmp_path), "x", "description").load_or_build(tuple("abc"), lambda arrays: None, big_arrays)
-    assert not old.exists() and new.exists()
+    assert not old.exists() and new.exists() and other.exists()
 
 
 def build(prefix: str, directory: Path) -> GPTDataset:

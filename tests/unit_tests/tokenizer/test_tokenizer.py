@@ -291,9 +291,9 @@ def test_null_tokenizer() -> None:
         ({"tokenizer_type": None}, ValueError, "--tokenizer-type is not given: choose one of BertWordPiece"),
         ({"tokenizer_type": "Word"}, ValueError, "--tokenizer-type Word is unknown: choose one of BertWordPiece"),
         (
-            {"tokenizer_type": "MultimodalTokenizer"},
-            NotImplementedError,
-            "MultimodalTokenizer is not built yet; built are",
+            {"tokenizer_type": "MultimodalTokenizer", "tokenizer_model": "x"},
+            ValueError,
+            "MultimodalTokenizer needs --tokenizer-prompt-format",
         ),
         ({"tokenizer_type": "TikTokenizer", "tokenizer_model": "x"}, ValueError, "needs --tiktoken-pattern"),
         ({"tokenizer_type": "BertWordPieceCase"}, ValueError, "BertWordPieceCase needs --vocab-file"),
