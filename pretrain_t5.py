@@ -99,6 +99,7 @@ def train_valid_test_datasets_provider(num_samples: list[int]) -> tuple[Any, Any
         split=args.split,
         num_dataset_builder_threads=args.num_dataset_builder_threads,
         path_to_cache=args.data_cache_path,
+        object_storage_cache_path=args.object_storage_cache_path,
         mmap_bin_files=args.mmap_bin_files,
         tokenizer=get_tokenizer(),
         masking_probability=args.mask_prob,
