@@ -172,6 +172,13 @@ class ModelParallelConfig:
     barrier_with_L1_time: bool = True
     """Put a barrier around level-1 timers, so that they measure the slowest rank."""
 
+    @property
+    def experts_have_own_replicas(self) -> bool:
+        """Whether copies of an expert lie on other ranks than copies of dense weights."""
+        return (
+            self.expert_model_parallel_size > 1 or self.expert_tensor_parallel_size != self.tensor_model_parallel_size
+        )
+
     def __post_init__(self) -> None:
         for rule in (
             refuse_fields_not_built,

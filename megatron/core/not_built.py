@@ -6,8 +6,9 @@ from dataclasses import MISSING, fields
 from typing import Any
 
 FIELDS_NOT_BUILT: dict[str, str] = {
-    "expert_model_parallel_size": "mixture of experts",
-    "num_moe_experts": "mixture of experts",
+    "moe_shared_expert_overlap": "shared experts computed while tokens travel",
+    "moe_enable_deepep": "the kernels of DeepEP",
+    "moe_router_padding_for_fp8": "fp8",
     "multi_latent_attention": "multi-latent attention",
     "mtp_num_layers": "multi-token prediction",
     "is_hybrid_model": "hybrid models",

@@ -14,7 +14,6 @@ from megatron.training.settings import ConfigurationError, source_of, was_given
 Used = Callable[[Any], bool]
 
 GROUPS_NOT_BUILT: dict[str, str] = {
-    "moe": "mixture of experts",
     "mla": "multi-latent attention",
     "heterogeneous architecture": "heterogeneous layers",
     "biencoder": "retrieval with two encoders",
@@ -29,7 +28,7 @@ GROUPS_NOT_BUILT: dict[str, str] = {
 }
 """Whole headings of --help that wait for their capability."""
 
-BUILT_WITHIN_GROUPS = frozenset({"delay_wgrad_compute", "qk_layernorm", "qk_l2_norm", "data_sharding"})
+BUILT_WITHIN_GROUPS = frozenset({"qk_layernorm", "qk_l2_norm", "data_sharding"})
 """What works although it stands under such a heading."""
 
 ARGUMENTS_NOT_BUILT: dict[str, str] = {
@@ -50,6 +49,8 @@ ARGUMENTS_NOT_BUILT: dict[str, str] = {
     "mamba_num_groups": "hybrid models",
     "mamba_num_heads": "hybrid models",
     "disable_mamba_mem_eff_path": "hybrid models",
+    "moe_use_upcycling": "experts made from a dense checkpoint",
+    "moe_upcycling_granularity": "experts made from a dense checkpoint",
     "mtp_loss_scaling_factor": "multi-token prediction",
     # Without documentation in --help, but ignoring them would change the model or its layout.
     "use_legacy_models": "the older model classes",
@@ -82,6 +83,11 @@ VALUES_NOT_BUILT: dict[str, tuple[Used, str]] = {
     "async_strategy": (lambda value: value == "nvrx", "the package nvidia_resiliency_ext; use mcore or thread"),
     "ckpt_format": (lambda value: value in ("zarr", "torch_dcp"), "this checkpoint format"),
     "ckpt_convert_format": (lambda value: value == "zarr", "this checkpoint format"),
+    "moe_token_dispatcher_type": (lambda value: value == "flex", "the kernels of DeepEP; use alltoall"),
+    "tokenizer_type": (
+        lambda value: value in TOKENIZERS_NOT_BUILT,
+        "this tokenizer",
+    ),
 }
 """Arguments of which only some values wait."""
 

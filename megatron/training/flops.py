@@ -5,9 +5,26 @@ from __future__ import annotations
 from typing import Any
 
 
+def num_moe_layers(args: Any) -> int:
+    """Layers with experts: every n-th from the first, or as many as a list names."""
+    if not args.num_experts:
+        return 0
+    freq = args.moe_layer_freq
+    return sum(freq) if isinstance(freq, list) else len(range(0, args.num_layers, freq))
+
+
+def feed_forward_width(args: Any, num_experts: int) -> int:
+    """Inner widths of all feed-forward blocks together, with `num_experts` of each layer's experts."""
+    sparse = num_moe_layers(args)
+    width = args.ffn_hidden_size * (args.num_layers - sparse)
+    if sparse:
+        width += sparse * (args.moe_ffn_hidden_size * num_experts + (args.moe_shared_expert_intermediate_size or 0))
+    return width
+
+
 def num_floating_point_operations(args: Any, batch_size: int) -> float:
-    """FLOPs of one global batch of a dense transformer (Narayanan et al., arXiv:2104.04473, appendix; with grouped
-    queries, gated MLPs and head widths of their own).
+    """FLOPs of one global batch (Narayanan et al., arXiv:2104.04473, appendix; with grouped queries, gated MLPs,
+    head widths of their own and, in layers with experts, those that a token sees).
 
     Per token and layer: projections 2·params multiply-adds each in forward, twice that in backward; attention
     scores and their product with the values s·(heads × width) each, halved for causality.
@@ -20,7 +37,8 @@ def num_floating_point_operations(args: Any, batch_size: int) -> float:
     projection_ratio = args.kv_channels * heads / hidden
     gated = 1.5 if args.swiglu else 1.0
     attention = 12 * layers * hidden**2 * (1 + groups / heads + seq / (2 * hidden)) * projection_ratio
-    mlp = 12 * hidden * args.ffn_hidden_size * gated * layers
+    width = feed_forward_width(args, args.moe_router_topk)
+    mlp = 12 * hidden * width * gated
     logits = 6 * hidden * args.padded_vocab_size
     return batch_size * seq * (attention + mlp + logits)
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from megatron.training.flops import feed_forward_width
+
 _MEGABYTE = 1 << 20
 
 
@@ -59,8 +61,8 @@ def count_parameters(args: Any) -> ParameterCounts:
     groups = args.num_query_groups if args.group_query_attention else a
     gated = 1.5 if args.swiglu else 1.0
     attention = 2 * h * h * (1 + groups / a) * (args.kv_channels * a / h)
-    layer = 2 * h * (args.ffn_hidden_size * gated + 2) + attention
-    block = args.num_layers * layer + 2 * h
+    width = feed_forward_width(args, args.num_experts or 0)
+    block = 2 * h * (width * gated + 2 * args.num_layers) + args.num_layers * attention + 2 * h
     table = h * args.padded_vocab_size
     untied, pp = args.untie_embeddings_and_output_weights, args.pipeline_model_parallel_size
     tp = args.tensor_model_parallel_size

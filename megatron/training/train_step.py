@@ -15,7 +15,9 @@ from megatron.core.activity import activity
 from megatron.core.collectives import all_reduce
 from megatron.core.num_microbatches_calculator import get_num_microbatches
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.transformer.moe.aux_loss import mean_aux_losses, names_of_aux_losses, track_layers
 from megatron.training.device_memory import release_unused
+from megatron.training.flops import num_moe_layers
 from megatron.training.global_vars import get_args, get_timers
 from megatron.training.nan_check import FiniteCheck, begin_step, can_replay, replay
 
@@ -100,7 +102,21 @@ def train_step(
         samples = get_num_microbatches() * args.micro_batch_size * args.data_parallel_size
         opt_param_scheduler.step(increment=samples)
     losses = {name: float(value) for name, value in reduce_reports(reports).items()}
+    if args.num_experts:
+        of_routers = router_losses(args)
+        losses |= of_routers if losses else {}
     return StepResult(losses, not success, grad_norm, None if num_zeros is None else int(num_zeros))
+
+
+def router_losses(args: Any) -> dict[str, float]:
+    """Losses of the routers, averaged over layers, with `--moe-per-layer-logging` each; on every rank, see there."""
+    named: dict[str, float] = {}
+    track_layers(names_of_aux_losses(args), args.num_layers)
+    for name, (mean, by_layer) in mean_aux_losses(get_num_microbatches(), num_moe_layers(args)).items():
+        named[name] = float(mean)
+        if args.moe_per_layer_logging:
+            named |= {f"moe/{name}_layer_{i}": float(value) for i, value in enumerate(by_layer) if value}
+    return named
 
 
 def stages_of(model: list[nn.Module]) -> list[int]:

@@ -15,6 +15,7 @@ from megatron.core.collectives import all_reduce, broadcast
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.stage_placement import Placement, placement_shape
 from megatron.core.timers import timed
+from megatron.core.transformer.moe.router import TopKRouter, update_expert_bias
 from megatron.core.utils import get_attr_wrapped_model, get_model_config, get_pg_size, groups_of
 
 
@@ -25,8 +26,9 @@ def finalize_model_grads(
 
     Communicates, in this order: the data parallel reduction; over the tensor parallel group the sum of
     gradients of parameters that each rank used on a part of the sequence; over the embedding groups the sum
-    of the tied embeddings' gradients; with `num_tokens` (the tokens this rank's loss was summed over) their
-    total, by which all gradients are divided.
+    of the tied embeddings' gradients; the tokens of each expert, where routers have a bias that follows them;
+    with `num_tokens` (the tokens this rank's loss was summed over) their total, by which all gradients are
+    divided.
     """
     groups = groups or groups_of(model[0])
     config = get_model_config(model[0])
@@ -38,8 +40,14 @@ def finalize_model_grads(
     with timed(config, "embedding-grads-all-reduce", log_level=1):
         _reduce_shared_grads(model, groups.embd, _shared_word_embedding)
         _reduce_grads_of_stacks(model, groups)
+    update_expert_bias(_biased_routers(model), groups)
     if num_tokens is not None:
         _divide_by_tokens(model, num_tokens, groups)
+
+
+def _biased_routers(model: list[nn.Module]) -> list[TopKRouter]:
+    routers = [module for chunk in model for module in chunk.modules() if isinstance(module, TopKRouter)]
+    return [router for router in routers if router.expert_bias is not None]
 
 
 def _gradient(param: nn.Parameter) -> Tensor | None:

@@ -13,6 +13,7 @@ from torch.distributed import ProcessGroup
 from megatron.core import device
 from megatron.core.collectives import all_reduce
 from megatron.core.timers import timed
+from megatron.core.transformer.moe.aux_loss import MoEAuxLossAutoScaler
 from megatron.core.utils import get_attr_wrapped_model, get_pg_size, groups_of
 
 LossFunction = Callable[..., Any]
@@ -83,6 +84,7 @@ def run_forward(
     `config.calculate_per_token_loss`: then gradients are divided by all tokens at the end.
     """
     set_input_tensor(model, input_tensor)
+    _announce_loss_scale(num_microbatches, config)
     autocast = (
         torch.autocast(device.device_type(), dtype=config.autocast_dtype)
         if config.enable_autocast
@@ -100,6 +102,17 @@ def run_forward(
                 )
                 forward_data_store.append(report)
     return output_tensor, num_tokens
+
+
+def _announce_loss_scale(num_microbatches: int, config: Any) -> None:
+    """Losses that layers add of themselves (a router's) weigh in backward as much as the model's own."""
+    if getattr(config, "num_moe_experts", None) is None:
+        return
+    scale = 1.0 if config.calculate_per_token_loss else config.context_parallel_size / num_microbatches
+    if config.grad_scale_func is not None:
+        MoEAuxLossAutoScaler.set_loss_scale(config.grad_scale_func(torch.tensor(scale, device=device.current_device())))
+    else:
+        MoEAuxLossAutoScaler.set_loss_scale(scale)
 
 
 def _scaled_loss(

@@ -16,7 +16,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -42,6 +42,8 @@ class ParameterInit:
     stride: int
     """Number of tensors stacked along `partition_dim`, each of which is cut on its own (2 for gate and up)."""
     enabled: bool = True
+    stacked: tuple[str, ...] = ()
+    """The parameter is a stack of tensors, each filled under its name; the other fields speak of one of them."""
 
     def full_shape(self, local: torch.Size) -> list[int]:
         """Shape of the tensor whose shard is `local`."""
@@ -85,6 +87,7 @@ def register_parameter_init(
     tp_group: ProcessGroup | None = None,
     stride: int = 1,
     perform_initialization: bool = True,
+    stacked: tuple[str, ...] = (),
 ) -> None:
     """Note how `param`, this rank's shard, is filled; fill it now unless initialisation is deferred.
 
@@ -93,6 +96,8 @@ def register_parameter_init(
         partition_dim: dimension cut over `tp_group`, -1 if every rank holds the whole.
         stride: number of tensors stacked along `partition_dim`, each cut on its own.
         perform_initialization: False leaves the values as they are (a checkpoint will fill them).
+        stacked: names of the tensors that `param` stacks along a first dimension, in place of the last part of its
+            own name. `partition_dim` and `stride` speak of one of them.
     """
     spec = ParameterInit(
         init_method,
@@ -101,10 +106,12 @@ def register_parameter_init(
         get_pg_rank(tp_group),
         stride,
         perform_initialization,
+        stacked,
     )
     param.init_spec = spec  # type: ignore[attr-defined]
     if not _deferred and perform_initialization and not param.is_meta:
-        _copy_shard(param, _draw(spec, spec.full_shape(param.shape), None), spec)
+        for member in param.unbind() if stacked else (param,):
+            _copy_shard(member, _draw(spec, spec.full_shape(member.shape), None), spec)
 
 
 def initialize_parameters(
@@ -177,6 +184,11 @@ def initial_value(
 
 @torch.no_grad()
 def _fill(param: Tensor, spec: ParameterInit, seed: int, name: str) -> None:
+    if spec.stacked:
+        prefix = name.rpartition(".")[0]
+        for member, member_name in zip(param.unbind(), spec.stacked):
+            _fill(member, replace(spec, stacked=()), seed, f"{prefix}.{member_name}")
+        return
     shape = spec.full_shape(param.shape)
     if not getattr(spec.init_method, "blockwise", False):
         _copy_shard(param, _draw(spec, shape, _derived_seed(seed, name, 0)), spec)

@@ -104,7 +104,7 @@ def _sharded_parameter(
     """This rank's shard; `partition_dim` -1 for a parameter that all ranks hold whole."""
     param = nn.Parameter(torch.empty(shape, dtype=config.params_dtype, device=parameter_device(config)))
     set_tensor_model_parallel_attributes(param, partition_dim >= 0, partition_dim, stride)
-    param.allreduce = not (is_expert and config.expert_model_parallel_size > 1)  # type: ignore[attr-defined]
+    param.allreduce = not (is_expert and config.experts_have_own_replicas)  # type: ignore[attr-defined]
     register_parameter_init(
         param,
         init_method,

@@ -212,6 +212,8 @@ def require_dispatcher_fits(config: TransformerConfig) -> None:
     """Each way of moving tokens has its own limits."""
     dispatcher = config.moe_token_dispatcher_type
     needs = f"moe_token_dispatcher_type {{}}, found {dispatcher!r}"
+    if config.num_moe_experts and dispatcher == "flex":
+        raise NotImplementedError(f"{shown(config, 'moe_token_dispatcher_type')} is not built yet; use 'alltoall'")
     if config.moe_enable_deepep:
         require(dispatcher == "flex", "moe_enable_deepep needs " + needs.format("'flex'"))
     if config.moe_pad_expert_input_to_capacity:

@@ -11,9 +11,8 @@ if TYPE_CHECKING:
     from megatron.core.transformer.transformer_config import TransformerConfig
 
 RECOMPUTE_MODULES = ("core_attn", "moe_act", "layernorm", "mla_up_proj", "mlp", "moe")
-RECOMPUTE_MODULES_BUILT = ("core_attn", "layernorm", "mlp")
-"""The others wait for the modules that they would recompute: `moe` belongs to `TransformerLayer.forward` beside
-`mlp`, `moe_act` to the experts, `mla_up_proj` to latent attention."""
+RECOMPUTE_MODULES_BUILT = ("core_attn", "layernorm", "mlp", "moe")
+"""The others wait for what would recompute them: `moe_act` for the experts, `mla_up_proj` for latent attention."""
 
 SPLIT_FIELDS = (
     "num_layers_in_first_pipeline_stage",

@@ -30,6 +30,7 @@ from megatron.core.transformer.identity_op import IdentityFuncOp, IdentityOp
 from megatron.core.transformer.layer_placement import layers_of_chunk
 from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.moe.moe_layer import BaseMoELayer
 from megatron.core.transformer.spec_utils import ModuleSpec, build_module, get_module
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_depth_rules import recomputes
@@ -111,11 +112,10 @@ class TransformerLayer(MegatronModule, BaseTransformerLayer):
         self.cross_attention = self._attention(submodules.cross_attention, groups)
         self.cross_attn_bda = self._bias_dropout_add(submodules.cross_attn_bda)
         self.pre_mlp_layernorm = self._norm(submodules.pre_mlp_layernorm)
-        takes_group = get_module(submodules.mlp) is MLP
-        self.mlp = build_module(submodules.mlp, config=config, **({"tp_group": groups.tp} if takes_group else {}))
+        self.mlp = self._feed_forward(submodules.mlp, groups)
         self.mlp_bda = self._bias_dropout_add(submodules.mlp_bda)
         self.recompute_norms = recomputes(config, "layernorm")
-        self.recompute_mlp = recomputes(config, "mlp")
+        self.recompute_mlp = recomputes(config, "moe" if isinstance(self.mlp, BaseMoELayer) else "mlp")
 
     def _norm(self, spec: Part) -> nn.Module:
         config = self.config
@@ -125,6 +125,15 @@ class TransformerLayer(MegatronModule, BaseTransformerLayer):
         if self.config.torch_compile and spec is get_bias_dropout_add and compiled.compiles(compiled.bias_dropout_add):
             return get_compiled_bias_dropout_add
         return build_module(spec)
+
+    def _feed_forward(self, spec: Part, groups: ProcessGroupCollection) -> nn.Module:
+        module = get_module(spec)
+        more: dict[str, Any] = {}
+        if module is MLP:
+            more = {"tp_group": groups.tp}
+        elif isinstance(module, type) and issubclass(module, BaseMoELayer):
+            more = {"layer_number": self.layer_number, "model_comm_pgs": groups}
+        return build_module(spec, config=self.config, **more)
 
     def _attention(self, spec: Part, groups: ProcessGroupCollection) -> nn.Module:
         cp_comm_type = self.config.cp_comm_type

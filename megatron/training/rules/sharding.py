@@ -67,7 +67,7 @@ def require_torch_fsdp_fits(args: argparse.Namespace) -> None:
         return
     conflicts = {
         "--pipeline-model-parallel-size": args.pipeline_model_parallel_size > 1,
-        "--expert-model-parallel-size": args.expert_model_parallel_size > 1,
+        "--num-experts": args.num_experts is not None,
         "--use-distributed-optimizer": args.use_distributed_optimizer,
         "fused gradients (pass --no-gradient-accumulation-fusion)": args.gradient_accumulation_fusion,
         f"--ckpt-format {args.ckpt_format} (use torch_dist or torch_dcp)": args.ckpt_format

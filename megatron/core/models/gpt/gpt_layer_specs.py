@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from functools import partial
+from typing import Any
+
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.fusions.fused_layer_norm import FusedLayerNorm
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
@@ -10,17 +13,26 @@ from megatron.core.transformer.attention_backends import build_core_attention
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.moe.experts import GroupedMLP, SequentialMLP
+from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
+from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.torch_norm import L2Norm
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+from megatron.core.transformer.transformer_layer import (
+    TransformerLayer,
+    TransformerLayerSubmodules,
+    get_transformer_layer_offset,
+)
 
 CHECKPOINT_NAMES_OF_NORMS = {
     "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
     "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
 }
 """A distributed checkpoint names a norm after the linear layer that follows it."""
+CHECKPOINT_NAMES_BEFORE_EXPERTS = {"input_layernorm.": CHECKPOINT_NAMES_OF_NORMS["input_layernorm."]}
+"""No single linear layer follows the norm before experts, which keeps its name."""
 
 
 def get_gpt_layer_local_spec(
@@ -37,20 +49,21 @@ def get_gpt_layer_local_spec(
     """A layer of torch's own operations: works on every device. `config.attention_backend` chooses the core.
 
     Args:
+        num_experts: a mixture of so many experts instead of the dense feed-forward block.
+        moe_grouped_gemm: with the experts of a rank as stacks of matrices.
         qk_layernorm: normalise queries and keys of each head.
         qk_l2_norm: the same without parameters.
         normalization: kept for the public interface; `config.normalization` decides.
 
     Raises:
-        NotImplementedError: experts, latent attention, fp8 or kitchen are asked for.
+        NotImplementedError: latent attention, fp8 or kitchen are asked for.
     """
     _refuse_unbuilt(
-        num_experts=num_experts,
-        moe_grouped_gemm=moe_grouped_gemm,
         multi_latent_attention=multi_latent_attention,
         fp8=fp8,
         use_kitchen=use_kitchen,
     )
+    names = CHECKPOINT_NAMES_OF_NORMS if num_experts is None else CHECKPOINT_NAMES_BEFORE_EXPERTS
     head_norm = L2Norm if qk_l2_norm else FusedLayerNorm if qk_layernorm else IdentityOp
     attention = ModuleSpec(
         module=SelfAttention,
@@ -70,9 +83,9 @@ def get_gpt_layer_local_spec(
             self_attention=attention,
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=FusedLayerNorm,
-            mlp=_get_mlp_module_spec(use_te=False),
+            mlp=_get_mlp_module_spec(use_te=False, num_experts=num_experts, moe_grouped_gemm=moe_grouped_gemm),
             mlp_bda=get_bias_dropout_add,
-            sharded_state_dict_keys_map=dict(CHECKPOINT_NAMES_OF_NORMS),
+            sharded_state_dict_keys_map=dict(names),
         ),
     )
 
@@ -108,16 +121,28 @@ def get_gpt_decoder_block_spec(
 ) -> TransformerBlockSubmodules:
     """The layers of this rank's virtual stage and the final norm, for models whose layers may differ."""
     make = get_gpt_layer_with_transformer_engine_spec if use_transformer_engine else get_gpt_layer_local_spec
-    layer = make(
-        num_experts=config.num_moe_experts,
-        moe_grouped_gemm=config.moe_grouped_gemm,
+    make_layer = partial(
+        make,
         qk_layernorm=config.qk_layernorm,
         multi_latent_attention=config.multi_latent_attention,
         fp8=config.fp8,
         qk_l2_norm=qk_l2_norm,
         use_kitchen=config.use_kitchen,
     )
-    return TransformerBlockSubmodules([layer] * get_num_layers_to_build(config, vp_stage), FusedLayerNorm)
+    kinds = {False: make_layer()}
+    if config.num_moe_experts is not None:
+        kinds[True] = make_layer(num_experts=config.num_moe_experts, moe_grouped_gemm=config.moe_grouped_gemm)
+    first = get_transformer_layer_offset(config, vp_stage)
+    numbers = range(first, first + get_num_layers_to_build(config, vp_stage))
+    return TransformerBlockSubmodules([kinds[has_experts(config, number)] for number in numbers], FusedLayerNorm)
+
+
+def has_experts(config: TransformerConfig, layer: int) -> bool:
+    """Whether layer `layer` (from 0) is a mixture of experts: every n-th from the first, or those with 1 in a list."""
+    if config.num_moe_experts is None:
+        return False
+    freq = config.moe_layer_freq
+    return layer % freq == 0 if isinstance(freq, int) else bool(freq[layer])
 
 
 def _get_mlp_module_spec(
@@ -127,11 +152,14 @@ def _get_mlp_module_spec(
     fp8: str | None = None,
     moe_use_legacy_grouped_gemm: bool | None = False,
 ) -> ModuleSpec:
-    """The dense feed-forward block."""
-    _refuse_unbuilt(use_te=use_te, num_experts=num_experts, moe_grouped_gemm=moe_grouped_gemm, fp8=fp8)
-    return ModuleSpec(
-        module=MLP, submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
-    )
+    """The dense feed-forward block, or experts."""
+    _refuse_unbuilt(use_te=use_te, fp8=fp8)
+    parts = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+    if num_experts is None:
+        return ModuleSpec(module=MLP, submodules=parts)
+    experts: Any = GroupedMLP if moe_grouped_gemm else ModuleSpec(module=SequentialMLP, submodules=parts)
+    shared = ModuleSpec(module=SharedExpertMLP, params={"gate": False}, submodules=parts)
+    return ModuleSpec(module=MoELayer, submodules=MoESubmodules(experts=experts, shared_experts=shared))
 
 
 def _refuse_unbuilt(**wanted: object) -> None:

@@ -5,6 +5,7 @@ s sequence, b microbatch, v vocabulary.
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import torch
@@ -19,6 +20,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import groups_or_default
 from megatron.core.utils import get_pg_rank, make_tp_sharded_tensor_for_checkpoint
 from megatron.core.vocabulary_padding import mark_padding_rows
+
+_LOCAL_EXPERT = re.compile(r"(mlp\.experts\.local_experts\.)(\d+)(\..*)")
 
 
 class LanguageModule(MegatronModule):
@@ -56,7 +59,8 @@ class LanguageModule(MegatronModule):
         return loss.transpose(0, 1).contiguous()
 
     def global_parameter_name(self, local_name: str) -> str:
-        """Name of a parameter in the whole model: its layer counted from the first stage, a tied copy's original."""
+        """Name of a parameter in the whole model: its layer counted from the first stage, a tied copy's original,
+        its experts counted over all ranks."""
         if local_name == f"{self.output_layer_name}.weight" and self.share_embeddings_and_output_weights:
             return "embedding.word_embeddings.weight"
         block, found, rest = local_name.partition(".layers.")
@@ -64,6 +68,9 @@ class LanguageModule(MegatronModule):
             return local_name
         index, _, name = rest.partition(".")
         layer = getattr(self, block).layers[int(index)]
+        expert = _LOCAL_EXPERT.match(name)
+        if expert is not None:
+            name = f"{expert[1]}{layer.mlp.local_expert_indices[int(expert[2])]}{expert[3]}"
         return f"{block}.layers.{layer.layer_number - 1}.{name}"
 
     def setup_embeddings_and_output_layer(self) -> None:

@@ -1,0 +1,65 @@
+"""What spreads tokens evenly over experts: losses on the router, and balanced assignments.
+
+T tokens of a micro-batch on all ranks that share it (tensor × context parallel), of which this rank has n; E experts, k
+experts per token. Losses are this rank's part of a sum over those ranks, so that the sum of their gradients is that of
+one process.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from megatron.core.transformer.moe.routing import spread, wide
+
+
+def scores_of_all_experts(logits: Tensor, topk: int, score_function: str) -> tuple[Tensor, Tensor]:
+    """(scores [n, E] that sum to 1 for each token, its k best experts [n, E] bool): what a balancing loss looks at."""
+    if score_function == "softmax":
+        scores = torch.softmax(wide(logits), dim=-1)
+    else:
+        scores = torch.sigmoid(wide(logits))
+        scores = scores / (scores.sum(dim=-1, keepdim=True) + 1e-20)
+    values, indices = scores.topk(topk, dim=1)
+    return scores, spread(values, indices, logits.size(1))[1]
+
+
+def switch_load_balancing_loss(scores: Tensor, tokens_per_expert: Tensor, total_tokens: int, topk: int) -> Tensor:
+    """E / (T² k) Σ_e P_e n_e, the loss of arXiv:2101.03961, section 2.2, for k experts per token; 1 when even.
+
+    Args:
+        scores: [n, E] of this rank's tokens.
+        tokens_per_expert: [E], n_e, of all T tokens.
+    """
+    num_experts = scores.size(1)
+    return (scores.sum(0) * tokens_per_expert).sum() * num_experts / (total_tokens**2 * topk)
+
+
+def sequence_load_balancing_loss(scores: Tensor, tokens_per_expert: Tensor, sequence_length: int, topk: int) -> Tensor:
+    """The same for each sequence on its own, averaged over the b sequences (arXiv:2405.04434, section 2.1.3).
+
+    Args:
+        scores: [n/b, b, E] of this rank's tokens.
+        tokens_per_expert: [b, E] of all tokens of each sequence.
+        sequence_length: tokens of one sequence on all ranks.
+    """
+    batch, num_experts = scores.shape[1:]
+    return (scores.sum(0) * tokens_per_expert).sum() * num_experts / (sequence_length**2 * topk * batch)
+
+
+def router_z_loss(logits: Tensor, total_tokens: int) -> Tensor:
+    """1/T Σ (log Σ_e exp logit)², which keeps logits small (arXiv:2202.08906, section 3.1). `logits` [n, E]."""
+    return torch.logsumexp(wide(logits), dim=-1).square().sum() / total_tokens
+
+
+def sinkhorn(cost: Tensor, tol: float = 1e-4) -> Tensor:
+    """exp(cost) [n, E] scaled to even rows and columns, alternately (arXiv:2202.01169, section 3.1.1)."""
+    cost = torch.exp(cost)
+    rows, columns = cost.new_ones(cost.size(0)), cost.new_ones(cost.size(1))
+    eps, error, before = 1e-8, float("inf"), columns
+    while error > tol:
+        rows = 1 / (cost.size(0) * ((columns * cost).sum(1) + eps))
+        columns = 1 / (cost.size(1) * ((rows.unsqueeze(1) * cost).sum(0) + eps))
+        error = float((before - columns).abs().mean())
+        before = columns
+    return columns * cost * rows.unsqueeze(1)

@@ -1,0 +1,77 @@
+"""y_e = x_e W_eᵀ for the rows of each expert e, with gradients that go straight into where they accumulate."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron.core.tensor_parallel.gemm import add_product, matmul_into
+
+
+class _GroupedLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, splits: list[int], fused_accumulation: bool) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.weight, ctx.splits, ctx.fused_accumulation = weight, splits, fused_accumulation
+        return _products(x, weight.transpose(1, 2), splits)
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        grad_output = grad_output.contiguous()
+        dx = _products(grad_output, weight, ctx.splits) if ctx.needs_input_grad[0] else None
+        dw = _weight_gradients(ctx.weight, grad_output, x, ctx) if ctx.needs_input_grad[1] else None
+        return dx, dw, None, None
+
+
+def grouped_linear(x: Tensor, weight: Tensor, splits: list[int], gradient_accumulation_fusion: bool = False) -> Tensor:
+    """[m, out].
+
+    Args:
+        x: [m, in], the rows of the first expert, then of the second, and so on.
+        weight: [E, out, in].
+        splits: rows of each expert, some may be 0.
+        gradient_accumulation_fusion: add the gradient of `weight` to `weight.main_grad`.
+    """
+    return _GroupedLinear.apply(x, weight, splits, gradient_accumulation_fusion)
+
+
+def _products(x: Tensor, matrices: Tensor, splits: list[int]) -> Tensor:
+    """x_e M_e, `matrices` [E, in, out]."""
+    if _grouped_kernel_works(x.device.type, x.dtype):
+        offsets = torch.tensor(splits, device=x.device).cumsum(0).to(torch.int32)
+        return torch._grouped_mm(x, matrices, offs=offsets)
+    y = x.new_empty(x.size(0), matrices.size(2))
+    for rows, part, matrix in zip(x.split(splits), y.split(splits), matrices):
+        if len(rows):
+            matmul_into(part, rows, matrix)
+    return y
+
+
+def _weight_gradients(weight: Tensor, grad_output: Tensor, x: Tensor, ctx: Any) -> Tensor | None:
+    total = getattr(weight, "main_grad", None)
+    fused = ctx.fused_accumulation and total is not None
+    if not fused:
+        total = torch.zeros_like(weight)
+    assert total is not None
+    for dy, rows, part in zip(grad_output.split(ctx.splits), x.split(ctx.splits), total.view(weight.shape)):
+        if len(rows):
+            add_product(part, dy.t(), rows)
+    return None if fused else total
+
+
+@cache
+def _grouped_kernel_works(device_type: str, dtype: torch.dtype) -> bool:
+    """Whether torch multiplies all groups in one kernel; tried once (CUDA, bf16, torch 2.8)."""
+    if device_type != "cuda" or dtype != torch.bfloat16 or not hasattr(torch, "_grouped_mm"):
+        return False
+    try:
+        x = torch.ones(16, 16, dtype=dtype, device=device_type)
+        matrices = torch.ones(2, 16, 16, dtype=dtype, device=device_type)
+        y = torch._grouped_mm(x, matrices, offs=torch.tensor([8, 16], device=device_type, dtype=torch.int32))
+    except (RuntimeError, NotImplementedError, TypeError):
+        return False
+    return bool((y == 16).all())
