@@ -101,7 +101,7 @@ def mean_aux_losses(num_microbatches: int, num_moe_layers: int) -> dict[str, tup
     """
     reduce_aux_losses_tracker_across_ranks()
     means = {}
-    for name, tracked in _tracked.items():
+    for name, tracked in sorted(_tracked.items()):
         by_layer = tracked.values / num_microbatches
         means[name] = (by_layer.sum() / num_moe_layers, by_layer)
     clear_aux_losses_tracker()
