@@ -55,6 +55,8 @@ OF_A_LAYOUT = frozenset(
     cpu_offloading_weights optimizer_cpu_offload optimizer_offload_fraction use_torch_optimizer_for_cpu_offload
     overlap_cpu_optimizer_d2h_h2d pin_cpu_grads pin_cpu_params use_precision_aware_optimizer
     clone_scatter_output_in_embedding gradient_accumulation_fusion torch_compile
+    expert_model_parallel_size expert_tensor_parallel_size moe_token_dispatcher_type moe_grouped_gemm
+    moe_layer_recompute
     """.split()
 )
 """Besides those under "distributed": flags that the one process goes without."""
@@ -97,7 +99,8 @@ def shrink(argv: Sequence[str], ranks: int | None, steps: int) -> Shrunk:
     refuse_unless(
         ranks > 1,
         "these flags are for one process: there is no layout to verify. Give --tensor-model-parallel-size, "
-        "--pipeline-model-parallel-size or --context-parallel-size, or --nproc for data parallel ranks",
+        "--pipeline-model-parallel-size, --context-parallel-size or --expert-model-parallel-size, or --nproc for data "
+        "parallel ranks",
     )
     args = parse_args(argv=list(argv))
     args.put("world_size", ranks, Source("flag", "--nproc"))
@@ -110,7 +113,8 @@ def shrink(argv: Sequence[str], ranks: int | None, steps: int) -> Shrunk:
     model = [*sized, *_fixed(args, steps, numbers.global_batch), *_kept(given, numbers.replaced, layout=False)]
     layout = [*numbers.layout_words(), *_kept(given, numbers.replaced, layout=True)]
     uneven = bool(args.calculate_per_token_loss)
-    same_parts = not args.calculate_per_token_loss and args.eod_mask_loss
+    # Where a micro-batch's loss depends on more than its samples one by one, the one process has the same ones.
+    same_parts = bool(args.num_experts) or (not args.calculate_per_token_loss and args.eod_mask_loss)
     reference_size = numbers.micro_batch if same_parts else 1
     return Shrunk(
         ranks,
@@ -133,9 +137,9 @@ _MADE_UP = {
 
 
 def _ranks_of_model(args: Settings) -> int:
-    return (
-        int(args.tensor_model_parallel_size) * int(args.pipeline_model_parallel_size) * int(args.context_parallel_size)
-    )
+    tp, pp = int(args.tensor_model_parallel_size), int(args.pipeline_model_parallel_size)
+    of_experts = int(args.expert_tensor_parallel_size or tp) * int(args.expert_model_parallel_size)
+    return math.lcm(tp * int(args.context_parallel_size), of_experts) * pp
 
 
 def _refuse_what_cannot_be_compared(args: Settings) -> None:
@@ -308,6 +312,9 @@ class _Numbers:
             self.sizes["num_query_groups"] = groups
         if own_width:
             self.sizes["kv_channels"] = HEAD_WIDTH
+        for name in ("moe_ffn_hidden_size", "moe_shared_expert_intermediate_size"):
+            if args.num_experts and (width := getattr(args, name)) is not None:
+                self.sizes[name] = max(1, round(width / args.hidden_size * hidden / step)) * step
         self.replaced |= {"encoder_num_layers", "kv_channels", "num_query_groups"}
 
     # --- lengths ---
@@ -332,6 +339,9 @@ class _Numbers:
         if isinstance(self.args.no_rope_freq, list):
             self.replaced.add("no_rope_freq")
             words += ["--no-rope-freq", str(self.args.no_rope_freq[: self.layers])]
+        if isinstance(self.args.moe_layer_freq, list):
+            self.replaced.add("moe_layer_freq")
+            words += ["--moe-layer-freq", str(self.args.moe_layer_freq[: self.layers])]
         return words
 
     # --- batch ---

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy
@@ -63,23 +63,50 @@ def pieces_of(
     model: Iterable[nn.Module], value: Callable[[nn.Parameter], list[tuple[int, Tensor]] | None]
 ) -> list[Piece]:
     """This rank's pieces of `value` of every parameter: a list of (first element, flat values)."""
-    tp_rank = parallel_state.get_tensor_model_parallel_rank()
-    tp_size = parallel_state.get_tensor_model_parallel_world_size()
-    return [
-        Piece(
+    pieces: list[Piece] = []
+    for name, param in named_parameters(model):
+        of_experts = ".experts." in name
+        whole = Piece(
             name,
-            numpy.ascontiguousarray(values.detach().cpu().double().numpy() if values.dtype == torch.bfloat16
-                                    else values.detach().cpu().numpy()),
-            start,
+            numpy.empty(0),
+            0,
             tuple(param.shape),
-            param.partition_dim if getattr(param, "tensor_model_parallel", False) else -1,
+            param.partition_dim if getattr(param, "tensor_model_parallel", False) else -1,  # type: ignore[attr-defined]
             getattr(param, "partition_stride", 1),
-            tp_rank,
-            tp_size,
+            *(_place_of_expert() if of_experts else _place()),
         )
-        for name, param in named_parameters(model)
-        for start, values in value(param) or []
-    ]  # fmt: skip
+        for start, values in value(param) or []:
+            piece = replace(whole, values=_array(values), start=start)
+            stacked = getattr(getattr(param, "init_spec", None), "stacked", ())
+            pieces += _members(piece, stacked) if stacked else [piece]
+    return pieces
+
+
+def _place() -> tuple[int, int]:
+    return parallel_state.get_tensor_model_parallel_rank(), parallel_state.get_tensor_model_parallel_world_size()
+
+
+def _place_of_expert() -> tuple[int, int]:
+    return parallel_state.get_expert_tensor_parallel_rank(), parallel_state.get_expert_tensor_parallel_world_size()
+
+
+def _array(values: Tensor) -> Array:
+    values = values.detach().cpu()
+    return numpy.ascontiguousarray((values.double() if values.dtype == torch.bfloat16 else values).numpy())
+
+
+def _members(piece: Piece, names: tuple[str, ...]) -> list[Piece]:
+    """The parts of a piece of several stacked tensors, under the names of these."""
+    shape, size, end = piece.shape[1:], int(numpy.prod(piece.shape[1:])), piece.start + len(piece.values)
+    prefix = piece.name.rpartition(".")[0]
+    members = []
+    for i, name in enumerate(names):
+        first, last = max(piece.start, i * size), min(end, (i + 1) * size)
+        if first < last:
+            values, start = piece.values[first - piece.start : last - piece.start], first - i * size
+            member = replace(piece, name=f"{prefix}.{name}", values=values, start=start, shape=shape, dim=piece.dim - 1)
+            members.append(member)
+    return members
 
 
 def weights(param: nn.Parameter) -> list[tuple[int, Tensor]]:
