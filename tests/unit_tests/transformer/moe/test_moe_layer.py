@@ -1,0 +1,199 @@
+"""The layer against a sum over experts written out, for every dispatcher, on ranks that split experts in every way."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import silu
+
+from megatron.core.tensor_parallel.initialization import deferred_initialization, initialize_parameters
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.mlp import MLPSubmodules
+from megatron.core.transformer.moe.experts import GroupedMLP, SequentialMLP
+from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
+from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_config import TransformerConfig
+from tests.worker_pool import run_ranks
+
+S, B, H, F, E = 8, 2, 16, 24, 4
+PARTS = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+
+
+def config(**options: Any) -> TransformerConfig:
+    values: dict[str, Any] = {
+        "num_layers": 1,
+        "hidden_size": H,
+        "num_attention_heads": 4,
+        "num_moe_experts": E,
+        "moe_ffn_hidden_size": F,
+        "moe_router_topk": 2,
+        "gated_linear_unit": True,
+        "activation_func": silu,
+        "add_bias_linear": False,
+        "params_dtype": torch.float64,
+        "init_method_std": 0.4,
+        "gradient_accumulation_fusion": False,
+    }
+    return TransformerConfig(**values | options)
+
+
+def layer(config: TransformerConfig, gate: bool = False) -> MoELayer:
+    """A layer whose values depend on names and positions alone."""
+    experts: Any = GroupedMLP if config.moe_grouped_gemm else ModuleSpec(module=SequentialMLP, submodules=PARTS)
+    shared = ModuleSpec(module=SharedExpertMLP, params={"gate": gate}, submodules=PARTS)
+    with deferred_initialization():
+        made = MoELayer(config, MoESubmodules(experts, shared), layer_number=1)
+
+    def global_name(name: str) -> str:
+        head, found, rest = name.partition("local_experts.")
+        if not found:
+            return name
+        index, _, tail = rest.partition(".")
+        return f"{head}{found}{made.local_expert_indices[int(index)]}.{tail}"
+
+    initialize_parameters(made, global_name, seed=7)
+    return made
+
+
+def hidden_states() -> Tensor:
+    return torch.randn(S, B, H, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+
+
+def written_out(made: MoELayer, x: Tensor) -> Tensor:
+    """The layer's output, expert by expert and token by token, from the weights of a layer on one rank."""
+    weights, chosen = made.router(x)
+    tokens = x.reshape(-1, H)
+    rows = []
+    for token, of_token, its_experts in zip(tokens, weights, chosen):
+        total = torch.zeros(H, dtype=x.dtype)
+        for expert in its_experts.nonzero().flatten().tolist():
+            mlp = made.experts.local_experts[expert]
+            gate, up = (mlp.linear_fc1.weight @ token).chunk(2)
+            total = total + of_token[expert] * (mlp.linear_fc2.weight @ (silu(gate) * up))
+        rows.append(total)
+    output = torch.stack(rows).view_as(x)
+    return output if made.shared_experts is None else output + made.shared_experts(x)
+
+
+def reference(**options: Any) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """(output, gradient of the input, gradients of the weights) on one rank, of experts one after the other."""
+    made = layer(config(**options))
+    x = hidden_states().requires_grad_()
+    output = written_out(made, x)
+    output.square().sum().backward()
+    assert x.grad is not None
+    return output.detach(), x.grad, {n: p.grad for n, p in made.named_parameters() if p.grad is not None}
+
+
+OPTIONS: list[dict[str, Any]] = [
+    {},
+    {"moe_router_score_function": "sigmoid", "moe_router_topk": 3, "moe_router_topk_scaling_factor": 2.0},
+    {"moe_shared_expert_intermediate_size": 20},
+    {"moe_router_topk": 1, "moe_router_pre_softmax": True},
+    {"moe_expert_capacity_factor": 0.5},
+    {"moe_expert_capacity_factor": 1.0, "moe_pad_expert_input_to_capacity": True, "moe_token_drop_policy": "position"},
+]
+
+
+@pytest.mark.parametrize("grouped", [False, True], ids=["sequential", "grouped"])
+@pytest.mark.parametrize("dispatcher", ["allgather", "alltoall"])
+@pytest.mark.parametrize("options", OPTIONS, ids=lambda options: " ".join(options) or "softmax")
+def test_one_rank(options: dict[str, Any], dispatcher: str, grouped: bool) -> None:
+    expected, expected_dx, expected_dw = reference(**options)
+    made = layer(config(moe_token_dispatcher_type=dispatcher, moe_grouped_gemm=grouped, **options))
+    x = hidden_states().requires_grad_()
+    output, bias = made(x)
+    output.square().sum().backward()
+    assert bias is None and x.grad is not None
+    torch.testing.assert_close(output, expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(x.grad, expected_dx, rtol=1e-10, atol=1e-10)
+    for name, grad in gradients(made).items():
+        torch.testing.assert_close(grad, expected_dw.get(name, torch.zeros_like(grad)), rtol=1e-10, atol=1e-10)
+
+
+def gradients(made: MoELayer) -> dict[str, Tensor]:
+    """Of every weight, by the names of experts one after the other (counted over all ranks)."""
+    found: dict[str, Tensor] = {}
+    for name, param in made.named_parameters():
+        assert param.grad is not None, name
+        members = param.init_spec.stacked
+        if members:
+            found |= {f"experts.{member}": grad for member, grad in zip(members, param.grad)}
+            continue
+        head, local, rest = name.partition("local_experts.")
+        if local:
+            index, _, tail = rest.partition(".")
+            name = f"{head}{local}{made.local_expert_indices[int(index)]}.{tail}"
+        found[name] = param.grad
+    return found
+
+
+def check_ranks(ep: int, etp: int, tp: int, options: dict[str, Any]) -> None:
+    from megatron.core import parallel_state
+
+    world = max(ep * etp, tp)
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=tp, expert_model_parallel_size=ep, expert_tensor_parallel_size=etp
+    )
+    made = layer(
+        config(
+            tensor_model_parallel_size=tp,
+            sequence_parallel=tp > 1,
+            expert_model_parallel_size=ep,
+            expert_tensor_parallel_size=etp,
+            **options,
+        )
+    )
+    # Ranks have the tokens of one sample after the other (data parallel) or of parts of a sequence.
+    rank = torch.distributed.get_rank()
+    whole = hidden_states().reshape(-1, B, H)
+    part = slice(rank * S // world, (rank + 1) * S // world)
+    x = whole[part].clone().requires_grad_()
+    output, _ = made(x)
+    output.square().sum().backward()
+    alone = {
+        name: value for name, value in options.items() if name not in ("moe_token_dispatcher_type", "moe_grouped_gemm")
+    }
+    parallel_state.destroy_model_parallel()
+    expected, expected_dx, expected_dw = reference(**alone)
+    torch.testing.assert_close(output, expected[part], rtol=1e-12, atol=1e-12)
+    assert x.grad is not None
+    torch.testing.assert_close(x.grad, expected_dx[part], rtol=1e-10, atol=1e-10)
+    if etp == 1 and ep == world:  # an expert is on one rank, whose gradient is that of all tokens
+        for name, grad in gradients(made).items():
+            if ".local_experts." in name:
+                torch.testing.assert_close(grad, expected_dw[name], rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize(
+    ("ep", "etp", "tp", "options"),
+    [
+        (2, 1, 1, {"moe_token_dispatcher_type": "alltoall"}),
+        (2, 1, 1, {"moe_token_dispatcher_type": "allgather", "moe_grouped_gemm": True}),
+        (1, 2, 2, {"moe_token_dispatcher_type": "alltoall", "moe_grouped_gemm": True}),
+        (4, 1, 2, {"moe_token_dispatcher_type": "alltoall", "moe_shared_expert_intermediate_size": 20}),
+        (2, 2, 2, {"moe_token_dispatcher_type": "alltoall"}),
+        (2, 2, 2, {"moe_token_dispatcher_type": "allgather"}),
+        (2, 2, 4, {"moe_token_dispatcher_type": "alltoall", "moe_grouped_gemm": True, "moe_router_topk": 3}),
+    ],
+)
+def test_ranks_that_split_experts(ep: int, etp: int, tp: int, options: dict[str, Any]) -> None:
+    run_ranks(max(ep * etp, tp), check_ranks, ep, etp, tp, options)
+
+
+def test_experts_without_tokens_and_one_with_all() -> None:
+    """Everything goes to the first two experts; the others get gradients of zero, not none."""
+    for grouped in (False, True):
+        made = layer(config(moe_grouped_gemm=grouped, moe_token_dispatcher_type="alltoall"))
+        with torch.no_grad():
+            made.router.weight.zero_()
+            made.router.weight[:2] = 1.0
+        output, _ = made(hidden_states().abs())
+        output.sum().backward()
+        found = gradients(made)
+        assert found["experts.local_experts.0.linear_fc1.weight"].abs().sum() > 0
+        assert found["experts.local_experts.3.linear_fc1.weight"].abs().sum() == 0
