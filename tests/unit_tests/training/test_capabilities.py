@@ -60,8 +60,8 @@ def test_unbuilt_value_equal_to_its_default_is_accepted() -> None:
 
 def test_all_unbuilt_flags_are_named_at_once() -> None:
     with pytest.raises(ConfigurationError) as refusal:
-        validated("--num-experts 4 --use-nccl-ub --fp8-format e4m3")
-    for word in ("--num-experts 4", "--use-nccl-ub", "--fp8-format e4m3"):
+        validated("--multi-latent-attention --use-nccl-ub --fp8-format e4m3")
+    for word in ("--multi-latent-attention", "--use-nccl-ub", "--fp8-format e4m3"):
         assert f"  {word}: not built yet" in str(refusal.value)
 
 
@@ -114,6 +114,7 @@ BUILT = [
     "--apply-query-key-layer-scaling --attention-softmax-in-fp32",
     "--data-cache-path /tmp/x --no-mmap-bin-files --no-create-attention-mask-in-dataloader",
     "--dataloader-type cyclic --num-workers 0 --no-data-sharding",
+    "--num-experts 4 --disable-bias-linear --moe-router-topk 2 --moe-token-dispatcher-type alltoall --moe-grouped-gemm",
 ]
 
 

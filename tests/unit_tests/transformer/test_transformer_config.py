@@ -160,12 +160,9 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"no_rope_freq": [1]}, r"lists 1 layers, num_layers \(4\)"),
     ({"moe_ffn_hidden_size": 5}, "needs num_moe_experts"),
     ({"moe_shared_expert_intermediate_size": 0}, "must be positive"),
-    ({"moe_enable_deepep": True}, "needs moe_token_dispatcher_type 'flex', found 'allgather'"),
-    ({"moe_shared_expert_overlap": True}, "needs moe_token_dispatcher_type 'alltoall'"),
     ({"moe_pad_expert_input_to_capacity": True}, "needs moe_expert_capacity_factor"),
     ({"moe_router_group_topk": 2}, "needs moe_router_num_groups"),
     ({"moe_router_group_topk": 3, "moe_router_num_groups": 2}, "must not exceed moe_router_num_groups"),
-    ({"moe_router_padding_for_fp8": True}, "needs fp8"),
 ]
 
 
@@ -226,6 +223,17 @@ BEHIND_UNBUILT: list[tuple[Any, dict[str, Any], str]] = [
     (rules.require_fp8_fits, {"fp8_param": True}, "fp8_param needs fp8"),
     (rules.require_fp8_fits, {"fp8": "e4m3", "first_last_layers_bf16": True}, "'delayed'"),
     (rules.require_experts_for_expert_parallel, {"expert_model_parallel_size": 2}, "needs num_moe_experts"),
+    (
+        rules.require_dispatcher_fits,
+        {"moe_enable_deepep": True},
+        "needs moe_token_dispatcher_type 'flex', found 'allgather'",
+    ),
+    (
+        rules.require_dispatcher_fits,
+        {"moe_shared_expert_overlap": True},
+        "needs moe_token_dispatcher_type 'alltoall'",
+    ),
+    (rules.require_fp8_for_router_padding, {"moe_router_padding_for_fp8": True}, "needs fp8"),
     (rules.require_router_fits, {"num_moe_experts": 2}, "needs add_bias_linear to be off"),
     (
         rules.require_router_fits,
@@ -315,8 +323,10 @@ def test_latent_attention_is_not_built() -> None:
 
 
 def test_unbuilt_recompute_is_refused() -> None:
-    with pytest.raises(NotImplementedError, match=r"\['moe'\]: not built yet; choose from core_attn, layern"):
-        config(recompute_granularity="selective", recompute_modules=["core_attn", "moe"])
+    with pytest.raises(NotImplementedError, match=r"\['moe_act'\]: not built yet; choose from core_attn, layern"):
+        config(recompute_granularity="selective", recompute_modules=["core_attn", "moe_act"], moe_grouped_gemm=True)
+    with pytest.raises(NotImplementedError, match=r"moe_token_dispatcher_type \(flex\) is not built yet"):
+        config(num_moe_experts=2, moe_token_dispatcher_type="flex", add_bias_linear=False)
 
 
 @pytest.mark.parametrize(
