@@ -84,10 +84,6 @@ VALUES_NOT_BUILT: dict[str, tuple[Used, str]] = {
     "ckpt_format": (lambda value: value in ("zarr", "torch_dcp"), "this checkpoint format"),
     "ckpt_convert_format": (lambda value: value == "zarr", "this checkpoint format"),
     "moe_token_dispatcher_type": (lambda value: value == "flex", "the kernels of DeepEP; use alltoall"),
-    "tokenizer_type": (
-        lambda value: value in TOKENIZERS_NOT_BUILT,
-        "this tokenizer",
-    ),
 }
 """Arguments of which only some values wait."""
 
