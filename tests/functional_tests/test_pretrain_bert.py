@@ -81,7 +81,7 @@ def test_resume_is_bit_exact_without_a_binary_head(data: str, tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("program", "flags", "message"),
     [
-        ("pretrain_gpt.py", "--mask-prob 0.2", "only pretrain_bert.py reads it"),
+        ("pretrain_gpt.py", "--mask-prob 0.2", "only pretrain_bert.py and pretrain_t5.py reads it"),
         ("pretrain_bert.py", "--context-parallel-size 2", "does not split sequences"),
         ("pretrain_bert.py", "--reset-position-ids", "no meaning for pretrain_bert.py"),
     ],
