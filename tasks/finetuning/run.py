@@ -201,7 +201,7 @@ class EndOfEpoch:
         epoch, step = divmod(run.state.iteration, self.task.per_epoch)
         if step:
             return
-        with interval_paused():
+        with interval_paused(run):
             overall, _ = measure(run.model, self.task.valid, self.task.corpus, epoch - 1, run.state.iteration)
             self.best.update(run, overall, epoch - 1)
         save(run)
