@@ -133,7 +133,10 @@ def require_none_left(pids: dict[int, int], seconds: float = 5.0) -> None:
 
 
 def test_death_under_torchrun() -> None:
-    """The launcher ends the others by SIGTERM as soon as it sees a death: their message must come out all the same."""
+    """The launcher ends the others by SIGTERM as soon as it sees a death: their message must come out all the same.
+
+    Which of them waited for the dead rank at that moment, and in which group, is left to chance: not asked here.
+    """
     run = Launched(*PIPELINE_TENSOR.split(), "--num-workers", "1")
     run.wait_for("iteration        3/")
     pids = run.pids()
@@ -141,7 +144,6 @@ def test_death_under_torchrun() -> None:
     os.kill(pids[3], signal.SIGKILL)
     output = run.end(30)
     assert {int(rank) for rank, victim in STOPPED.findall(output) if victim == "3"} == {0, 1, 2}, output[-4000:]
-    assert "tensor parallel ranks 2 and 3" in output or "pipeline ranks 1 and 3" in output
     require_none_left(pids)
 
 
