@@ -40,7 +40,8 @@ def finalize_model_grads(
     with timed(config, "embedding-grads-all-reduce", log_level=1):
         _reduce_shared_grads(model, groups.embd, _shared_word_embedding)
         _reduce_grads_of_stacks(model, groups)
-    update_expert_bias(_biased_routers(model), groups)
+    if getattr(config, "moe_router_enable_expert_bias", False):
+        update_expert_bias(_biased_routers(model), groups)
     if num_tokens is not None:
         _divide_by_tokens(model, num_tokens, groups)
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from megatron.core import device
 from megatron.core.collectives import all_reduce
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.initialization import parameter_device, register_parameter_init
@@ -89,10 +91,19 @@ class TopKRouter(Router):
         self.topk = config.moe_router_topk
         bias = counts = None
         if config.moe_router_enable_expert_bias:
-            bias = torch.zeros(self.num_experts, dtype=torch.float32, device=parameter_device(config))
+            bias = torch.zeros(self.num_experts, dtype=torch.float32, device=device.current_device())
             counts = torch.zeros_like(bias)
         self.register_buffer("expert_bias", bias)
         self.register_buffer("local_tokens_per_expert", counts, persistent=False)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """Cast and move the module, but not cast the bias and the counts: a step of the bias is lost in bf16."""
+        names = ("expert_bias", "local_tokens_per_expert")
+        kept = {name: value for name in names if (value := getattr(self, name)) is not None}
+        super()._apply(fn, recurse)
+        for name, value in kept.items():
+            setattr(self, name, value.to(getattr(self, name).device))
+        return self
 
     def forward(self, input: Tensor) -> tuple[Tensor, Tensor]:
         logits = self.gating(self.apply_input_jitter(input))

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron.core import device
 from megatron.core.collectives import all_gather_into_tensor
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.mappings import (
@@ -139,7 +140,8 @@ class MoEAlltoAllTokenDispatcher(MoETokenDispatcher):
         super().__init__(config, model_comm_pgs)
         self.first, self.num_local_experts = local_expert_indices[0], num_local_experts
         # Chunks arrive by (ETP rank, EP rank, expert); experts want (expert, ETP rank, EP rank).
-        sources = torch.arange(self.tp_size * self.ep_size * num_local_experts).view(-1, num_local_experts)
+        count = self.tp_size * self.ep_size * num_local_experts
+        sources = torch.arange(count, device=device.current_device()).view(-1, num_local_experts)
         self.by_expert = sources.t().reshape(-1)
         self.by_source = torch.argsort(self.by_expert)
 
@@ -179,8 +181,7 @@ class MoEAlltoAllTokenDispatcher(MoETokenDispatcher):
 
     def dispatch_postprocess(self, hidden_states: Tensor, probs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         if self.num_local_experts > 1:
-            order = self.by_expert.to(self.chunk_sizes.device)
-            hidden_states, sorted_probs = sort_chunks_by_idxs(hidden_states, self.chunk_sizes, order, probs)
+            hidden_states, sorted_probs = sort_chunks_by_idxs(hidden_states, self.chunk_sizes, self.by_expert, probs)
             assert sorted_probs is not None
             probs = sorted_probs
         return hidden_states, self.tokens_per_expert, probs
@@ -188,8 +189,7 @@ class MoEAlltoAllTokenDispatcher(MoETokenDispatcher):
     def combine_preprocess(self, hidden_states: Tensor) -> Tensor:
         if self.num_local_experts == 1:
             return hidden_states
-        sizes = self.chunk_sizes[self.by_expert.to(self.chunk_sizes.device)]
-        return sort_chunks_by_idxs(hidden_states, sizes, self.by_source.to(sizes.device))[0]
+        return sort_chunks_by_idxs(hidden_states, self.chunk_sizes[self.by_expert], self.by_source)[0]
 
     def token_combine(
         self, hidden_states: Tensor, async_finish: bool = True, allocate_on_comm_stream: bool = True

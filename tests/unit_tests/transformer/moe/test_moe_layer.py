@@ -197,3 +197,15 @@ def test_experts_without_tokens_and_one_with_all() -> None:
         found = gradients(made)
         assert found["experts.local_experts.0.linear_fc1.weight"].abs().sum() > 0
         assert found["experts.local_experts.3.linear_fc1.weight"].abs().sum() == 0
+
+
+def test_the_bias_of_experts_stays_in_fp32_when_the_model_is_cast() -> None:
+    made = layer(
+        config(moe_router_score_function="sigmoid", moe_router_enable_expert_bias=True, params_dtype=torch.float32)
+    )
+    made.router.expert_bias += 1.001
+    made.bfloat16()
+    assert made.router.weight.dtype == torch.bfloat16
+    assert made.router.expert_bias.dtype == made.router.local_tokens_per_expert.dtype == torch.float32
+    assert made.router.expert_bias[0].item() == pytest.approx(1.001, abs=1e-6)
+    assert "router.expert_bias" in made.state_dict()
