@@ -21,7 +21,7 @@ def prepare(args: Any) -> Callable[[], None]:
     """What runs the harness; its tasks have been looked up."""
     refuse_unless(
         importlib.util.find_spec("lm_eval") is not None,
-        "--task LM_EVAL needs the package lm-eval: pip install 'megatron-core[eval]'",
+        "--task LM_EVAL needs the package lm-eval: pip install -e '.[eval]' in the repository",
     )
     refuse_unless(args.lm_eval_tasks, "--task LM_EVAL needs --lm-eval-tasks, names of tasks of lm-eval")
     require_checkpoint(args)
