@@ -20,7 +20,7 @@ from megatron.core.tensor_parallel.data import broadcast_data
 from megatron.core.transformer.spec_utils import import_module
 from megatron.training import get_args, get_timers, get_tokenizer, pretrain, print_rank_0
 from megatron.training.arguments import core_transformer_config_from_args
-from megatron.training.utils import get_blend_and_blend_per_split
+from megatron.training.utils import dataset_settings
 
 BATCH_KEYS = ("text", "types", "labels", "is_random", "loss_mask", "padding_mask")
 
@@ -93,18 +93,9 @@ def reads_data() -> bool:
 def train_valid_test_datasets_provider(num_samples: list[int]) -> tuple[Any, Any, Any]:
     """Training, validation and test data of the given sizes."""
     args = get_args()
-    blend, blend_per_split = get_blend_and_blend_per_split(args)
     config = BERTMaskedWordPieceDatasetConfig(
-        random_seed=args.seed,
+        **dataset_settings(args),
         sequence_length=args.seq_length,
-        blend=blend,
-        blend_per_split=blend_per_split,
-        split=args.split,
-        num_dataset_builder_threads=args.num_dataset_builder_threads,
-        path_to_cache=args.data_cache_path,
-        object_storage_cache_path=args.object_storage_cache_path,
-        mmap_bin_files=args.mmap_bin_files,
-        tokenizer=get_tokenizer(),
         masking_probability=args.mask_prob,
         short_sequence_probability=args.short_seq_prob,
         masking_max_ngram=3,
@@ -113,7 +104,6 @@ def train_valid_test_datasets_provider(num_samples: list[int]) -> tuple[Any, Any
         masking_use_longer_ngrams=False,
         masking_use_geometric_distribution=False,
         classification_head=args.bert_binary_head,
-        mid_level_dataset_surplus=args.mid_level_dataset_surplus,
     )
     return tuple(BlendedMegatronDatasetBuilder(BERTMaskedWordPieceDataset, num_samples, reads_data, config).build())
 

@@ -22,10 +22,10 @@ from megatron.training.arguments import core_transformer_config_from_args
 from megatron.training.datasets.sft_dataset import SFTDataset
 from megatron.training.utils import (
     batch_keys,
+    dataset_settings,
     dense_attention_mask,
     get_batch_on_this_cp_rank,
     get_batch_on_this_tp_rank,
-    get_blend_and_blend_per_split,
 )
 
 
@@ -104,24 +104,14 @@ def reads_data() -> bool:
 
 def train_valid_test_datasets_provider(num_samples: list[int]) -> tuple[Any, Any, Any]:
     """Training, validation and test data of the given sizes."""
-    args, tokenizer = get_args(), get_tokenizer()
-    blend, blend_per_split = get_blend_and_blend_per_split(args)
+    args = get_args()
     config = GPTDatasetConfig(
-        random_seed=args.seed,
+        **dataset_settings(args),
         sequence_length=args.seq_length,
-        blend=blend,
-        blend_per_split=blend_per_split,
-        split=args.split,
-        num_dataset_builder_threads=args.num_dataset_builder_threads,
-        path_to_cache=args.data_cache_path,
-        object_storage_cache_path=args.object_storage_cache_path,
-        mmap_bin_files=args.mmap_bin_files,
-        tokenizer=tokenizer,
         reset_position_ids=args.reset_position_ids,
         reset_attention_mask=args.reset_attention_mask,
         eod_mask_loss=args.eod_mask_loss,
         create_attention_mask=dense_attention_mask(args),
-        mid_level_dataset_surplus=args.mid_level_dataset_surplus,
         multiple_validation_sets=args.multiple_validation_sets,
     )
     dataset_type = SFTDataset if args.sft else MockGPTDataset if args.mock_data else GPTDataset

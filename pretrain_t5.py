@@ -18,7 +18,7 @@ from megatron.core.models.T5.t5_spec import decoder_model_with_local_spec, encod
 from megatron.core.tensor_parallel.data import broadcast_data
 from megatron.training import get_args, get_timers, get_tokenizer, pretrain, print_rank_0
 from megatron.training.library_configs import two_stack_configs_from_args
-from megatron.training.utils import get_blend_and_blend_per_split
+from megatron.training.utils import dataset_settings
 
 BATCH_KEYS = ("text_enc", "text_dec", "labels", "loss_mask", "enc_mask", "dec_mask")
 
@@ -71,9 +71,9 @@ def loss_func(loss_mask: Tensor, losses: Tensor) -> tuple[Tensor, dict[str, Tens
 def forward_step(data_iterator: Iterator[Any] | None, model: Any) -> tuple[Tensor, Any]:
     """Forward of one microbatch: losses of the decoder's tokens (what the next stage takes, before the last)."""
     timers = get_timers()
-    timers("batch generator", log_level=2).start()
+    timers("batch-generator", log_level=2).start()
     batch = get_batch(data_iterator)
-    timers("batch generator").stop()
+    timers("batch-generator").stop()
     masks = T5MaskedWordPieceDataset.config_attention_mask(
         batch["text_enc"], batch["text_dec"], batch["enc_mask"], batch["dec_mask"]
     )
@@ -89,19 +89,10 @@ def reads_data() -> bool:
 def train_valid_test_datasets_provider(num_samples: list[int]) -> tuple[Any, Any, Any]:
     """Training, validation and test data of the given sizes."""
     args = get_args()
-    blend, blend_per_split = get_blend_and_blend_per_split(args)
     config = T5MaskedWordPieceDatasetConfig(
-        random_seed=args.seed,
+        **dataset_settings(args),
         sequence_length=args.encoder_seq_length,
         sequence_length_decoder=args.decoder_seq_length,
-        blend=blend,
-        blend_per_split=blend_per_split,
-        split=args.split,
-        num_dataset_builder_threads=args.num_dataset_builder_threads,
-        path_to_cache=args.data_cache_path,
-        object_storage_cache_path=args.object_storage_cache_path,
-        mmap_bin_files=args.mmap_bin_files,
-        tokenizer=get_tokenizer(),
         masking_probability=args.mask_prob,
         short_sequence_probability=args.short_seq_prob,
         masking_max_ngram=10,
@@ -109,7 +100,6 @@ def train_valid_test_datasets_provider(num_samples: list[int]) -> tuple[Any, Any
         masking_do_permutation=False,
         masking_use_longer_ngrams=False,
         masking_use_geometric_distribution=True,
-        mid_level_dataset_surplus=args.mid_level_dataset_surplus,
     )
     return tuple(BlendedMegatronDatasetBuilder(T5MaskedWordPieceDataset, num_samples, reads_data, config).build())
 

@@ -15,13 +15,12 @@ from torch import Tensor, nn
 
 from megatron.core import parallel_state
 from megatron.core.device import current_device
-from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel import (
     gather_from_tensor_model_parallel_region,
     reduce_from_tensor_model_parallel_region,
 )
 from megatron.core.utils import get_batch_on_this_cp_rank, get_model_config
-from megatron.inference.forward_only import evaluating
+from megatron.inference.forward_only import evaluating, run_batches
 from megatron.inference.sampling import SamplingParams, row_generators, sample
 
 
@@ -54,7 +53,7 @@ def last_logits(model: list[nn.Module], windows: Sequence[Sequence[int]], vocab_
     ends = torch.tensor([len(window) - 1 for window in windows], device=tokens.device)
     own = get_batch_on_this_cp_rank({"tokens": tokens, "position_ids": positions}, cp_group)
 
-    def pick_last(output: Tensor, non_loss_data: bool = True) -> Tensor:
+    def pick_last(output: Tensor) -> Tensor:
         is_end = own["position_ids"] == ends[:, None]  # [b, s/cp]
         offsets = is_end.int().argmax(1)
         logits = output[torch.arange(len(windows), device=output.device), offsets]  # [b, v/tp]
@@ -64,19 +63,14 @@ def last_logits(model: list[nn.Module], windows: Sequence[Sequence[int]], vocab_
         logits = torch.where(is_end.any(1, keepdim=True), logits, 0.0)
         return reduce_from_tensor_model_parallel_region(logits, cp_group)
 
-    def forward_step(data_iterator: object, chunk: nn.Module) -> tuple[Tensor, object]:
-        return chunk(own["tokens"], own["position_ids"], None), pick_last
-
     with torch.no_grad():
-        collected = get_forward_backward_func()(
-            forward_step_func=forward_step,
-            data_iterator=[None] * len(model) if len(model) > 1 else None,
-            model=model,
-            num_microbatches=1,
+        collected = run_batches(
+            model,
+            [own],
+            lambda chunk, batch: chunk(batch["tokens"], batch["position_ids"], None),
+            lambda output, _: pick_last(output),
             seq_length=tokens.size(1),
-            micro_batch_size=tokens.size(0),
-            forward_only=True,
-            collect_non_loss_data=True,
+            num_sequences=tokens.size(0),
         )
     return collected[0] if parallel_state.is_pipeline_last_stage(ignore_virtual=True) else None
 

@@ -17,7 +17,7 @@ from megatron.core.datasets.utils import get_blend_from_list
 from megatron.core.distributed import DistributedDataParallel, TorchFullyShardedDataParallel
 from megatron.core.utils import get_batch_on_this_cp_rank, get_pg_rank, get_pg_size, unwrap_model
 from megatron.core.vocabulary_padding import without_padding
-from megatron.training.global_vars import get_args
+from megatron.training.global_vars import get_args, get_tokenizer
 
 __all__ = ["get_batch_on_this_cp_rank", "unwrap_model"]
 
@@ -162,6 +162,23 @@ def get_blend_and_blend_per_split(args: Any) -> tuple[Blend | None, list[Blend |
     if all(words is None for words in splits):
         return None, None
     return None, [get_blend_from_list(words) for words in splits]
+
+
+def dataset_settings(args: Any) -> dict[str, Any]:
+    """What the configurations of all kinds of data sets have in common."""
+    blend, blend_per_split = get_blend_and_blend_per_split(args)
+    return {
+        "random_seed": args.seed,
+        "blend": blend,
+        "blend_per_split": blend_per_split,
+        "split": args.split,
+        "num_dataset_builder_threads": args.num_dataset_builder_threads,
+        "path_to_cache": args.data_cache_path,
+        "object_storage_cache_path": args.object_storage_cache_path,
+        "mmap_bin_files": args.mmap_bin_files,
+        "tokenizer": get_tokenizer(),
+        "mid_level_dataset_surplus": args.mid_level_dataset_surplus,
+    }
 
 
 def _words(path: str) -> list[str]:

@@ -14,7 +14,6 @@ from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 from megatron.core.enums import ModelType
 from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
 from megatron.core.models.common.embeddings.relative_pos_embedding import RelativePositionEmbedding
-from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.models.common.language_module.language_module import LanguageModule
 from megatron.core.models.T5.t5_lm_head import T5LMHead
 from megatron.core.packed_seq_params import PackedSeqParams
@@ -118,7 +117,7 @@ class T5Model(LanguageModule):
                     "learned_absolute" if position_embedding_type == "learned_absolute" else "none",
                     tp_group=self.model_comm_pgs.tp,
                 )
-            self.rotary_pos_emb = self._rotary(rotary_percent, seq_len_interpolation_factor, rotary_base)
+            self.rotary_pos_emb = self.plain_rotary_embedding(rotary_percent, seq_len_interpolation_factor, rotary_base)
             if add_encoder:
                 self.encoder_relative_pos_emb = self._relative(encoder_config, bidirectional=True)
                 last = post_process or add_decoder
@@ -142,19 +141,6 @@ class T5Model(LanguageModule):
 
     def _stack(self, config: TransformerConfig, spec: LayerSpec, first: bool, last: bool) -> TransformerBlock:
         return TransformerBlock(config, spec, pre_process=first, post_process=last, model_comm_pgs=self.model_comm_pgs)
-
-    def _rotary(self, percent: float, interpolation: float | None, base: float) -> RotaryEmbedding | None:
-        if self.position_embedding_type != "rope":
-            return None
-        assert self.config.kv_channels is not None
-        return RotaryEmbedding(
-            kv_channels=self.config.kv_channels,
-            rotary_percent=percent,
-            rotary_interleaved=self.config.rotary_interleaved,
-            seq_len_interpolation_factor=interpolation,
-            rotary_base=base,
-            cp_group=self.model_comm_pgs.cp,
-        )
 
     def _relative(self, config: TransformerConfig, bidirectional: bool) -> RelativePositionEmbedding | None:
         if self.position_embedding_type != "relative":

@@ -15,7 +15,6 @@ from megatron.core.models.bert.bert_lm_head import BertLMHead
 from megatron.core.models.bert.pooler import Pooler
 from megatron.core.models.bert.replicated_linear import replicated_linear
 from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
-from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.models.common.language_module.language_module import LanguageModule
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.initialization import deferred_initialization, initialize_parameters
@@ -101,7 +100,7 @@ class BertModel(LanguageModule):
                     num_tokentypes,
                     tp_group=self.model_comm_pgs.tp,
                 )
-            self.rotary_pos_emb = self._rotary_embedding(rotary_percent, seq_len_interpolation_factor, rotary_base)
+            self.rotary_pos_emb = self.plain_rotary_embedding(rotary_percent, seq_len_interpolation_factor, rotary_base)
             self.encoder = TransformerBlock(
                 config,
                 transformer_layer_spec,
@@ -114,19 +113,6 @@ class BertModel(LanguageModule):
                 self._build_heads()
         self.setup_embeddings_and_output_layer()
         initialize_parameters(self, global_name=self.global_parameter_name)
-
-    def _rotary_embedding(self, percent: float, interpolation: float | None, base: float) -> RotaryEmbedding | None:
-        if self.position_embedding_type != "rope":
-            return None
-        assert self.config.kv_channels is not None
-        return RotaryEmbedding(
-            kv_channels=self.config.kv_channels,
-            rotary_percent=percent,
-            rotary_interleaved=self.config.rotary_interleaved,
-            seq_len_interpolation_factor=interpolation,
-            rotary_base=base,
-            cp_group=self.model_comm_pgs.cp,
-        )
 
     def _build_heads(self) -> None:
         config = self.config

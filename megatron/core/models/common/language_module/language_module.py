@@ -13,6 +13,7 @@ from torch import Tensor
 
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 from megatron.core.fusions.fused_cross_entropy import fused_vocab_parallel_cross_entropy
+from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.cross_entropy import vocab_parallel_cross_entropy
 from megatron.core.transformer.module import MegatronModule
@@ -36,12 +37,34 @@ class LanguageModule(MegatronModule):
     post_process: bool
     share_embeddings_and_output_weights: bool
     true_vocab_size: int | None = None
+    position_embedding_type: str
     output_layer_name: str = "output_layer"
     """Where in the model the output layer is."""
 
     def __init__(self, config: TransformerConfig, model_comm_pgs: ProcessGroupCollection | None = None) -> None:
         super().__init__(config)
         self.model_comm_pgs = groups_or_default(model_comm_pgs)
+
+    def plain_rotary_embedding(
+        self, percent: float, interpolation: float | None, base: float
+    ) -> RotaryEmbedding | None:
+        """Where the angles of rotary positions come from, None for other positions.
+
+        Args:
+            percent: share of each head that is rotated.
+            interpolation: positions are divided by this.
+        """
+        if self.position_embedding_type != "rope":
+            return None
+        assert self.config.kv_channels is not None
+        return RotaryEmbedding(
+            kv_channels=self.config.kv_channels,
+            rotary_percent=percent,
+            rotary_interleaved=self.config.rotary_interleaved,
+            seq_len_interpolation_factor=interpolation,
+            rotary_base=base,
+            cp_group=self.model_comm_pgs.cp,
+        )
 
     def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
         """Cross entropy of each token, [b, s] fp32, equal on all tensor parallel ranks.
