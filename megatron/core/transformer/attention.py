@@ -147,16 +147,21 @@ class Attention(MegatronModule, ABC):
             rotary_pos_emb: angles [s, 1, 1, rotated width] of both, or a pair for queries and keys.
             attention_bias: added to the scaled scores.
             packed_seq_params: sequences on the token axis that do not see each other.
+            inference_context: keys and values of the tokens before these, which it also keeps the new ones with.
 
         Raises:
-            NotImplementedError: a key-value cache is handed in.
+            NotImplementedError: it is handed in together with a mask, a bias or packed sequences, or to attention that is
+                not causal self attention.
         """
-        if inference_context is not None or inference_params is not None:
-            raise NotImplementedError("inference with a key-value cache is not built yet; run the whole sequence")
+        inference_context = inference_context if inference_context is not None else inference_params
         query, key, value = self.get_query_key_value_tensors(hidden_states, key_value_states)
         if rotary_pos_emb is not None and not self.skip_rope:
             query, key = self._rotate(query, key, rotary_pos_emb, packed_seq_params)
-        if self.recompute_core and self.training:
+        if inference_context is not None:
+            self._require_cacheable(attention_mask, attention_bias, packed_seq_params)
+            scale, window = self.core_attention.softmax_scale, self.config.window_size
+            context = inference_context.attend(self.layer_number, query, key, value, scale, window)
+        elif self.recompute_core and self.training:
             context = self._checkpointed_core(query, key, value, attention_mask, attention_bias, packed_seq_params)
         else:
             context = self.core_attention(
@@ -169,6 +174,18 @@ class Attention(MegatronModule, ABC):
                 packed_seq_params=packed_seq_params,
             )
         return self.linear_proj(context)
+
+    def _require_cacheable(
+        self, attention_mask: Tensor | None, attention_bias: Tensor | None, packed_seq_params: PackedSeqParams | None
+    ) -> None:
+        others = (attention_mask, attention_bias, packed_seq_params)
+        if any(other is not None for other in others) or self.attn_mask_type is not AttnMaskType.causal:
+            raise NotImplementedError(
+                f"keys and values are kept for causal attention without a mask, a bias or packed sequences; this is "
+                f"{self.attention_type} attention with a {self.attn_mask_type.name} mask"
+            )
+        if get_pg_size(self.model_comm_pgs.cp) > 1:
+            raise NotImplementedError("keys and values are not kept under context parallelism; generate without it")
 
     def _rotate(
         self,

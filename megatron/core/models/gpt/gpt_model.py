@@ -9,6 +9,7 @@ from torch import Tensor
 
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 from megatron.core.enums import ModelType
+from megatron.core.inference.contexts.base_context import BaseInferenceContext
 from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
 from megatron.core.models.common.embeddings.rotary_pos_embedding import (
     MultimodalRotaryEmbedding,
@@ -193,7 +194,7 @@ class GPTModel(LanguageModule):
         attention_mask: Tensor | None,
         decoder_input: Tensor | None = None,
         labels: Tensor | None = None,
-        inference_context: Any = None,
+        inference_context: BaseInferenceContext | None = None,
         packed_seq_params: PackedSeqParams | None = None,
         extra_block_kwargs: dict[str, Any] | None = None,
         runtime_gather_output: bool | None = None,
@@ -213,6 +214,7 @@ class GPTModel(LanguageModule):
             decoder_input: [s, b, h] to use instead of the embedding's output.
             labels: [b, s].
             packed_seq_params: documents on the flattened [b, s] token axis that do not see each other.
+            inference_context: what came before these tokens; `position_ids` are needed on every stage then.
             extra_block_kwargs: further arguments of the transformer block.
             runtime_gather_output: overrides `parallel_output`.
             loss_mask: unused here; the training program weighs the losses.
@@ -222,11 +224,12 @@ class GPTModel(LanguageModule):
         if decoder_input is None and self.pre_process:
             assert input_ids is not None
             decoder_input = self.embedding(input_ids, position_ids)
+        inference_context = inference_context if inference_context is not None else inference_params
         hidden_states = self.decoder(
             hidden_states=decoder_input,
             attention_mask=attention_mask,
-            inference_context=inference_context if inference_context is not None else inference_params,
-            rotary_pos_emb=self._angles(decoder_input, position_ids, packed_seq_params),
+            inference_context=inference_context,
+            rotary_pos_emb=self._angles(decoder_input, position_ids, packed_seq_params, inference_context),
             packed_seq_params=packed_seq_params,
             **(extra_block_kwargs or {}),
         )
@@ -248,8 +251,9 @@ class GPTModel(LanguageModule):
         decoder_input: Tensor | None,
         position_ids: Tensor | None,
         packed_seq_params: PackedSeqParams | None,
+        inference_context: BaseInferenceContext | None,
     ) -> Tensor | None:
-        """Rotary angles [s, 1, 1, r] of this batch."""
+        """Rotary angles [s, 1, 1, r] of this batch; with a context [s, b, 1, r], by the positions of the tokens."""
         rotary = self.rotary_pos_emb
         if rotary is None:
             return None
@@ -258,6 +262,10 @@ class GPTModel(LanguageModule):
             if self.config.mrope_section is None:
                 raise ValueError("position_embedding_type mrope needs mrope_section")
             return rotary(position_ids, self.config.mrope_section)
+        if inference_context is not None:
+            assert position_ids is not None
+            angles = rotary(inference_context.max_sequence_length, packed_seq=True)
+            return (angles[0] if isinstance(angles, tuple) else angles)[position_ids.t(), 0]
         length = rotary.get_rotary_seq_len(None, self.decoder, decoder_input, self.config, packed_seq_params)
         angles = rotary(length, packed_seq=packed_seq_params is not None)
         return angles[0] if isinstance(angles, tuple) else angles

@@ -1,0 +1,1 @@
+"""From the logits of a pass to tokens and texts."""
