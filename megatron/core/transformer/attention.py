@@ -150,8 +150,8 @@ class Attention(MegatronModule, ABC):
             inference_context: keys and values of the tokens before these, which it also keeps the new ones with.
 
         Raises:
-            NotImplementedError: it is handed in together with a mask, a bias or packed sequences, or to attention that is
-                not causal self attention.
+            NotImplementedError: it is handed in together with a mask, a bias or packed sequences, or to attention
+                that is not causal self attention.
         """
         inference_context = inference_context if inference_context is not None else inference_params
         query, key, value = self.get_query_key_value_tensors(hidden_states, key_value_states)
