@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from megatron.core import parallel_state
+from megatron.core.inference.contexts import StaticInferenceContext
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_decoder_block_spec,
@@ -434,6 +435,6 @@ def test_refusals() -> None:
         build("gpt2", chunk={"position_embedding_type": "yarn"})
     with pytest.raises(ValueError, match="longer than the 16 learned positions"):
         build("gpt2")(torch.zeros(1, 17, dtype=torch.int64), torch.arange(17)[None], None)
-    with pytest.raises(NotImplementedError, match="key-value cache"):
+    with pytest.raises(NotImplementedError, match="without a mask"):
         ids, _, positions = batch()
-        build("gpt2")(ids, positions, None, inference_context=object())
+        build("gpt2")(ids, positions, torch.zeros(1, 1, 1, 1).bool(), inference_context=StaticInferenceContext(2, 16))
