@@ -117,7 +117,7 @@ class AbstractModelInferenceWrapper(ABC):
                 pieces = [_rows(inference_input, start, start + step) | {"first_row": start} for start in starts]
                 outputs.append(self._through_pipeline(pieces, step))
         self.inference_context.reset_batch_size_offset()
-        return None if outputs[0] is None else torch.cat([output for output in outputs if output is not None])
+        return _joined([output for output in outputs if output is not None], inference_input)
 
     @torch.no_grad()
     def _through_pipeline(self, pieces: list[Inputs], num_rows: int) -> Tensor | None:
@@ -141,13 +141,18 @@ class AbstractModelInferenceWrapper(ABC):
             forward_only=True,
             collect_non_loss_data=True,
         )
-        return torch.cat(collected) if collected else None
+        return _joined(collected, pieces[0])
 
     def _whole_logits(self, logits: Tensor) -> Tensor:
         """[b, s, v] of this rank's part of the vocabulary."""
         parallel = getattr(unwrap_model(self.chunks[-1]), "parallel_output", False)
         whole = gather_from_tensor_model_parallel_region(logits) if parallel else logits
         return whole[..., : self.vocab_size]
+
+
+def _joined(outputs: list[Tensor], inputs: Inputs) -> Tensor | None:
+    """Logits of all pieces: rows below each other, or chosen positions in a row; None before the last stage."""
+    return torch.cat(outputs, dim=1 if "output_positions" in inputs else 0) if outputs else None
 
 
 def _rows(inputs: Inputs, start: int, stop: int) -> Inputs:

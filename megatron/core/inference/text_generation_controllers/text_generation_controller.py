@@ -5,6 +5,8 @@ b rows, n rows that a token is drawn for, w positions of a pass that something i
 
 from __future__ import annotations
 
+import dataclasses
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,16 +16,18 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from megatron.core import device
+from megatron.core.inference.async_stream import AsyncStream
 from megatron.core.inference.communication_utils import decides, share_decision
 from megatron.core.inference.contexts.dynamic_context import DynamicInferenceContext
 from megatron.core.inference.contexts.step_plan import Part
-from megatron.core.inference.inference_request import DynamicInferenceRequest
+from megatron.core.inference.inference_request import DynamicInferenceRequest, InferenceRequest, Status
 from megatron.core.inference.log_probs import Told, rows_told, told
 from megatron.core.inference.model_inference_wrappers.abstract_model_inference_wrapper import (
     AbstractModelInferenceWrapper,
 )
 from megatron.core.inference.sampling import Draw, sample
 from megatron.core.inference.sampling_params import SamplingParams
+from megatron.core.inference.text_generation_controllers.static_batch import Row, StaticBatch
 
 
 @dataclass(frozen=True)
@@ -94,6 +98,62 @@ class TextGenerationController:
     def segments(self, tokens: Sequence[int]) -> list[str]:
         """The text of each token."""
         return [self.tokenizer.detokenize([token]) for token in tokens]
+
+    # --- one batch at a time ------------------------------------------------------------------------------
+
+    def generate_all_output_tokens_static_batch(
+        self,
+        active_requests: OrderedDict[str, InferenceRequest],
+        active_streams: Mapping[str, AsyncStream] | None = None,
+        seed: int = 1234,
+    ) -> OrderedDict[str, InferenceRequest]:
+        """The requests, completed: one batch under the settings of the first.
+
+        Args:
+            active_streams: get each request whenever it has a new token.
+            seed: of settings without one.
+        """
+        requests = list(active_requests.values())
+        params = requests[0].sampling_params or SamplingParams()
+        prompts = [request.prompt_tokens or self.tokenize_prompt(request.prompt) for request in requests]
+        batch = StaticBatch(self.inference_wrapped_model, prompts, params, int(self.tokenizer.eod), seed)
+        streams = active_streams or {}
+
+        def report(rows: list[Row]) -> None:
+            for request, row in zip(requests, rows):
+                if request.request_id in streams and row.generated:
+                    self._describe(request, row, params)
+                    streams[request.request_id].put(dataclasses.replace(request))
+
+        for request in requests:
+            request.status = Status.ACTIVE_AND_GENERATING_TOKENS
+        for request, row in zip(requests, batch.run(report)):
+            self._describe(request, row, params)
+            request.status = Status.COMPLETED
+        for stream in streams.values():
+            stream.finish()
+        return active_requests
+
+    def _describe(self, request: InferenceRequest, row: Row, params: SamplingParams) -> None:
+        """Write into the request what became of its row."""
+        first = len(row.prompt) - 1
+        request.prompt_tokens = row.prompt
+        request.generated_tokens = torch.tensor(row.generated, dtype=torch.int64)
+        request.generated_length = len(row.generated)
+        request.generated_sequence_lengths = [len(row.generated)]
+        request.generated_text = self.tokenizer.detokenize(row.generated)
+        if params.return_segments:
+            request.segments = self.segments(row.tokens)
+            request.generated_segments = request.segments[len(row.prompt) :]
+        if params.return_log_probs:
+            values = torch.tensor([one.log_prob for one in row.told])
+            request.prompt_log_probs, request.generated_log_probs = values[:first], values[first:]
+        if params.top_n_logprobs:
+            begin = first if params.return_log_probs or params.return_prompt_top_n_logprobs else -len(row.generated)
+            named = [{self.tokenizer.detokenize([token]): value for token, value in one.best} for one in row.told]
+            request.generated_top_n_logprobs = named[begin:] if row.generated else []
+            if params.return_prompt_top_n_logprobs:
+                request.prompt_top_n_logprobs = named[:first]
 
     # --- drawing ----------------------------------------------------------------------------------------
 
