@@ -49,8 +49,9 @@ def main() -> int:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the result there, too")
     own, flags = parser.parse_known_args()
     try:
-        load_program(own.program)
-        command = shrink([flag for flag in flags if flag != "--"], own.nproc, own.steps)
+        program = load_program(own.program)
+        words = [flag for flag in flags if flag != "--"]
+        command = shrink(words, own.nproc, own.steps, program.args_defaults)
         print(f"{command.ranks} ranks against one process in float64, on a small copy of the model:")
         for change in command.changes:
             print(f"  {change}")

@@ -11,7 +11,6 @@ FIELDS_NOT_BUILT: dict[str, str] = {
     "moe_router_padding_for_fp8": "fp8",
     "multi_latent_attention": "multi-latent attention",
     "mtp_num_layers": "multi-token prediction",
-    "is_hybrid_model": "hybrid models",
     "heterogeneous_block_specs": "heterogeneous layers",
     "mrope_section": "multimodal rotary positions",
     "tp_comm_atomic_ag": "atomic kernels of the vendor's user buffers",

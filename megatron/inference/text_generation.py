@@ -1,8 +1,9 @@
 """Text from a trained model under any tensor-, context- and pipeline-parallel layout. b prompts, s tokens, v words.
 
-Every new token costs one forward pass over the context; nothing is cached between passes. Prompts of
-different lengths share a batch: each row is aligned left, the padding on its right is invisible to it because
-attention is causal, and its next token is read at its own last position.
+Models that can (`decoding.can_decode_from_states`) go on from what they have kept of a text. For the others every new
+token costs one forward pass over the context. Prompts of different lengths share a batch there: each row is aligned
+left, the padding on its right is invisible to it because attention is causal, and its next token is read at its own
+last position.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from megatron.core.tensor_parallel import (
     reduce_from_tensor_model_parallel_region,
 )
 from megatron.core.utils import get_batch_on_this_cp_rank, get_model_config
+from megatron.inference.decoding import StateDecoder, can_decode_from_states
 from megatron.inference.forward_only import evaluating, run_batches
 from megatron.inference.sampling import SamplingParams, row_generators, sample
 
@@ -119,11 +121,16 @@ def generate(
     texts = [list(prompt) for prompt in prompts]
     unfinished = list(range(len(texts)))
     generators = row_generators(params, len(texts))
+    decoder = StateDecoder(model[0], vocab_size, max_context) if can_decode_from_states(model) else None
     with evaluating(model):
         for _ in range(params.num_tokens_to_generate):
             if not unfinished:
                 break
-            logits = last_logits(model, [texts[row][-max_context:] for row in unfinished], vocab_size)
+            if decoder is not None and max(len(texts[row]) for row in unfinished) <= max_context:
+                logits = decoder.next_logits(texts, unfinished)
+            else:
+                decoder = None  # from here on, the window moves
+                logits = last_logits(model, [texts[row][-max_context:] for row in unfinished], vocab_size)
             drawn = None if logits is None else sample(logits, params, [generators[row] for row in unfinished])
             for row, token in zip(list(unfinished), share_next_tokens(drawn, len(unfinished))):
                 if token == end_of_document:

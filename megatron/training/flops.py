@@ -4,11 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
+from megatron.core.ssm.mamba_hybrid_layer_allocation import Symbols
+from megatron.training.rules.hybrid import layers_of, sizes_of
+
 
 def num_moe_layers(args: Any) -> int:
     """Layers with experts: every n-th from the first, or as many as a list names."""
     if not args.num_experts:
         return 0
+    if _is_mamba(args):
+        return layers_of(args).count(Symbols.MOE)
     freq = args.moe_layer_freq
     return sum(freq) if isinstance(freq, list) else len(range(0, args.num_layers, freq))
 
@@ -31,6 +36,8 @@ def num_floating_point_operations(args: Any, batch_size: int) -> float:
     """
     if getattr(args, "model_family", None) == "t5":
         return batch_size * _encoder_decoder_operations(args)
+    if _is_mamba(args):
+        return batch_size * _hybrid_operations(args)
     hidden, layers, seq = args.hidden_size, args.num_layers, args.seq_length
     heads = args.num_attention_heads
     groups = args.num_query_groups if args.group_query_attention else heads
@@ -55,3 +62,35 @@ def _encoder_decoder_operations(args: Any) -> float:
     decoder_layer = self_attention + cross_attention + decoder * mlp
     logits = 6 * hidden * args.padded_vocab_size * decoder
     return args.encoder_num_layers * encoder_layer + args.decoder_num_layers * decoder_layer + logits
+
+
+def _is_mamba(args: Any) -> bool:
+    return getattr(args, "model_family", None) == "mamba"
+
+
+def _hybrid_operations(args: Any) -> float:
+    """FLOPs of one sample of a model with state space layers, layer by layer of its pattern.
+
+    A mixer costs its two projections and, for the recurrence itself, 7 operations for each channel, state and token;
+    chunks and their products of matrices are an implementation's matter.
+    """
+    layers, seq, hidden = layers_of(args), args.seq_length, args.hidden_size
+    width = args.kv_channels * args.num_attention_heads
+    groups = args.num_query_groups if args.group_query_attention else args.num_attention_heads
+    attention = 4 * width * (hidden + hidden * groups / args.num_attention_heads + seq / 2)
+    gated = 1.5 if args.swiglu else 1.0
+    mlp = 4 * hidden * args.ffn_hidden_size * gated
+    experts = 4 * hidden * gated * feed_forward_width_of_experts(args)
+    sizes = sizes_of(args)
+    mixer = 2 * hidden * (sum(sizes.parts_of_projection) + sizes.inner) + 7 * sizes.inner * sizes.state
+    costs = {Symbols.ATTENTION: attention, Symbols.MLP: mlp, Symbols.MOE: experts, Symbols.MAMBA: mixer}
+    logits = 2 * hidden * args.padded_vocab_size
+    return 3.0 * seq * (sum(costs[symbol] for symbol in layers) + logits)
+
+
+def feed_forward_width_of_experts(args: Any) -> int:
+    """Inner widths of the experts of one layer that a token sees, together."""
+    if not args.num_experts:
+        return 0
+    shared: int = args.moe_shared_expert_intermediate_size or 0
+    return int(args.moe_ffn_hidden_size * args.moe_router_topk + shared)

@@ -44,6 +44,9 @@ class ParameterInit:
     enabled: bool = True
     stacked: tuple[str, ...] = ()
     """The parameter is a stack of tensors, each filled under its name; the other fields speak of one of them."""
+    parts: tuple[int, ...] = ()
+    """Lengths along `partition_dim` of tensors stacked there, each of which is cut on its own; `stride` is for equal
+    ones."""
 
     def full_shape(self, local: torch.Size) -> list[int]:
         """Shape of the tensor whose shard is `local`."""
@@ -54,8 +57,10 @@ class ParameterInit:
 
     def local_ranges(self, local: torch.Size) -> list[tuple[int, int, int]]:
         """(start in the full dim, start in the local dim, length) of each stacked part, along `partition_dim`."""
-        part = local[self.partition_dim] // self.stride
-        return [((i * self.size + self.rank) * part, i * part, part) for i in range(self.stride)]
+        length = local[self.partition_dim]
+        shares = [part // self.size for part in self.parts] or [length // self.stride] * self.stride
+        before = [sum(shares[:i]) for i in range(len(shares))]
+        return [(start * self.size + self.rank * n, start, n) for start, n in zip(before, shares)]
 
 
 _deferred: bool = False
@@ -88,6 +93,7 @@ def register_parameter_init(
     stride: int = 1,
     perform_initialization: bool = True,
     stacked: tuple[str, ...] = (),
+    parts: tuple[int, ...] = (),
 ) -> None:
     """Note how `param`, this rank's shard, is filled; fill it now unless initialisation is deferred.
 
@@ -98,6 +104,8 @@ def register_parameter_init(
         perform_initialization: False leaves the values as they are (a checkpoint will fill them).
         stacked: names of the tensors that `param` stacks along a first dimension, in place of the last part of its
             own name. `partition_dim` and `stride` speak of one of them.
+        parts: lengths along `partition_dim` of tensors stacked there, each cut on its own; for those that are not equal
+            in length.
     """
     spec = ParameterInit(
         init_method,
@@ -107,10 +115,20 @@ def register_parameter_init(
         stride,
         perform_initialization,
         stacked,
+        parts,
     )
+    _register(param, spec)
+
+
+def cut_in_parts(param: nn.Parameter, parts: tuple[int, ...]) -> None:
+    """Say of a registered parameter, cut over ranks as one tensor, that it stacks tensors of these lengths."""
+    _register(param, replace(param.init_spec, parts=parts))  # type: ignore[attr-defined]
+
+
+def _register(param: nn.Parameter, spec: ParameterInit) -> None:
     param.init_spec = spec  # type: ignore[attr-defined]
-    if not _deferred and perform_initialization and not param.is_meta:
-        for member in param.unbind() if stacked else (param,):
+    if not _deferred and spec.enabled and not param.is_meta:
+        for member in param.unbind() if spec.stacked else (param,):
             _copy_shard(member, _draw(spec, spec.full_shape(member.shape), None), spec)
 
 

@@ -68,6 +68,15 @@ def block_submodules(
     raise TypeError(f"a TransformerBlock is made of transformer layers, the spec is of {module!r}")
 
 
+def build_block(config: TransformerConfig, spec: TransformerBlockSubmodules | ModuleSpec, **kwargs: Any) -> Any:
+    """The block that a spec names, a `TransformerBlock` if it names a layer or parts only; further arguments as of
+    `TransformerBlock`."""
+    module = get_module(spec) if isinstance(spec, ModuleSpec) else None
+    if isinstance(module, type) and issubclass(module, TransformerBlock) and module is not TransformerBlock:
+        return build_module(spec, config=config, **kwargs)  # type: ignore[arg-type]
+    return TransformerBlock(config, spec, **kwargs)
+
+
 class TransformerBlock(MegatronModule):
     """Layers of one pipeline chunk, then, on the last chunk, the final norm.
 
@@ -80,6 +89,9 @@ class TransformerBlock(MegatronModule):
         post_process: this is the last chunk.
         vp_stage: virtual stage, None without interleaving.
     """
+
+    norm_name = "final_layernorm"
+    """Under which the norm after the last layer is kept."""
 
     def __init__(
         self,
@@ -111,14 +123,15 @@ class TransformerBlock(MegatronModule):
         )
         self.num_layers_per_pipeline_rank = len(self.layers)
         self.offload = ActivationOffload(config)
-        self.final_layernorm: nn.Module | None = None
+        norm: nn.Module | None = None
         if post_process and post_layer_norm and self.submodules.layer_norm is not None:
-            self.final_layernorm = build_module(
+            norm = build_module(
                 self.submodules.layer_norm,
                 config=config,
                 hidden_size=config.hidden_size,
                 eps=config.layernorm_epsilon,
             )
+        setattr(self, self.norm_name, norm)
 
     def set_input_tensor(self, input_tensor: Tensor) -> None:
         """The activations of the previous stage, which `forward` takes instead of its argument."""
@@ -164,8 +177,9 @@ class TransformerBlock(MegatronModule):
             hidden_states, context = self._run(
                 first_stored, len(self.layers), hidden_states, context, same_for_all_layers
             )
-        if self.final_layernorm is not None:
-            hidden_states = self.final_layernorm(hidden_states)
+        norm = getattr(self, self.norm_name)
+        if norm is not None:
+            hidden_states = norm(hidden_states)
             hidden_states = make_viewless_tensor(hidden_states, requires_grad=True, keep_graph=True)
         return hidden_states
 
@@ -181,8 +195,14 @@ class TransformerBlock(MegatronModule):
         forward_pass = self.offload.forward_pass((*others.values(), context))
         for i, layer in enumerate(self.layers[start:stop], start):
             with forward_pass.layer(i, layer):
-                hidden_states, context = layer(hidden_states, context=context, **others)
+                hidden_states, context = self.run_layer(layer, hidden_states, context, others)
         return hidden_states, context
+
+    def run_layer(
+        self, layer: Any, hidden_states: Tensor, context: Tensor | None, others: dict[str, Any]
+    ) -> tuple[Tensor, Tensor | None]:
+        """(hidden_states, context) after one layer; `others` are what all layers are handed."""
+        return layer(hidden_states, context=context, **others)
 
     def _run_recomputed(
         self, hidden_states: Tensor, context: Tensor | None, others: dict[str, Any]

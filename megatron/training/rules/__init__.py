@@ -16,6 +16,7 @@ from megatron.training.rules.batch import BATCH_RULES, TRAINING_LENGTH_RULES
 from megatron.training.rules.checkpoint import CHECKPOINT_EXPORT_RULES, CHECKPOINT_RULES, CHECKPOINT_SOURCE_RULES
 from megatron.training.rules.data import DATA_RULES
 from megatron.training.rules.family import FAMILY_RULES
+from megatron.training.rules.hybrid import HYBRID_RULES
 from megatron.training.rules.layout import LAYOUT_RULES
 from megatron.training.rules.model import MODEL_RULES
 from megatron.training.rules.nearest import suggestions, variant
@@ -44,6 +45,7 @@ RULES: tuple[Rule, ...] = (
     *PRECISION_RULES,
     *TRAINING_LENGTH_RULES,
     *MODEL_RULES,
+    *HYBRID_RULES,
     *SCHEDULE_RULES,
     *RUNTIME_RULES,
     *CHECKPOINT_EXPORT_RULES,

@@ -195,7 +195,7 @@ def derive_num_experts(args: argparse.Namespace) -> None:
         args.num_experts = None
     if args.num_experts is None:
         return
-    refuse_unless(args.spec is None, "--num-experts and --spec exclude each other")
+    refuse_unless(args.spec is None or args.model_family == "mamba", "--num-experts and --spec exclude each other")
     if args.moe_ffn_hidden_size is None:
         args.moe_ffn_hidden_size = args.ffn_hidden_size
         warn(args, f"--moe-ffn-hidden-size is not given; experts are {args.ffn_hidden_size} wide")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -37,6 +37,8 @@ class Program:
 
     model_provider: Callable[..., nn.Module]
     forward_step: Callable[..., Any]
+    args_defaults: Mapping[str, Any] = field(default_factory=dict)
+    """Values for flags that nobody set, and the family of the model."""
 
 
 @dataclass
@@ -117,7 +119,8 @@ def measure(
     mode = Float64() if in_float64 else None
     another_order = contextlib.nullcontext() if reordered is None else Reordered(reordered)
     with mode or contextlib.nullcontext(), another_order:
-        initialize_megatron(parsed_args=parse_args(argv=list(argv)), for_training=True)
+        defaults = dict(program.args_defaults)
+        initialize_megatron(args_defaults=defaults, parsed_args=parse_args(argv=list(argv)), for_training=True)
         run = set_up(
             _data_provider(samples),
             _provider(program.model_provider, mode, rounded_to),

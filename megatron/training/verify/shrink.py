@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from itertools import groupby
@@ -15,6 +15,7 @@ from megatron.core.transformer.pipeline_parallel_layer_layout import LETTERS, Pi
 from megatron.training.arguments import parse_args, validate_args
 from megatron.training.config.flags import Flag, all_flags
 from megatron.training.settings import ConfigurationError, Settings, Source, refuse_unless
+from megatron.training.verify import shrink_hybrid as hybrid
 
 HEAD_WIDTH = 8
 """Channels of a head in the small model: enough for rotary positions on a part of them."""
@@ -79,7 +80,9 @@ class Shrunk:
     """What is not as the user gave it, in words."""
 
 
-def shrink(argv: Sequence[str], ranks: int | None, steps: int) -> Shrunk:
+def shrink(
+    argv: Sequence[str], ranks: int | None, steps: int, args_defaults: Mapping[str, Any] | None = None
+) -> Shrunk:
     """Command lines that compare the layout of `argv` on a small model.
 
     Ratios are kept: queries to a key, feed-forward to hidden size, layers of one stage to those of another (at
@@ -88,6 +91,7 @@ def shrink(argv: Sequence[str], ranks: int | None, steps: int) -> Shrunk:
 
     Args:
         ranks: processes; default the fewest that the model's layout needs.
+        args_defaults: those of the program, with the family of its model.
 
     Raises:
         ConfigurationError: the flags cannot be used, or not be verified.
@@ -106,7 +110,7 @@ def shrink(argv: Sequence[str], ranks: int | None, steps: int) -> Shrunk:
     args.put("world_size", ranks, Source("flag", "--nproc"))
     for name, value in _MADE_UP.items():
         args.put(name, value, Source("program"))
-    validate_args(args)
+    validate_args(args, {"model_family": (args_defaults or {}).get("model_family")})
     _refuse_what_cannot_be_compared(args)
     numbers = _Numbers(args)
     sized = numbers.words()
@@ -148,7 +152,7 @@ def _refuse_what_cannot_be_compared(args: Settings) -> None:
         "--data-parallel-random-init gives every replica other weights: no one process computes the same",
     )
     refuse_unless(
-        args.spec is None or args.spec[0] == "local",
+        args.spec is None or args.spec[0] == "local" or args.model_family == "mamba",
         f"--spec {' '.join(args.spec or [])}: layers of your own are verified by a program of your own (--program)",
     )
 
@@ -217,6 +221,8 @@ class _Numbers:
             words += [all_flags()[name].names[0], str(value)]
         for name in ("micro_batch_size", "global_batch_size", "rampup_batch_size"):
             self.replaced.add(name)
+        if self.args.model_family == "mamba":
+            words += ["--spec", *self.args.spec]
         return words + self._lists()
 
     def layout_words(self) -> list[str]:
@@ -258,6 +264,8 @@ class _Numbers:
         if args.num_layers_per_virtual_pipeline_stage is not None:
             self._change("num_layers_per_virtual_pipeline_stage", 1)
             return chunks, ["--num-layers-per-virtual-pipeline-stage", "1"]
+        if args.model_family == "mamba":
+            return hybrid.num_layers(args, chunks), []
         counted = args.account_for_embedding_in_pipeline_split + args.account_for_loss_in_pipeline_split
         if counted:
             return 2 * chunks - counted, []
@@ -315,6 +323,9 @@ class _Numbers:
         for name in ("moe_ffn_hidden_size", "moe_shared_expert_intermediate_size"):
             if args.num_experts and (width := getattr(args, name)) is not None:
                 self.sizes[name] = max(1, round(width / args.hidden_size * hidden / step)) * step
+        if args.model_family == "mamba":
+            self.sizes |= hybrid.sizes(args, self.layers)
+            self.replaced |= {"hybrid_attention_ratio", "hybrid_mlp_ratio"}
         self.replaced |= {"encoder_num_layers", "kv_channels", "num_query_groups"}
 
     # --- lengths ---
@@ -322,7 +333,8 @@ class _Numbers:
     def _set_lengths(self) -> None:
         args = self.args
         step = math.lcm(2 * self.cp, self.tp * self.cp)
-        length = -(-SHORTEST // step) * step
+        shortest = hybrid.SHORTEST if args.model_family == "mamba" else SHORTEST
+        length = -(-shortest // step) * step
         self.sizes |= {"seq_length": length, "max_position_embeddings": length}
         if args.yarn_original_max_position_embeddings:
             self.sizes["yarn_original_max_position_embeddings"] = length // 2

@@ -38,6 +38,8 @@ class Piece:
     """Tensors stacked along `dim`, each cut on its own."""
     tp_rank: int
     tp_size: int
+    parts: tuple[int, ...] = ()
+    """Lengths in the whole tensor of those stacked along `dim`, where they differ."""
 
 
 @dataclass
@@ -74,6 +76,7 @@ def pieces_of(
             param.partition_dim if getattr(param, "tensor_model_parallel", False) else -1,  # type: ignore[attr-defined]
             getattr(param, "partition_stride", 1),
             *(_place_of_expert() if of_experts else _place()),
+            parts=getattr(getattr(param, "init_spec", None), "parts", ()),
         )
         for start, values in value(param) or []:
             piece = replace(whole, values=_array(values), start=start)
@@ -171,5 +174,7 @@ def _join(parts: dict[int, tuple[Piece, Array]]) -> Array:
         return parts[0][1].reshape(piece.shape)
     nothing = numpy.full(piece.shape, numpy.nan, piece.values.dtype)
     local = [parts[i][1].reshape(parts[i][0].shape) if i in parts else nothing for i in range(piece.tp_size)]
-    stacked = [numpy.split(shard, piece.stride, axis=piece.dim) for shard in local]
-    return numpy.concatenate([shard[i] for i in range(piece.stride) for shard in stacked], axis=piece.dim)
+    shares = [part // piece.tp_size for part in piece.parts]
+    borders = numpy.cumsum(shares)[:-1] if shares else piece.stride
+    stacked = [numpy.split(shard, borders, axis=piece.dim) for shard in local]
+    return numpy.concatenate([part for parts in zip(*stacked) for part in parts], axis=piece.dim)

@@ -113,7 +113,7 @@ def load_program(path: str | Path) -> Program:
     spec.loader.exec_module(module)  # type: ignore[union-attr]
     for name in ("model_provider", "forward_step"):
         refuse_unless(hasattr(module, name), f"--program {path} has no {name}(...), which pretrain(...) takes")
-    return Program(module.model_provider, module.forward_step)
+    return Program(module.model_provider, module.forward_step, getattr(module, "args_defaults", {}))
 
 
 # --- ranks of this machine ---

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import io
 from functools import cache, lru_cache
 from itertools import combinations
@@ -85,13 +86,12 @@ def run(ranks: int, words: list[str], uneven: bool = False, **options: Any) -> M
 def run_here(words: list[str], uneven: bool, options: dict[str, Any]) -> Measurement | None:
     """One rank's part of a run; the measurement on rank 0.
 
-    `options`: those of `measure`, and the name of a `mutation` to plant.
+    `options`: those of `measure`, the name of a `mutation` to plant, and that of a `program` other than pretrain_gpt.
     """
-    import pretrain_gpt
-
     options = dict(options)
+    script = importlib.import_module(options.pop("program", "pretrain_gpt"))
     planted = mutations.planted(options.pop("mutation", None))
     quiet = io.StringIO()
     with planted, contextlib.redirect_stdout(quiet), contextlib.redirect_stderr(quiet):
-        program = Program(pretrain_gpt.model_provider, pretrain_gpt.forward_step)
+        program = Program(script.model_provider, script.forward_step, getattr(script, "args_defaults", {}))
         return measure(program, words, Samples(uneven), **options)

@@ -6,6 +6,7 @@ values of their axes, and which comparison (or which check's message) must.
 
 from __future__ import annotations
 
+import copy
 import importlib
 import inspect
 from collections.abc import Callable, Iterator
@@ -55,7 +56,7 @@ def planted(name: str | None) -> Iterator[None]:
     if name is None:
         yield
         return
-    mutation = BY_NAME[name]
+    mutation = {**BY_NAME, **OF_MAMBA}[name]
     module, _, path = mutation.target.partition(":")
     *owners, attribute = path.split(".")
     owner = importlib.import_module(module)
@@ -369,3 +370,88 @@ MUTATIONS = [
 ]  # fmt: skip
 
 BY_NAME = {mutation.name: mutation for mutation in MUTATIONS}
+
+
+def _unshifted(right: Any) -> Any:
+    """Context rank 1 takes what belongs to rank 0."""
+    return lambda self, param: param if self.size == 1 else param.chunk(self.size)[0]
+
+
+def _of_next_rank(right: Any) -> Any:
+    def wrong(self: Any, param: Any) -> Any:
+        rank, self.rank = self.rank, (self.rank + 1) % self.size
+        try:
+            return right(self, param)
+        finally:
+            self.rank = rank
+
+    return wrong
+
+
+_MAMBA = [
+    Mutation(
+        "z, x, B, C and dt are cut as one matrix",
+        f"{TP}.initialization:ParameterInit.local_ranges",
+        lambda right: lambda self, local: right(replace(self, parts=()), local),
+        {},
+        "initial weights",
+    ),
+    Mutation(
+        "the convolution has the filters of another context rank",
+        f"{CORE}.ssm.context_parallel:HeadsOfRank.of_channels",
+        _of_next_rank,
+        {},
+        "loss",
+    ),
+    Mutation(
+        "context ranks take the decays of the first one",
+        f"{CORE}.ssm.context_parallel:HeadsOfRank.of_heads",
+        _unshifted,
+        {},
+        "loss",
+    ),
+    Mutation(
+        "a context rank keeps its tokens in zigzag",
+        f"{CORE}.transformer.context_parallel.head_exchange:reordered",
+        lambda right: lambda x, order: x,
+        {},
+        "loss",
+    ),
+    Mutation(
+        "states are not carried from chunk to chunk",
+        f"{CORE}.ssm.ssd:_carry",
+        lambda right: lambda a, own: (torch.zeros_like(own), own[-1]),
+        {},
+        "loss",
+    ),
+    Mutation(
+        "a hybrid's stage takes the layers of the first one",
+        f"{CORE}.ssm.mamba_block:layers_of_chunk",
+        lambda right: lambda config, rank, chunk: right(config, 0, chunk),
+        {},
+        "initial weights",
+    ),
+    Mutation(
+        "the norm of the gated output is over all groups of a rank",
+        f"{CORE}.ssm.gated_norm:GatedRMSNorm._normed",
+        lambda right: lambda self, x: right(_with(self, num_groups=1), x),
+        {},
+        "loss",
+    ),
+    Mutation(
+        "the gradient of the decays forgets what they divide",
+        f"{CORE}.ssm.ssd:_carry_back",
+        lambda right: lambda a, d_begin: right(a, d_begin) * 0,
+        {},
+        "gradients",
+    ),
+]
+OF_MAMBA = {mutation.name: mutation for mutation in _MAMBA}
+"""Mistakes that only models with state space layers notice (test_mamba.py)."""
+
+
+def _with(module: Any, **values: Any) -> Any:
+    """A copy of a module with other settings, of the same parameters."""
+    other = copy.copy(module)
+    other.__dict__ = {**module.__dict__, **values}
+    return other

@@ -23,7 +23,7 @@ from megatron.core.tensor_parallel.initialization import deferred_initialization
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear
 from megatron.core.tensor_parallel.weight_grad_queue import WeightGradQueue
 from megatron.core.transformer.spec_utils import ModuleSpec
-from megatron.core.transformer.transformer_block import TransformerBlock, TransformerBlockSubmodules
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, build_block
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 PositionEmbeddingType = Literal["learned_absolute", "rope", "yarn", "mrope", "none"]
@@ -106,7 +106,7 @@ class GPTModel(LanguageModule):
             self.rotary_pos_emb = self._rotary_embedding(
                 rope_scaling, rope_scaling_factor, seq_len_interpolation_factor
             )
-            self.decoder = TransformerBlock(
+            self.decoder = build_block(
                 config,
                 transformer_layer_spec,
                 pre_process=pre_process,
