@@ -1,12 +1,13 @@
-"""Continue prompts with a trained GPT, from a checkpoint of any layout.
+"""Continue prompts with a trained GPT, Mamba or hybrid model, from a checkpoint of any layout.
 
     python tools/generate_text.py --load checkpoints --use-checkpoint-args \
         --tokenizer-type GPT2BPETokenizer --vocab-file vocab.json --merge-file merges.txt \
         --prompts "Call me" "The whale" --num-tokens-to-generate 50 --temperature 0.8 --top_k 40
 
 Under torchrun the model is spread by --tensor-model-parallel-size and --pipeline-model-parallel-size, which
-need not be those it was trained with. Decoding is greedy unless --top_k, --top_p and --temperature ask for a
-draw.
+need not be those it was trained with. A Mamba or hybrid model (--model-provider mamba, with its --spec) goes
+on from its states, one token at a time. Decoding is greedy unless --top_k, --top_p and --temperature ask for
+a draw.
 """
 
 import argparse
@@ -17,16 +18,31 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for the program beside this folder
 
+import pretrain_gpt
+import pretrain_mamba
 from megatron.inference.sampling import SamplingParams
 from megatron.inference.text_generation import generate
 from megatron.training import get_args, get_model, get_tokenizer, initialize_megatron, print_rank_0
 from megatron.training.checkpoint.load import load_run
 from megatron.training.errors import exit_at_once_on_error
-from pretrain_gpt import model_provider
+
+PROVIDERS = {"gpt": (None, pretrain_gpt.model_provider), "mamba": ("mamba", pretrain_mamba.model_provider)}
+"""Name -> family of the model, and what builds it."""
+
+
+def chosen_provider() -> str:
+    """What --model-provider says: which flags there are to check depends on it."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--model-provider", choices=list(PROVIDERS), default="gpt")
+    chosen: str = parser.parse_known_args()[0].model_provider
+    return chosen
 
 
 def add_generation_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     group = parser.add_argument_group("text generation")
+    group.add_argument(
+        "--model-provider", choices=list(PROVIDERS), default="gpt", help="program that trained the model"
+    )
     group.add_argument("--prompts", nargs="+", metavar="TEXT", required=True, help="texts to continue")
     group.add_argument("--num-tokens-to-generate", type=int, default=30, help="new tokens a prompt, at most")
     group.add_argument("--temperature", type=float, default=1.0, help="divides the logits; 0 is greedy")
@@ -47,7 +63,8 @@ def sampling_params(args: argparse.Namespace) -> SamplingParams:
 
 
 def write_texts() -> None:
-    initialize_megatron(add_generation_arguments)
+    family, model_provider = PROVIDERS[chosen_provider()]
+    initialize_megatron(add_generation_arguments, args_defaults={"model_family": family} if family else {})
     args, tokenizer = get_args(), get_tokenizer()
     model = get_model(model_provider, wrap_with_ddp=False)
     load_run(args, model, None, None)

@@ -114,11 +114,8 @@ def test_a_planted_mistake_is_noticed(name: str) -> None:
 TRAINED = f"""{SPEC} --hybrid-override-pattern M*-M --mamba-head-dim 8 --mamba-num-groups 4 --mamba-state-dim 8
     --normalization RMSNorm --disable-bias-linear --hidden-dropout 0 --attention-dropout 0 --train-iters 4 --seed 3
     --position-embedding-type none --use-distributed-optimizer"""
-CONTINUED = {
-    "--tensor-model-parallel-size 4 --sequence-parallel": 4,
-    "--pipeline-model-parallel-size 2 --context-parallel-size 2": 4,
-    "": 1,
-}
+CONTINUED = {"--pipeline-model-parallel-size 2 --context-parallel-size 2": 4}
+SLOWLY_CONTINUED = {"--tensor-model-parallel-size 4 --sequence-parallel": 4, "": 1}
 
 
 def train(ranks: int, flags: str) -> None:
@@ -129,7 +126,16 @@ def rows(path: Path) -> list[tuple[float, float]]:
     return [(row["lm loss"], row["grad-norm"]) for row in train_rows(path)]
 
 
-def test_any_layout_goes_on_where_another_one_stopped(tmp_path: Path) -> None:
+def test_another_layout_goes_on_where_one_stopped(tmp_path: Path) -> None:
+    goes_on(tmp_path, CONTINUED)
+
+
+@pytest.mark.slow
+def test_any_layout_goes_on_where_one_stopped(tmp_path: Path) -> None:
+    goes_on(tmp_path, SLOWLY_CONTINUED)
+
+
+def goes_on(tmp_path: Path, layouts: dict[str, int]) -> None:
     """Projection and convolution, of which each rank has parts of parts, and the optimizer's state of them."""
     train(1, f"--metrics-jsonl {tmp_path / 'alone'}")
     expected = rows(tmp_path / "alone")
@@ -140,7 +146,7 @@ def test_any_layout_goes_on_where_another_one_stopped(tmp_path: Path) -> None:
         "--exit-interval 2",
     )
     assert rows(tmp_path / "first") == [pytest.approx(row, rel=1e-5) for row in expected[:2]]
-    for i, (layout, ranks) in enumerate(CONTINUED.items()):
+    for i, (layout, ranks) in enumerate(layouts.items()):
         train(ranks, f"{layout} --metrics-jsonl {tmp_path / str(i)} --load {saved}")
         assert rows(tmp_path / str(i)) == [pytest.approx(row, rel=1e-5) for row in expected[2:]]
 

@@ -19,6 +19,7 @@ from megatron.training.arguments import parse_args
 from megatron.training.checkpoint.arguments import apply_checkpoint_args
 from megatron.training.checkpoint.conversion import Source, load_hf, load_own
 from megatron.training.checkpoint.hf_settings import hf_directory
+from megatron.training.rules.hybrid import SPEC
 from megatron.training.settings import Source as Origin
 
 BATCH, LENGTH = 2, 64
@@ -86,6 +87,7 @@ def build(source: Source, family: str, words: int) -> Any:
     """An empty model of the source's settings, on this process."""
     import pretrain_bert
     import pretrain_gpt
+    import pretrain_mamba
 
     flags = "--micro-batch-size 1 --tokenizer-type NullTokenizer --attention-dropout 0 --hidden-dropout 0"
     args = parse_args(argv=[*flags.split(), "--vocab-size", str(words - 1)])
@@ -96,6 +98,8 @@ def build(source: Source, family: str, words: int) -> Any:
     own |= {"bert_binary_head": bool(source.settings.get("bert_binary_head"))} if family == "bert" else {}
     for name, value in own.items():
         args.put(name, value, Origin("program"))
-    program = pretrain_bert if family == "bert" else pretrain_gpt
+    program = {"bert": pretrain_bert, "mamba": pretrain_mamba}.get(family, pretrain_gpt)
+    if family == "mamba":
+        args.put("spec", SPEC.split(), Origin("program"))
     initialize_megatron(parsed_args=args, args_defaults={"model_family": family} if family != "gpt" else {})
     return get_model(program.model_provider, wrap_with_ddp=False)[0].eval()

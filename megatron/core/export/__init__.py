@@ -16,6 +16,7 @@ from .families import FAMILIES, family_of_config, family_of_settings
 from .family import Family, NotExpressible
 from .hf_folder import HFFolder, HFState, write_hf_folder
 from .loading import WholeStateLoadStrategy, load_whole_state
+from .mixer_parts import Joined
 from .weights import ModelShape, Weight, from_hf, to_hf
 from .whole_state import DictState, WholeState, WithVocabulary
 
@@ -25,6 +26,7 @@ __all__ = [
     "Family",
     "HFFolder",
     "HFState",
+    "Joined",
     "ModelShape",
     "NotExpressible",
     "Weight",

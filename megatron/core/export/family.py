@@ -30,7 +30,7 @@ class Family:
     architecture: str
     """Class that is named in a config.json that we write."""
     our_type: str
-    """The program that trains it: gpt, bert or t5."""
+    """The program that trains it: gpt, bert, t5 or mamba."""
     weights: Callable[[ModelShape], Iterable[Weight]]
     """The key map."""
     fixed: Mapping[str, Any]

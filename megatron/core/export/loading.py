@@ -31,6 +31,7 @@ from megatron.core.dist_checkpointing.strategies.reading import (
 from megatron.core.dist_checkpointing.strategies.resharding import Box, narrow
 from megatron.core.dist_checkpointing.strategies.sharded_files import whole_tensor
 
+from .mixer_parts import InParts
 from .whole_state import DictState, WholeState, sharded_name, stacked_key
 
 
@@ -60,7 +61,7 @@ class WholeStateLoadStrategy(LoadShardedStrategy):
     """Reads each tensor that some local shard needs a part of, once, and copies the parts into place."""
 
     def __init__(self, state: WholeState) -> None:
-        self.state = state
+        self.state = state = InParts(state)
         self.catalog = catalog_of_state(state)
 
     @property

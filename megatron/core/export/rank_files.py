@@ -10,6 +10,7 @@ import mmap
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from megatron.core.dist_checkpointing.manifest import write_manifest
 from megatron.core.dist_checkpointing.safe_load import safe_torch_load
 
 from .legacy import flatten, from_legacy_name, is_legacy, reorder_rows
+from .mixer_parts import sections_of
 from .partition import cut, join
 from .weights import ModelShape
 from .whole_state import WholeState, plain_name, with_layer_offset
@@ -96,13 +98,16 @@ class RankFilesState(WholeState):
         return name in self._parts
 
     def meta(self, name: str) -> Tensor:
-        return join(name, [part.to("meta") for part in self._parts[name]], self._gated)
+        return join(name, [part.to("meta") for part in self._parts[name]], self._gated, self._sections(name))
 
     def read(self, name: str) -> Tensor:
         parts = self._parts[name]
         if self.version < 2:
             parts = [reorder_rows(name, part, self._heads, self.version) for part in parts]
-        return join(name, parts, self._gated)
+        return join(name, parts, self._gated, self._sections(name))
+
+    def _sections(self, name: str) -> list[int] | None:
+        return sections_of(name, lambda other: self._parts[other][0].shape)
 
 
 def _grid(directory: Path) -> list[list[Path]]:
@@ -210,7 +215,8 @@ def _write_holes(
     arrange: Callable[[dict[str, Tensor]], dict[str, Any]],
 ) -> None:
     """A file of the right size that says which tensors lie where, without their bytes."""
-    metas = {here: cut(name, state.meta(name), rank, size, shape.gated) for here, name in names.items()}
+    sections = partial(sections_of, shape_of=lambda other: state.meta(other).shape)
+    metas = {here: cut(name, state.meta(name), rank, size, shape.gated, sections(name)) for here, name in names.items()}
     empty = {here: torch.empty(meta.shape, dtype=meta.dtype) for here, meta in metas.items()}  # memory never touched
     with_checksums = torch.serialization.get_crc32_options()
     torch.serialization.set_crc32_options(False)  # the manifest has better ones
@@ -240,6 +246,7 @@ def _fill(
     there = {id(tensor): name for name, tensor in flatten(arrange(probe)).items()}
     for here, name in names.items():
         whole = state.read(name)
+        sections = sections_of(name, lambda other: state.meta(other).shape)
         for rank, file in enumerate(files):
-            file[there[id(probe[here])]].copy_(cut(name, whole, rank, len(files), shape.gated))
+            file[there[id(probe[here])]].copy_(cut(name, whole, rank, len(files), shape.gated, sections))
         on_progress(whole.numel() * whole.element_size())

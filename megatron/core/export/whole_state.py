@@ -27,6 +27,8 @@ FUSED_NORMS = {
     "mlp.linear_fc1.layer_norm_": "pre_mlp_layernorm.",
 }
 """Name of a norm in sharded checkpoints -> its name in the model."""
+_NORM_OF_MIXER = re.compile(r"(.*\blayers\.\d+)\.norm\.(\w+)")
+"""A state space layer's norm, not that within its mixer."""
 _LAYER = re.compile(r"(?P<block>.*?\blayers)\.(?P<number>\d+)\.(?P<rest>.+)")
 
 
@@ -125,6 +127,9 @@ class Stacked(NamedTuple):
 
 def sharded_name(name: str) -> str:
     """Name in a sharded checkpoint that does not stack layers."""
+    match = _NORM_OF_MIXER.fullmatch(name)
+    if match is not None:
+        return f"{match[1]}.mixer.in_proj.layer_norm_{match[2]}"
     for fused, plain in FUSED_NORMS.items():
         head, found, kind = name.rpartition(f".{plain}")
         if found:
@@ -136,7 +141,7 @@ def plain_name(name: str) -> str:
     """Inverse of `sharded_name`."""
     for fused, plain in FUSED_NORMS.items():
         name = name.replace(f".{fused}", f".{plain}")
-    return name
+    return name.replace(".mixer.in_proj.layer_norm_", ".norm.")
 
 
 def stacked_key(name: str) -> Stacked:

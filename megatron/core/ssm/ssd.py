@@ -76,7 +76,8 @@ class _ChunkedScan(torch.autograd.Function):
     """`chunked_scan` of whole chunks, with a backward that needs no derivative of the Q x Q decays.
 
     With u = dt x and a the running sum of dt A within a chunk, the gradient of a_i is dy_i·y_i - u_i·du_i: what a_i
-    multiplies, less what it divides.
+    multiplies, less what it divides. What a token says to itself is left out of both: it fades with nothing, and where
+    the rest fades fast, its two sides would cancel to noise.
     """
 
     @staticmethod
@@ -89,18 +90,17 @@ class _ChunkedScan(torch.autograd.Function):
         b, c = form.groups_first(B), form.groups_first(C)  # [c, b, g, n, Q]
         a = torch.cumsum(dt_c * A.view(form.g, form.r, 1), dim=-1)
         states, last = _carry(a, _states_of_chunks(form, u, a, b))  # at the begin of each chunk
-        y = torch.empty_like(u)
+        y = torch.empty_like(u)  # without what a token says to itself
         kept = []
         for part in form.blocks():
             scores, decay = _scores(b[part], c[part]), _decay(a[part])
-            mixing = decay * scores.unsqueeze(3)  # [c, b, g, r, Q (from), Q (to)]
-            within = torch.matmul(u[part], mixing)
+            within = torch.matmul(u[part], decay * scores.unsqueeze(3))
             from_before = torch.matmul(states[part].flatten(3, 4), c[part]).view_as(within)
             y[part] = within.add_(from_before.mul_(a[part].exp().unsqueeze(-2)))
             kept += [] if recompute else [scores, decay]
-        result = form.tokens_first(y)
-        ctx.form, ctx.num_kept = form, len(kept)
-        ctx.save_for_backward(x, dt_c, A, b, c, a, states, last, y, *kept)
+        result = form.tokens_first(torch.addcmul(y, u, _own_scores(b, c)))
+        ctx.form = form
+        ctx.save_for_backward(x, dt_c, A, b, c, a, states, y, *kept)
         final = last.flatten(1, 2)
         ctx.mark_non_differentiable(final)
         return result, final
@@ -108,42 +108,43 @@ class _ChunkedScan(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_y: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        x, dt, A, b, c, a, states, last, y, *kept = ctx.saved_tensors
+        x, dt, A, b, c, a, states, y, *kept = ctx.saved_tensors
         form: _Form = ctx.form
         u = form.heads_first(x).mul_(dt.unsqueeze(-2))
         dy = form.heads_first(grad_y)
-        grown = a.exp().unsqueeze(-2)  # what the state at the chunk's begin has become at each token
         left = (a[..., -1:] - a).exp().unsqueeze(-2)  # what is left of each token at the chunk's end
-        faded = dy * grown
-        d_begin = torch.matmul(faded.flatten(3, 4), c.mT).view_as(states)
-        d_end = _carry_back(a, d_begin)  # gradients of the states at the chunks' ends
+        faded = dy * a.exp().unsqueeze(-2)
+        d_ends = _carry_back(a, torch.matmul(faded.flatten(3, 4), c.mT).view_as(states))  # of states at the ends
+        # within chunks
         du, db, dc = torch.empty_like(u), torch.empty_like(b), torch.empty_like(c)
         for i, part in enumerate(form.blocks()):
             scores = kept[2 * i] if kept else _scores(b[part], c[part])
             decay = kept[2 * i + 1] if kept else _decay(a[part])
-            mixing = decay * scores.unsqueeze(3)
-            du[part] = torch.matmul(dy[part], mixing.mT)
+            du[part] = torch.matmul(dy[part], (decay * scores.unsqueeze(3)).mT)
             d_mixing = torch.matmul(u[part].mT, dy[part])
+            own = d_mixing.diagonal(dim1=-2, dim2=-1).sum(3)
             d_scores = torch.mul(d_mixing, decay, out=d_mixing).sum(3)  # [c, b, g, Q (from), Q (to)]
+            d_scores.diagonal(dim1=-2, dim2=-1).add_(own)
             torch.matmul(c[part], d_scores.mT, out=db[part])
             torch.matmul(b[part], d_scores, out=dc[part])
-        d_ends = d_end.flatten(3, 4)  # [c, b, g, r p, n]
-        du.add_(torch.matmul(d_ends, b).view_as(u).mul_(left))
-        db.add_(torch.matmul(d_ends.mT, (u * left).flatten(3, 4)))
-        dc.add_(torch.matmul(states.flatten(3, 4).mT, faded.flatten(3, 4)))
         da = (dy * y).sum(-2) - (u * du).sum(-2)  # [c, b, g, r, Q]
-        ends = torch.cat((states[1:], last.unsqueeze(0)))
-        da[..., -1] += (ends * d_end).sum((-2, -1))
+        # what tokens leave at the chunk's end: decays over all that follow in it, and that of what was there before
+        asked = torch.matmul(d_ends.flatten(3, 4), b).view_as(u).mul_(left)
+        to_end = (u * asked).sum(-2)
+        before = a[..., -1].exp() * (states * d_ends).sum((-2, -1))
+        da[..., :-1] -= to_end[..., :-1]
+        da[..., -1] += to_end[..., :-1].sum(-1) + before
+        db.add_(torch.matmul(d_ends.flatten(3, 4).mT, (u * left).flatten(3, 4)))
+        dc.add_(torch.matmul(states.flatten(3, 4).mT, faded.flatten(3, 4)))
+        du.add_(asked).addcmul_(dy, _own_scores(b, c))
         # a is a running sum: what changes at a token changes at all that follow.
         d_steps = da.flip(-1).cumsum(-1).flip(-1)
         grad_dt = d_steps * A.view(form.g, form.r, 1)
         grad_dt += (du * form.heads_first(x)).sum(-2)
-        grad_A = (d_steps * dt).sum((0, 1, 4)).flatten()
-        grad_x = form.tokens_first(du.mul_(dt.unsqueeze(-2)))
         return (
-            grad_x,
+            form.tokens_first(du.mul_(dt.unsqueeze(-2))),
             form.tokens_first(grad_dt.unsqueeze(-2)).squeeze(-1),
-            grad_A,
+            (d_steps * dt).sum((0, 1, 4)).flatten(),
             form.to_tokens_of_groups(db),
             form.to_tokens_of_groups(dc),
             None,
@@ -188,12 +189,17 @@ def _scores(b: Tensor, c: Tensor) -> Tensor:
     return torch.matmul(b.mT, c)
 
 
+def _own_scores(b: Tensor, c: Tensor) -> Tensor:
+    """[c, b, g, 1, 1, Q]: B_i·C_i."""
+    return (b * c).sum(-2)[..., None, None, :]
+
+
 def _decay(a: Tensor) -> Tensor:
-    """[c, b, g, r, Q (from), Q (to)]: exp(a_i - a_j) for tokens i from j on, zero before."""
+    """[c, b, g, r, Q (from), Q (to)]: exp(a_i - a_j) for tokens i after j, zero for the others."""
     size = a.size(-1)
-    before = torch.ones(size, size, dtype=torch.bool, device=a.device).tril_(-1)  # [from, to], to < from
+    hidden = torch.ones(size, size, dtype=torch.bool, device=a.device).tril_()  # [from, to], to <= from
     difference = a.unsqueeze(-2) - a.unsqueeze(-1)
-    return difference.masked_fill_(before, -torch.inf).exp_()
+    return difference.masked_fill_(hidden, -torch.inf).exp_()
 
 
 def _states_of_chunks(form: _Form, u: Tensor, a: Tensor, b: Tensor) -> Tensor:

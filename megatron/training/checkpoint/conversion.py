@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from megatron.core.dist_checkpointing.core import CheckpointingException
-from megatron.core.export import HFFolder, HFState, ModelShape, WholeState, WithVocabulary, family_of_settings
+from megatron.core.export import HFFolder, HFState, Joined, ModelShape, WholeState, WithVocabulary, family_of_settings
 from megatron.core.export.hf_folder import write_hf_folder
 from megatron.core.export.legacy import nest, to_legacy_name
 from megatron.core.export.meta_llama import MetaState
@@ -41,7 +41,7 @@ from megatron.training.checkpoint.state import CHECKPOINT_VERSION, plain_value
 from megatron.training.tokenizer import vocab_size_with_padding
 
 Progress = Callable[[int], None]
-BLOCKS = {"gpt": "decoder", "bert": "encoder"}
+BLOCKS = {"gpt": "decoder", "bert": "encoder", "mamba": "decoder"}
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ def load_own(folder: str | Path, family: str) -> Source:
     state: WholeState
     if detect_format(directory) in SHARDED_FORMATS:
         common = dist_checkpointing.load_common_state_dict(directory)
-        state = ShardedState(directory)
+        state = Joined(ShardedState(directory))
     else:
         state = RankFilesState(directory, BLOCKS[family])
         common = state.common
@@ -118,7 +118,8 @@ def load_own(folder: str | Path, family: str) -> Source:
     settings = complete_settings(vars(saved), family)
     if family == "bert":
         settings["bert_binary_head"] = "embedding.tokentype_embeddings.weight" in state
-    if f"{BLOCKS[family]}.final_layernorm.weight" not in state:
+    norm = "final_norm" if family == "mamba" else "final_layernorm"
+    if f"{BLOCKS[family]}.{norm}.weight" not in state:
         raise CheckpointingException(f"{directory} is no checkpoint of a {family.upper()}: it has no {BLOCKS[family]}")
     iteration = common.get("iteration", common.get("total_iters", getattr(saved, "iteration", 0) or 0))
     return Source(state, settings, iteration, settings.get("hf_vocab_size"))

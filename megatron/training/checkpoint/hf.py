@@ -19,8 +19,10 @@ from megatron.core.dist_checkpointing.validation import parse_strict_flag
 from megatron.core.export import (
     HFFolder,
     HFState,
+    Joined,
     ModelShape,
     NotExpressible,
+    WholeState,
     WholeStateLoadStrategy,
     WithVocabulary,
     family_of_settings,
@@ -105,7 +107,7 @@ def save_hf(args: argparse.Namespace, model: list[nn.Module], tokenizer: Any = N
     try:
         shards = on_first_rank(task, lambda: _new_folder(written / "shards"))
         dist_checkpointing.save(sharded_model(model, {}), shards, _save_strategy())
-        write_hf_share(args, ShardedState(shards), written, tokenizer)
+        write_hf_share(args, Joined(ShardedState(shards)), written, tokenizer)
         on_first_rank(task, lambda: shutil.rmtree(shards))
         on_first_rank(task, lambda: publish(written, final))
     except Exception:
@@ -124,7 +126,7 @@ def _save_strategy() -> Any:
     return FullyParallelSaveStrategyWrapper(get_default_save_sharded_strategy("safetensors"), group)
 
 
-def write_hf_share(args: argparse.Namespace, state: ShardedState, directory: Path, tokenizer: Any) -> None:
+def write_hf_share(args: argparse.Namespace, state: WholeState, directory: Path, tokenizer: Any) -> None:
     """Write this rank's share of the files. All ranks call this."""
     rank, size = rank_and_size()
     with together(f"cannot write {directory}"):

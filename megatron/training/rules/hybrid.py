@@ -73,6 +73,12 @@ def require_shareable_heads(args: argparse.Namespace) -> None:
     sizes_of(args).over_tensor_ranks(args.tensor_model_parallel_size).require_context_ranks(args.context_parallel_size)
 
 
+def derive_mamba_num_heads(args: argparse.Namespace) -> None:
+    """A mixer is twice as wide as the residual stream."""
+    if args.model_family == "mamba" and args.mamba_num_heads is None:
+        args.mamba_num_heads = sizes_of(args).heads
+
+
 def require_what_a_recurrence_can_do(args: argparse.Namespace) -> None:
     """A state runs through the whole sample: documents in it are not isolated from each other."""
     if args.model_family != "mamba":
@@ -93,5 +99,6 @@ HYBRID_RULES = (
     require_spec,
     require_fitting_layers,
     require_shareable_heads,
+    derive_mamba_num_heads,
     require_what_a_recurrence_can_do,
 )

@@ -9,9 +9,10 @@ from ..family import Family, NotExpressible
 from .bert import BERT, MEGATRON_BERT
 from .gpt2 import GPT2
 from .llama import LLAMA, MISTRAL, QWEN2, QWEN3
+from .mamba2 import MAMBA2
 
 FAMILIES: dict[str, Family] = {
-    family.model_type: family for family in (GPT2, LLAMA, MISTRAL, QWEN2, QWEN3, BERT, MEGATRON_BERT)
+    family.model_type: family for family in (GPT2, LLAMA, MISTRAL, QWEN2, QWEN3, BERT, MEGATRON_BERT, MAMBA2)
 }
 """`model_type` -> family. Where a model of ours is of several, the first one stands for them."""
 
