@@ -87,6 +87,19 @@ def test_flags_of_word_piece_models_resolve(
     flags_resolve(launch(script, 8, [*word_piece_places, *further.split()], tmp_path), settings)
 
 
+@pytest.mark.parametrize(
+    ("scale", "settings"),
+    [
+        ("800M", {"num_layers": "48", "data_parallel_size": "8", "mamba_num_heads": "32"}),
+        ("8B", {"num_layers": "56", "tensor_model_parallel_size": "4", "mamba_num_heads": "128"}),
+    ],
+)
+def test_flags_of_hybrids_resolve(scale: str, settings: dict[str, str], tmp_path: Path) -> None:
+    places = [str(tmp_path / name) for name in ("checkpoints", "tensorboard", "tokenizer.model", "data_text_document")]
+    (tmp_path / "tokenizer.model").touch()
+    flags_resolve(launch("examples/mamba/train.sh", 8, [scale, *places], tmp_path), settings)
+
+
 def flags_resolve(result: subprocess.CompletedProcess[str], settings: dict[str, str]) -> None:
     assert result.returncode == 0, result.stderr
     explained = {line.split()[0]: line for line in result.stdout.splitlines() if line.strip()}

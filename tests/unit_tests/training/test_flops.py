@@ -57,3 +57,13 @@ def test_matrix_products_of_a_model(flags: str) -> None:
     attention = 4 * args.num_layers * batch_size * args.seq_length**2 * width
     forward = counter.get_total_flops() - attention / 2
     assert num_floating_point_operations(args, batch_size) == 3 * forward
+
+
+def test_a_tabled_hybrid() -> None:
+    flags = (
+        "--num-layers 8 --hidden-size 1024 --num-attention-heads 16 --group-query-attention --num-query-groups 8 "
+        "--ffn-hidden-size 4096 --seq-length 1024 --max-position-embeddings 1024 --hybrid-override-pattern M-M*M-M- "
+        "--is-hybrid-model --spec megatron.core.models.mamba.mamba_layer_specs mamba_stack_spec"
+    )
+    args = validated(flags, model_family="mamba").variant(padded_vocab_size=50304)
+    assert num_floating_point_operations(args, 8) == 5811090751488

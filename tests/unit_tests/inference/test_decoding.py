@@ -1,0 +1,76 @@
+"""Text from states: that of whole forward passes, for ragged batches, texts that end early and windows that move."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from megatron.core import parallel_state
+from megatron.core.models.mamba import MambaModel
+from megatron.core.models.mamba.mamba_layer_specs import mamba_stack_spec
+from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.inference.decoding import can_decode_from_states
+from megatron.inference.sampling import SamplingParams
+from megatron.inference.text_generation import generate
+from tests.worker_pool import run_ranks
+
+VOCAB_SIZE, MAX_CONTEXT = 50, 24
+PROMPTS = [[3, 1, 4, 1, 5, 9, 2, 6], [27], [31, 41, 5], [1, 2, 3, 4, 5, 6, 7, 8]]
+GREEDY = SamplingParams(top_k=1, num_tokens_to_generate=10)
+PATTERN = "M*-M"
+
+
+def build_model(tp_size: int, pp_size: int, sequence_parallel: bool) -> MambaModel:
+    parallel_state.initialize_model_parallel(tp_size, pp_size)
+    model_parallel_cuda_manual_seed(123)
+    config = TransformerConfig(
+        num_layers=len(PATTERN),
+        hidden_size=32,
+        num_attention_heads=4,
+        mamba_head_dim=8,
+        mamba_num_groups=2,
+        mamba_state_dim=8,
+        init_method_std=0.3,
+        tensor_model_parallel_size=tp_size,
+        pipeline_model_parallel_size=pp_size,
+        sequence_parallel=sequence_parallel,
+        pipeline_dtype=torch.float32,
+    )
+    return MambaModel(
+        config,
+        mamba_stack_spec,
+        64,
+        MAX_CONTEXT,
+        pre_process=parallel_state.is_pipeline_first_stage(),
+        post_process=parallel_state.is_pipeline_last_stage(),
+        hybrid_override_pattern=PATTERN,
+        position_embedding_type="rope",
+        true_vocab_size=VOCAB_SIZE,
+    )
+
+
+def text(
+    layout: tuple[int, int, bool], params: SamplingParams, eod: int | None = None, from_states: bool = True
+) -> list[list[int]]:
+    model = build_model(*layout)
+    model.decodes_from_states = from_states
+    assert can_decode_from_states([model]) == (from_states and not layout[2])
+    return generate([model], PROMPTS, params, vocab_size=VOCAB_SIZE, max_context=MAX_CONTEXT, end_of_document=eod)
+
+
+@pytest.mark.parametrize("layout", [(1, 1, False), (2, 1, False), (1, 2, False), (2, 1, True)])
+def test_text_is_that_of_whole_forward_passes(layout: tuple[int, int, bool]) -> None:
+    (expected,) = run_ranks(1, text, (1, 1, False), GREEDY, None, False)
+    ranks = layout[0] * layout[1]
+    assert run_ranks(ranks, text, layout, GREEDY) == [expected] * ranks
+
+
+def test_texts_that_end_early_and_windows_that_move() -> None:
+    long = SamplingParams(top_k=1, num_tokens_to_generate=20)  # the window is 24
+    (free,) = run_ranks(1, text, (1, 1, False), long, None, False)
+    eod = free[0][2]
+    alone = (1, 1, False)
+    results = [run_ranks(1, text, alone, long, end, states)[0] for end in (None, eod) for states in (False, True)]
+    assert results[0] == results[1] == free
+    assert results[2] == results[3] != free
