@@ -1,7 +1,7 @@
 """A persistent pool of worker processes for tests that need several ranks.
 
 Importing torch costs seconds, a process group milliseconds: the workers are started once for a test session
-(forked from a server that has imported torch) and get a fresh gloo group for every test.
+(forked from a server that has imported torch and this library) and get a fresh gloo group for every test.
 
     def check_sum(size: int) -> float: ...          # module level; runs on every rank
     results = run_ranks(4, check_sum, 4)            # the returned values, by rank
@@ -26,14 +26,15 @@ if TYPE_CHECKING:
     from torch.distributed import TCPStore
 
 _HOST = "127.0.0.1"
-_GRACE_SECONDS = 3.0  # how long the other ranks may take to finish after one has failed
+_GRACE_SECONDS = 20.0  # how long the other ranks may take to finish after one has failed
+_TIMEOUT_SECONDS = 600.0  # only a rank that hangs takes as long, on however slow or loaded a machine
 
 
 class RankFailure(AssertionError):
     """A rank raised, died or did not finish in time; the message holds its traceback."""
 
 
-def run_ranks(world_size: int, fn: Callable[..., Any], *args: Any, timeout: float = 60) -> list[Any]:
+def run_ranks(world_size: int, fn: Callable[..., Any], *args: Any, timeout: float = _TIMEOUT_SECONDS) -> list[Any]:
     """Run `fn(*args)` on `world_size` ranks joined by gloo; the values they return, by rank.
 
     torch.distributed is initialised with a default group of exactly these ranks, RANK, WORLD_SIZE and
@@ -65,8 +66,7 @@ class WorkerPool:
         from torch.distributed import TCPStore
 
         self.context = mp.get_context("forkserver")
-        # torch imports sympy when it is first needed
-        self.context.set_forkserver_preload(["torch", "torch.distributed", "numpy", "sympy", "pytest"])
+        self.context.set_forkserver_preload(["tests.preloaded"])
         self.store = TCPStore(_HOST, 0, is_master=True, wait_for_workers=False)
         self.workers: list[_Worker] = []
         self.tests = itertools.count()
