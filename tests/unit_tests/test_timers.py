@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from types import SimpleNamespace
 from unittest import mock
@@ -213,17 +212,22 @@ def test_scalars_are_the_slowest_rank_in_seconds() -> None:
 
 
 def waiting_time(barrier: bool) -> float:
+    """Of a rank, on a clock that strikes one when rank 1 has done its work."""
+    store = dist.distributed_c10d._get_default_store()
     timer = Timer("t")
-    timer.start(barrier=barrier)
-    if dist.get_rank() == 1:
-        time.sleep(0.2)
-    timer.stop(barrier=barrier)
-    return timer.elapsed()
+    with mock.patch("megatron.core.timers.time.perf_counter", lambda: float(store.check(["done"]))):
+        timer.start(barrier=barrier)
+        if dist.get_rank() == 0:
+            store.set("rank 0 has started", "")
+        else:
+            store.wait(["rank 0 has started" if barrier else "rank 0 has stopped"])
+            store.set("done", "")
+        timer.stop(barrier=barrier)
+        if dist.get_rank() == 0:
+            store.set("rank 0 has stopped", "")
+        return timer.elapsed()
 
 
 def test_with_a_barrier_every_rank_measures_the_slowest() -> None:
-    fast, slow = run_ranks(2, waiting_time, True)
-    assert fast > 0.15
-    assert slow >= 0.2
-    fast, slow = run_ranks(2, waiting_time, False)
-    assert fast < 0.15
+    assert run_ranks(2, waiting_time, True) == [1.0, 1.0]
+    assert run_ranks(2, waiting_time, False) == [0.0, 1.0]

@@ -2,17 +2,19 @@
 
 import json
 import logging
+import math
 import os
 import random
 import signal
-import time
+import sys
+import types
 from pathlib import Path
 
 import numpy
 import pytest
 import torch
 
-from megatron.core.datasets import rank_order
+from megatron.core.datasets import index_cache, rank_order
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.gpt_dataset import GPTDataset
 from megatron.core.datasets.index_cache import IndexCache
@@ -26,31 +28,46 @@ def big_arrays() -> dict[str, numpy.ndarray]:
     return {name: numpy.arange(50_000, dtype=numpy.int64) * k for k, name in enumerate("abc", 1)}
 
 
-def build_in_child(directory: str) -> int:
+def build_in_child(directory: str, lines: float) -> int:
+    """Build the index in a process that kills itself before it runs this many lines of the cache's code; how many it
+    ran."""
+    pipe, theirs = os.pipe()
     pid = os.fork()
     if pid == 0:
+        ran = 0
+
+        def trace(frame: types.FrameType, event: str, argument: object) -> object:
+            nonlocal ran
+            if frame.f_code.co_filename != index_cache.__file__:
+                return None
+            ran += event == "line"
+            if ran >= lines:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return trace
+
         try:
+            sys.settrace(trace)
             cache = IndexCache(directory, "x", "description")
             cache.load_or_build(tuple("abc"), lambda arrays: None, big_arrays)
+            os.write(theirs, str(ran).encode())
         finally:
             os._exit(0)
-    return pid
+    os.waitpid(pid, 0)
+    os.close(theirs)
+    with open(pipe) as file:
+        return int(file.read() or lines)
 
 
 def test_killed_at_any_moment_leaves_nothing_that_passes_for_an_index(tmp_path: Path) -> None:
     complete = tmp_path / "complete"
-    start = time.monotonic()
-    os.waitpid(build_in_child(str(complete)), 0)
-    duration = time.monotonic() - start
+    lines = build_in_child(str(complete), math.inf)
+    assert lines > NUM_KILLS
     expected = {path.name: path.read_bytes() for path in complete.iterdir()}
     assert len(expected) == 5
     rng, num_unfinished = random.Random(1), 0
     for kill in range(NUM_KILLS):
         directory = tmp_path / str(kill)
-        pid = build_in_child(str(directory))
-        time.sleep(rng.uniform(0, duration))
-        os.kill(pid, signal.SIGKILL)
-        os.waitpid(pid, 0)
+        build_in_child(str(directory), rng.randrange(1, lines + 1))
         described = (directory / "x-description.txt").exists()
         num_unfinished += not described
         cache = IndexCache(str(directory), "x", "description")
@@ -59,7 +76,7 @@ def test_killed_at_any_moment_leaves_nothing_that_passes_for_an_index(tmp_path: 
         assert all(numpy.array_equal(arrays[name], array) for name, array in big_arrays().items())
         files = {path.name: path.read_bytes() for path in directory.iterdir() if not path.name.startswith(".")}
         assert files == expected
-    assert num_unfinished  # else the test has tested nothing
+    assert num_unfinished > NUM_KILLS // 2  # else the test has tested nothing
 
 
 def test_leftovers_of_killed_processes_are_removed(tmp_path: Path) -> None:
@@ -106,11 +123,12 @@ def test_index_of_another_program_is_taken_without_a_manifest(tmp_path: Path) ->
 
 
 class SlowDataset(GPTDataset):
-    """Building takes a while, and fails if told so by a file."""
+    """Building takes until another rank has said that it waits for it; it fails if told so by a file."""
 
     def _build_indices(self) -> dict[str, numpy.ndarray]:
         if torch.distributed.get_rank() == 0:
-            time.sleep(0.7)
+            store = torch.distributed.distributed_c10d._get_default_store()
+            store.wait(["somebody has said so"])
             if Path(f"{self.dataset_path}.fail").exists():
                 raise ValueError("the disk is full")
         return super()._build_indices()
@@ -129,7 +147,14 @@ def build_slowly(prefix: str, directory: str, remove: bool) -> tuple[bool, str, 
     saved = dict(vars(torch.distributed))
     lines: list[str] = []
     handler = logging.Handler()
-    handler.emit = lambda record: lines.append(record.getMessage())
+    store = torch.distributed.distributed_c10d._get_default_store()
+
+    def emit(record: logging.LogRecord) -> None:
+        lines.append(record.getMessage())
+        if ": rank 0 builds " in lines[-1]:
+            store.set("somebody has said so", "")
+
+    handler.emit = emit
     logging.getLogger("megatron.core.datasets").addHandler(handler)
     logging.getLogger("megatron.core.datasets").setLevel(logging.INFO)
     period, rank_order._REPORT_SECONDS = rank_order._REPORT_SECONDS, 0.2

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import time
 from typing import Any
 
 import pytest
@@ -30,7 +29,16 @@ from megatron.core.tensor_parallel.weight_grad_queue import WeightGradQueue, def
 from megatron.core.utils import init_method_normal
 from tests.worker_pool import run_ranks
 
-LATE = 0.3  # seconds by which rank 1 comes late to a collective
+
+def come_late(what: str) -> None:
+    """Wait until rank 0 lets this rank go on, which it does while it is at `what`."""
+    dist.distributed_c10d._get_default_store().wait([f"at {what}"])
+
+
+def let_go_on(what: str) -> None:
+    """Rank 0 is at `what`."""
+    if dist.get_rank() == 0:
+        dist.distributed_c10d._get_default_store().set(f"at {what}", "")
 
 
 class Watched:
@@ -59,7 +67,7 @@ def check_order_of_backward(sequence_parallel: bool, monkeypatch_last: str) -> l
 
         def launch(*args: Any, **kwargs: Any) -> Any:
             if label == monkeypatch_last and dist.get_rank() == 1:
-                time.sleep(LATE)
+                come_late("product")
             work = original(*args, **kwargs)
             if not kwargs.get("async_op"):
                 return work
@@ -78,6 +86,7 @@ def check_order_of_backward(sequence_parallel: bool, monkeypatch_last: str) -> l
 
     def weight_gradient_noted(*args: Any) -> Tensor | None:
         log.append(f"dW computed, dx in flight: {not works[-1].is_completed()}")
+        let_go_on("product")
         return original(*args)
 
     linear.weight_gradient = weight_gradient_noted
@@ -270,12 +279,13 @@ def check_rings_overlap() -> tuple[list[bool], list[bool]]:
     group = parallel_state.get_tensor_model_parallel_group()
     rank = dist.get_rank()
     seen: list[bool] = []
+    phase = "gathering"
     original_pass, original_into, original = overlap._pass_on, overlap.matmul_into, overlap.matmul
     works: list[Any] = []
 
     def pass_on(x: Tensor, group: Any) -> Any:
         if rank == 1:
-            time.sleep(LATE)  # the neighbour's piece cannot have come before this rank posts it
+            come_late(phase)  # the neighbour's piece cannot have come before this rank posts it
         flight = original_pass(x, group)
         works.append(flight.work.works[-1])
         return flight
@@ -283,6 +293,8 @@ def check_rings_overlap() -> tuple[list[bool], list[bool]]:
     def note(product: Any) -> Any:
         def noted(*args: Any) -> Any:
             seen.append(bool(works) and not works[-1].is_completed())
+            if seen[-1] and rank == 0:
+                let_go_on(phase)
             return product(*args)
 
         return noted
@@ -292,7 +304,7 @@ def check_rings_overlap() -> tuple[list[bool], list[bool]]:
     try:
         x, matrix = torch.randn(4, 2, 8), torch.randn(8, 6)
         overlap.gather_and_multiply(x, matrix, group)
-        gathering = list(seen)
+        gathering, phase = list(seen), "scattering"
         seen.clear()
         works.clear()
         overlap.multiply_and_reduce_scatter(x, matrix, group)
