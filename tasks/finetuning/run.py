@@ -16,6 +16,7 @@ from megatron.training.checkpoint.context import CheckpointContext
 from megatron.training.checkpoint.hf_settings import hf_directory
 from megatron.training.checkpoint.load import load_run
 from megatron.training.checkpoint.paths import checkpoint_exists
+from megatron.training.checkpoint.same_tokenizer import require_same_tokenizer
 from megatron.training.checkpoint.save import save_run
 from megatron.training.initialize import close_program
 from megatron.training.periodic import interval_paused, save
@@ -23,7 +24,7 @@ from megatron.training.run import Run
 from megatron.training.settings import Source, refuse_unless
 from megatron.training.train_step import StepResult
 from megatron.training.training import close, set_up, train_to_the_end
-from tasks.checkpoints import require_checkpoint, require_same_tokenizer
+from tasks.checkpoints import require_checkpoint
 from tasks.files import matching
 from tasks.finetuning.accuracy import Count, measure, write_predictions
 from tasks.finetuning.classifier import encoder_of, forward_step, model_provider_of

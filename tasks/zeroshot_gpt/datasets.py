@@ -37,14 +37,14 @@ class WikiText:
     words: str
 
     @classmethod
-    def read(cls, path: Path) -> WikiText:
+    def read(cls, path: Path, flag: str = "--valid-data") -> WikiText:
         """Raises `ConfigurationError` if the file is no text, or a text of fewer than two words."""
         try:
             words = path.read_bytes().decode("utf-8")
         except UnicodeDecodeError as error:
-            raise ConfigurationError(f"--valid-data {path}: this is no UTF-8 text ({error})") from None
+            raise ConfigurationError(f"{flag} {path}: this is no UTF-8 text ({error})") from None
         text = cls(path, words)
-        refuse_unless(text.num_words > 1, f"--valid-data {path}: at least two words are needed, found {text.num_words}")
+        refuse_unless(text.num_words > 1, f"{flag} {path}: at least two words are needed, found {text.num_words}")
         return text
 
     @property
@@ -64,14 +64,14 @@ class Lambada:
     passages: list[str]
 
     @classmethod
-    def read(cls, path: Path) -> Lambada:
+    def read(cls, path: Path, flag: str = "--valid-data") -> Lambada:
         """One JSON object a line, with the passage as `text`. Raises `ConfigurationError` for anything else."""
         passages = []
         with path.open(encoding="utf-8") as file:
             for number, line in enumerate(file, 1):
                 if line.strip():
-                    passages.append(_passage(line, f"--valid-data {path}, line {number}"))
-        refuse_unless(passages, f"--valid-data {path}: there are no passages in it")
+                    passages.append(_passage(line, f"{flag} {path}, line {number}"))
+        refuse_unless(passages, f"{flag} {path}: there are no passages in it")
         return cls(passages)
 
     def texts(self, tokenizer: Any, length: int, *, whole_word: bool) -> list[ScoredText]:

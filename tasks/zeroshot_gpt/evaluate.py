@@ -1,4 +1,4 @@
-"""WikiText perplexity and LAMBADA accuracy of a GPT from any checkpoint."""
+"""WikiText perplexity and LAMBADA accuracy of a GPT."""
 
 from __future__ import annotations
 
@@ -10,15 +10,9 @@ from typing import Any
 from torch import nn
 
 from megatron.inference.scoring import Score, ScoredText, score
-from megatron.training import get_args, get_model, get_tokenizer, initialize_megatron, print_rank_0
-from megatron.training.checkpoint.load import load_run
+from megatron.training import get_args, print_rank_0
 from megatron.training.evaluation import perplexity
-from megatron.training.initialize import close_program
 from megatron.training.settings import refuse_unless, was_given
-from pretrain_gpt import model_provider
-from tasks.checkpoints import require_checkpoint, require_same_tokenizer
-from tasks.files import one_file
-from tasks.report import report_results
 from tasks.zeroshot_gpt.datasets import Lambada, WikiText, windows
 
 Results = dict[str, float]
@@ -34,10 +28,10 @@ class ZeroShot:
     results: Callable[[Sequence[ScoredText], Sequence[Score]], Results]
 
 
-def wikitext(path: Path) -> ZeroShot:
+def wikitext(path: Path, flag: str) -> ZeroShot:
     """Perplexity per token, and per word: the loss of all tokens together counts for the words of the published text
     (Shoeybi et al., arXiv:1909.08053, section E)."""
-    text = WikiText.read(path)
+    text = WikiText.read(path, flag)
 
     def texts(args: Any, tokenizer: Any) -> list[ScoredText]:
         return windows(text.tokenize(tokenizer), args.seq_length, stride_of(args))
@@ -56,9 +50,9 @@ def wikitext(path: Path) -> ZeroShot:
     return ZeroShot("WIKITEXT103", texts, results)
 
 
-def lambada(path: Path) -> ZeroShot:
+def lambada(path: Path, flag: str) -> ZeroShot:
     """Share of passages whose last token, or word, is the model's first choice."""
-    data = Lambada.read(path)
+    data = Lambada.read(path, flag)
 
     def texts(args: Any, tokenizer: Any) -> list[ScoredText]:
         return data.texts(tokenizer, args.seq_length, whole_word=args.strict_lambada)
@@ -83,24 +77,8 @@ def stride_of(args: Any) -> int:
     return stride
 
 
-MEASUREMENTS: dict[str, Callable[[Path], ZeroShot]] = {"WIKITEXT103": wikitext, "LAMBADA": lambada}
-
-
-def prepare(args: Any) -> Callable[[], None]:
-    """What runs the task of `--task`; its file has been read."""
-    measurement = MEASUREMENTS[args.task](one_file(args.valid_data, "--valid-data"))
-    require_checkpoint(args)
-    return lambda: _run(args, measurement)
-
-
-def _run(args: Any, measurement: ZeroShot) -> None:
-    initialize_megatron(parsed_args=args, args_defaults={"tokenizer_type": "GPT2BPETokenizer"})
-    require_same_tokenizer(get_args(), "load")
-    texts = measurement.texts(get_args(), get_tokenizer())
-    model = get_model(model_provider, wrap_with_ddp=False)
-    load_run(get_args(), model, None, None)
-    report_results(measurement.name, measure(measurement, texts, model))
-    close_program()
+MEASUREMENTS: dict[str, Callable[[Path, str], ZeroShot]] = {"WIKITEXT103": wikitext, "LAMBADA": lambada}
+"""Task -> (its file, the flag that names it) -> what is measured. Raises `ConfigurationError` for another format."""
 
 
 def measure(measurement: ZeroShot, texts: Sequence[ScoredText], model: list[nn.Module]) -> Results:
