@@ -8,12 +8,15 @@ from typing import Any
 from megatron.training.settings import refuse_unless, was_given
 
 FINETUNING = ("epochs", "keep_last", "train_data", "valid_data")
+RETRIEVAL = ("qa_data_dev", "qa_data_test", "faiss_use_gpu", "faiss_match", "faiss_topk_retrievals")
 READ_BY: dict[str, tuple[str, ...]] = {
     "WIKITEXT103": ("valid_data", "overlapping_eval"),
     "LAMBADA": ("valid_data", "strict_lambada"),
     "MNLI": FINETUNING,
     "QQP": FINETUNING,
     "RACE": FINETUNING,
+    "RETRIEVER-EVAL": RETRIEVAL,
+    "ICT-ZEROSHOT-NQ": RETRIEVAL,
     "LM_EVAL": ("lm_eval_tasks", "lm_eval_include_path", "num_fewshot", "limit"),
 }
 """Task -> the task flags that it reads."""
@@ -33,6 +36,13 @@ def add_task_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPars
     group.add_argument(
         "--strict-lambada", action="store_true", help="LAMBADA: all tokens of the last word must be right"
     )
+    group.add_argument("--qa-data-dev", metavar="FILE", help="questions and their answers to develop on")
+    group.add_argument("--qa-data-test", metavar="FILE", help="questions and their answers to test on")
+    group.add_argument("--faiss-use-gpu", action="store_true", help="search the passages on the accelerator")
+    group.add_argument(
+        "--faiss-match", choices=("string", "regex"), default="string", help="what the answers are that a passage has"
+    )
+    group.add_argument("--faiss-topk-retrievals", type=int, default=100, help="passages retrieved for each question")
     group.add_argument("--lm-eval-tasks", nargs="+", metavar="NAME", help="tasks of lm-eval for LM_EVAL")
     group.add_argument("--lm-eval-include-path", metavar="DIR", help="folder with further tasks of lm-eval")
     group.add_argument("--num-fewshot", type=int, help="LM_EVAL: solved examples before each question")

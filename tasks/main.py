@@ -1,4 +1,4 @@
-"""Measure a GPT without further training, or finetune a BERT and measure it: `tasks/main.py --task NAME FLAGS`.
+"""Measure a model as it is, or finetune a BERT and measure it: `tasks/main.py --task NAME FLAGS`.
 
     python tasks/main.py --task WIKITEXT103 --valid-data wikitext.txt --load checkpoints --use-checkpoint-args \
         --tokenizer-type GPT2BPETokenizer --vocab-file vocab.json --merge-file merges.txt --micro-batch-size 8
@@ -19,7 +19,8 @@ from megatron.training.settings import configuration_errors_end_the_program
 from tasks.arguments import add_task_arguments, refuse_flags_of_other_tasks
 from tasks.finetuning import run as finetuning
 from tasks.lm_eval_harness import run as lm_eval_harness
-from tasks.zeroshot_gpt import evaluate as zeroshot
+from tasks.retrieval import run as retrieval
+from tasks.zeroshot_gpt import run as zeroshot
 
 TASKS: dict[str, Callable[[Any], Callable[[], None]]] = {
     "WIKITEXT103": zeroshot.prepare,
@@ -27,6 +28,8 @@ TASKS: dict[str, Callable[[Any], Callable[[], None]]] = {
     "MNLI": finetuning.prepare,
     "QQP": finetuning.prepare,
     "RACE": finetuning.prepare,
+    "RETRIEVER-EVAL": retrieval.prepare,
+    "ICT-ZEROSHOT-NQ": retrieval.prepare,
     "LM_EVAL": lm_eval_harness.prepare,
 }
 """Task -> (settings, not yet checked) -> what runs it. The task's files are read, and refused, before anything else."""

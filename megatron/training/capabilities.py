@@ -16,7 +16,6 @@ Used = Callable[[Any], bool]
 GROUPS_NOT_BUILT: dict[str, str] = {
     "mla": "multi-latent attention",
     "heterogeneous architecture": "heterogeneous layers",
-    "biencoder": "retrieval with two encoders",
     "vision": "vision models",
     "retro": "training with retrieval",
     "inference": "the inference engine",
@@ -32,8 +31,6 @@ BUILT_WITHIN_GROUPS = frozenset({"qk_layernorm", "qk_l2_norm", "data_sharding"})
 """What works although it stands under such a heading."""
 
 ARGUMENTS_NOT_BUILT: dict[str, str] = {
-    "retriever_seq_length": "retrieval with two encoders",
-    "sample_rate": "retrieval with two encoders",
     "result_rejected_tracker_filename": "detection of faulty results",
     "tp_comm_overlap_cfg": "tuning of the vendor's user buffers; the overlap here has none",
     "gradient_reduce_div_fusion": "fully sharded data parallelism other than torch's",
@@ -53,7 +50,7 @@ ARGUMENTS_NOT_BUILT: dict[str, str] = {
 """Single arguments, in use as soon as they differ from their default."""
 
 ARGUMENTS_OF_FAMILIES: dict[str, tuple[str, ...]] = {
-    "bert_binary_head": ("bert",),
+    "bert_binary_head": ("bert", "ict", "retrieval"),
     "mask_prob": ("bert", "t5"),
     "short_seq_prob": ("bert", "t5"),
     "decoder_num_layers": ("t5",),
@@ -75,8 +72,28 @@ ARGUMENTS_OF_FAMILIES: dict[str, tuple[str, ...]] = {
     "sft": ("gpt", "mamba"),
     "full_validation": ("gpt",),
     "multiple_validation_sets": ("gpt",),
+    "ict_head_size": ("ict", "retrieval"),
+    "biencoder_projection_dim": ("ict", "retrieval"),
+    "biencoder_shared_query_context_model": ("ict", "retrieval"),
+    "titles_data_path": ("ict", "retrieval"),
+    "use_one_sent_docs": ("ict", "retrieval"),
+    "bert_load": ("ict",),
+    "query_in_block_prob": ("ict",),
+    "retriever_report_topk_accuracies": ("ict", "retrieval"),
+    "retriever_score_scaling": ("ict",),
+    "ict_load": ("retrieval",),
+    "block_data_path": ("retrieval",),
+    "embedding_path": ("retrieval",),
+    "evidence_data_path": ("retrieval",),
+    "retriever_seq_length": ("retrieval",),
+    "sample_rate": ("retrieval",),
+    "indexer_batch_size": ("retrieval",),
+    "indexer_log_interval": ("retrieval",),
 }
 """Arguments that only the programs of some model families read; others refuse them."""
+
+_PROGRAMS = {"retrieval": "tools/create_doc_index.py"}
+"""Of families whose program is not `pretrain_FAMILY.py`."""
 
 VALUES_NOT_BUILT: dict[str, tuple[Used, str]] = {
     "position_embedding_type": (lambda value: value == "mrope", "this kind of positions"),
@@ -136,10 +153,15 @@ def refuse_capabilities_not_built(args: argparse.Namespace) -> None:
 def _of_other_families(args: argparse.Namespace) -> list[str]:
     family = getattr(args, "model_family", None) or "gpt"
     return [
-        f"  {all_flags()[dest].names[0]}: only {' and '.join(f'pretrain_{name}.py' for name in families)} reads it"
+        f"  {all_flags()[dest].names[0]}: only {' and '.join(map(program_of, families))} reads it"
         for dest, families in ARGUMENTS_OF_FAMILIES.items()
         if family not in families and getattr(args, dest, all_flags()[dest].default) != all_flags()[dest].default
     ]
+
+
+def program_of(family: str) -> str:
+    """The program that makes models of a family."""
+    return _PROGRAMS.get(family, f"pretrain_{family}.py")
 
 
 def _refusal(dest: str, value: Any, capability: str) -> str:

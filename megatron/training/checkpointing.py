@@ -12,6 +12,9 @@ from typing import Any
 
 from torch import nn
 
+from megatron.core.dist_checkpointing.core import CheckpointingException
+from megatron.core.utils import unwrap_model
+from megatron.training.checkpoint.body import Body, load_body
 from megatron.training.checkpoint.context import CheckpointContext, context_in
 from megatron.training.checkpoint.find import load_args_from_checkpoint
 from megatron.training.checkpoint.load import load_run
@@ -31,6 +34,7 @@ __all__ = [
     "get_checkpoint_name",
     "get_checkpoint_tracker_filename",
     "load_args_from_checkpoint",
+    "load_biencoder_checkpoint",
     "load_checkpoint",
     "read_metadata",
     "save_checkpoint",
@@ -114,3 +118,29 @@ def load_checkpoint(
     state = load_run(get_args(), ddp_model, optimizer, opt_param_scheduler, load_arg, strict, apply)
     set_train_state(state)
     return state.iteration, state.num_floating_point_operations_so_far
+
+
+def load_biencoder_checkpoint(
+    model: list[nn.Module],
+    only_query_model: bool = False,
+    only_context_model: bool = False,
+    custom_load_path: str | None = None,
+) -> list[nn.Module]:
+    """Take the weights of a retriever, of any layout; returns `model`. All ranks call this.
+
+    Args:
+        only_query_model, only_context_model: leave the other encoder as it is; no difference where one serves both.
+        custom_load_path: the folder, in place of `--load`.
+
+    Raises:
+        CheckpointingException: there is no such checkpoint, or it is of another model or tokenizer.
+    """
+    args = get_args()
+    folder = custom_load_path or args.load
+    if not checkpoint_exists(folder):
+        raise CheckpointingException(f"{folder} holds no checkpoint of a retriever")
+    names = list(unwrap_model(model[0]).embedders)
+    wanted = [name for name, left_out in zip(names, (only_context_model, only_query_model)) if not left_out]
+    without = tuple(f"{name}." for name in names if name not in wanted) if len(names) > 1 else ()
+    load_body(args.variant(load=folder, exit_on_missing_checkpoint=True), "load", [Body(model[0], without)])
+    return model

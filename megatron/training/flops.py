@@ -34,10 +34,9 @@ def num_floating_point_operations(args: Any, batch_size: int) -> float:
     Per token and layer: projections 2·params multiply-adds each in forward, twice that in backward; attention
     scores and their product with the values s·(heads × width) each, halved for causality.
     """
-    if getattr(args, "model_family", None) == "t5":
-        return batch_size * _encoder_decoder_operations(args)
-    if _is_mamba(args):
-        return batch_size * _hybrid_operations(args)
+    of_family = _OF_FAMILY.get(getattr(args, "model_family", None) or "gpt")
+    if of_family is not None:
+        return batch_size * of_family(args)
     hidden, layers, seq = args.hidden_size, args.num_layers, args.seq_length
     heads = args.num_attention_heads
     groups = args.num_query_groups if args.group_query_attention else heads
@@ -94,3 +93,15 @@ def feed_forward_width_of_experts(args: Any) -> int:
         return 0
     shared: int = args.moe_shared_expert_intermediate_size or 0
     return int(args.moe_ffn_hidden_size * args.moe_router_topk + shared)
+
+
+def _two_encoder_operations(args: Any) -> float:
+    """FLOPs of one query and its passage, each as long as a sequence; there are no logits, and attention counts
+    whole."""
+    hidden, width, seq = args.hidden_size, args.kv_channels * args.num_attention_heads, args.seq_length
+    mlp = 12 * hidden * args.ffn_hidden_size * (1.5 if args.swiglu else 1.0)
+    return 2 * args.num_layers * seq * (24 * hidden * width + 12 * seq * width + mlp)
+
+
+_OF_FAMILY = {"t5": _encoder_decoder_operations, "mamba": _hybrid_operations, "ict": _two_encoder_operations}
+"""Model family -> FLOPs of one sample, where it is not that of a decoder."""

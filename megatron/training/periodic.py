@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -23,13 +23,14 @@ from megatron.training.train_step import StepResult
 from megatron.training.utils import gather_weights, is_last_rank, print_rank_0
 
 
-def periodic_actions(run: Run) -> list[Action]:
-    """The actions after each iteration, in the order in which they run."""
+def periodic_actions(run: Run, of_program: Sequence[Action] = ()) -> list[Action]:
+    """The actions after each iteration, in the order in which they run; those of the program before what may end it."""
     args = run.args
     listed: list[tuple[bool, Action]] = [
         (True, training_log),
         (args.record_memory_history, write_memory_snapshot),
         (bool(args.eval_interval and run.validation_sets), evaluate_now),
+        *((True, action) for action in of_program),
         (bool(args.train_sync_interval), synchronize_device),
         (bool(args.check_weight_hash_across_dp_replicas_interval), compare_weights_of_replicas),
         (bool(args.manual_gc and args.manual_gc_interval), collect_garbage),

@@ -52,6 +52,13 @@ __all__ = [
 ]
 
 
+def load_if_asked(args: Any, model: list[Any], optimizer: Any, scheduler: Any) -> TrainState:
+    """What `--load` or `--pretrained-checkpoint` hold; a fresh run without them."""
+    if not (args.load or args.pretrained_checkpoint):
+        return TrainState()
+    return load_run(args, model, optimizer, scheduler)
+
+
 def pretrain(
     train_valid_test_dataset_provider: DatasetProvider,
     model_provider: Callable[..., Any],
@@ -65,6 +72,9 @@ def pretrain(
     non_loss_data_func: Callable[..., Any] | None = None,
     store: Any = None,
     inprocess_call_wrapper: Any = None,
+    *,
+    load: Callable[..., TrainState] = load_if_asked,
+    more_actions: Callable[[], Sequence[Action]] = list,
 ) -> None:
     """Train the model of a program on its data, as the command line says.
 
@@ -75,6 +85,8 @@ def pretrain(
         forward_step_func: (data iterator, model) -> (output tensor, loss function), see `get_forward_backward_func`.
         extra_args_provider: (parser) -> parser with the program's own flags.
         args_defaults: values for flags that the user did not set.
+        load: see `set_up`.
+        more_actions: called once the flags are known, gives what else is done after each iteration.
 
     An error on one rank is printed there and ends that process at once, so that the others do not wait for it.
     """
@@ -94,21 +106,15 @@ def pretrain(
             store=store,
             for_training=True,
         )
-        run = set_up(train_valid_test_dataset_provider, model_provider, model_type, forward_step_func)
+        actions = more_actions()
+        run = set_up(train_valid_test_dataset_provider, model_provider, model_type, forward_step_func, load)
         if run.args.skip_train:
             print_rank_0("skipping training (--skip-train is on) ...")
         else:
-            train_to_the_end(run)
+            train_to_the_end(run, actions)
         _export(run)
         _evaluate_at_the_end(run)
         close(run)
-
-
-def load_if_asked(args: Any, model: list[Any], optimizer: Any, scheduler: Any) -> TrainState:
-    """What `--load` or `--pretrained-checkpoint` hold; a fresh run without them."""
-    if not (args.load or args.pretrained_checkpoint):
-        return TrainState()
-    return load_run(args, model, optimizer, scheduler)
 
 
 def set_up(
@@ -202,7 +208,7 @@ def train(run: Run, more_actions: Sequence[Action] = ()) -> None:
     args, state = run.args, run.state
     for chunk in run.model:
         chunk.train()
-    actions = [*periodic_actions(run), *more_actions]
+    actions = periodic_actions(run, more_actions)
     finite, timeline = _finite_check(run), Timeline(args.timeline, args.timeline_step)
     if args.manual_gc:
         gc.disable()

@@ -18,7 +18,8 @@ BOOK = ROOT / "examples" / "data" / "moby_dick.txt.gz"
 
 
 def write_sentences(directory: Path, num_documents: int = 300, num_words: int = 400) -> dict[str, str]:
-    """Paragraphs of a real book as documents of sentences; the flags that name data and vocabulary."""
+    """Paragraphs of a real book as documents of sentences, and their first words as titles; where data and vocabulary
+    are."""
     with gzip.open(BOOK, "rt", encoding="utf-8") as book:
         paragraphs = re.split(r"\n\s*\n", book.read())
     texts = [" ".join(paragraph.split()) for paragraph in paragraphs if len(paragraph) > 300][:num_documents]
@@ -37,4 +38,10 @@ def write_sentences(directory: Path, num_documents: int = 300, num_words: int = 
             numpy.array([token for sentence in sentences for token in sentence]), [len(s) for s in sentences]
         )
     builder.finalize(get_idx_path(prefix))
-    return {"data": prefix, "vocab": str(vocabulary)}
+    titles = str(directory / "book_title")
+    builder = IndexedDatasetBuilder(get_bin_path(titles), dtype=numpy.uint16)
+    for text in texts:
+        title = list(tokenizer.tokenize(" ".join(text.split()[:3])))
+        builder.add_document(numpy.array(title), [len(title)])
+    builder.finalize(get_idx_path(titles))
+    return {"data": prefix, "vocab": str(vocabulary), "titles": titles}

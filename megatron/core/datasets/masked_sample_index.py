@@ -12,7 +12,7 @@ import numpy
 
 from megatron.core.datasets.mersenne_twister import mt19937_64
 
-_LONG_SENTENCE = 512  # tokens; a document with a longer sentence among several is left out
+LONG_SENTENCE = 512  # tokens; a document with a longer sentence among several is left out
 _DRAWS = 1 << 12  # random numbers drawn at a time
 
 
@@ -81,12 +81,12 @@ def build_masked_sample_index(
             _cut_document(start, lengths, targets, grouping.min_num_sentences, rows)
         if len(rows) == before:
             raise ValueError(
-                f"no document has at least {grouping.min_num_sentences} sentence(s), none longer than {_LONG_SENTENCE} "
+                f"no document has at least {grouping.min_num_sentences} sentence(s), none longer than {LONG_SENTENCE} "
                 "tokens: was the text split into sentences (--split-sentences)?"
             )
     dtype = numpy.uint32 if len(sentence_lengths) <= numpy.iinfo(numpy.uint32).max else numpy.uint64
     index = numpy.array(rows, dtype=dtype).reshape(-1, 3)
-    return index[_shuffled(len(index), grouping.seed + 1)]
+    return index[shuffled_order(len(index), grouping.seed + 1)]
 
 
 def _usable_documents(
@@ -99,7 +99,7 @@ def _usable_documents(
         if count < max(grouping.min_num_sentences, 1):
             continue
         of_document = lengths[start:end].tolist()
-        if count == 1 or max(of_document) <= _LONG_SENTENCE:
+        if count == 1 or max(of_document) <= LONG_SENTENCE:
             documents.append((start, of_document))
     return documents
 
@@ -118,7 +118,7 @@ def _cut_document(
             first, length, target = i + 1, 0, targets.next()
 
 
-def _shuffled(count: int, seed: int) -> list[int]:
+def shuffled_order(count: int, seed: int) -> list[int]:
     """A permutation by Fisher and Yates, from the end."""
     order = list(range(count))
     if count > 1:

@@ -14,7 +14,7 @@ from .core import CheckpointingException
 from .safe_load import first_line, known_names, stub_class
 
 
-class _RestrictedUnpickler(pickle.Unpickler):
+class RestrictedUnpickler(pickle.Unpickler):
     """Unpickler for which only the names in `known` exist."""
 
     def __init__(self, file: IO[bytes], known: dict[str, Any]) -> None:
@@ -61,7 +61,7 @@ def load_dcp_metadata(path: Path) -> dcp_metadata.Metadata:
     """Content of a `.metadata` file, also of other releases that store classes of their own beside it."""
     try:
         with open(path, "rb") as file:
-            content = _RestrictedUnpickler(file, _metadata_names()).load()
+            content = RestrictedUnpickler(file, _metadata_names()).load()
     except OSError:
         raise
     except Exception as error:

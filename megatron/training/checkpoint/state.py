@@ -6,6 +6,8 @@ import argparse
 import enum
 import hashlib
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -173,6 +175,20 @@ def restore_rng_state(states: list[dict[str, Any]]) -> None:
     state = states[replica] if replica < len(states) else states[0]
     if not state["rng_tracker_states"]:
         raise ValueError("rng_tracker_states in the checkpoint is empty")
+    _set_rng_state(state)
+
+
+@contextmanager
+def rng_preserved() -> Iterator[None]:
+    """All of this rank's generators stand where they stood, whatever is drawn or seeded inside."""
+    before = rng_state()
+    try:
+        yield
+    finally:
+        _set_rng_state(before)
+
+
+def _set_rng_state(state: dict[str, Any]) -> None:
     random.setstate(state["random_rng_state"])
     np.random.set_state(state["np_rng_state"])
     torch.set_rng_state(state["torch_rng_state"])

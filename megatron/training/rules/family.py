@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 
+from megatron.training.capabilities import program_of
 from megatron.training.settings import refuse_unless
 
-ENCODER_FAMILIES = ("bert", "t5")
+ENCODER_FAMILIES = ("bert", "t5", "ict", "retrieval")
+RETRIEVAL_FAMILIES = ("ict", "retrieval")
 
 _NOT_FOR_ENCODERS = (
     "reset_position_ids",
@@ -23,6 +25,8 @@ _NOT_FOR_ENCODERS = (
 _POSITIONS = {
     "bert": ("learned_absolute", "rope"),
     "t5": ("learned_absolute", "rope", "relative"),
+    "ict": ("learned_absolute", "rope"),
+    "retrieval": ("learned_absolute", "rope"),
 }
 
 _NOT_FOR_TWO_STACKS = (
@@ -49,7 +53,7 @@ def require_what_an_encoder_can_do(args: argparse.Namespace) -> None:
     """A masked language model reads sentences, has each sequence on one rank, and takes the mean loss itself."""
     if args.model_family not in ENCODER_FAMILIES:
         return
-    program = f"pretrain_{args.model_family}.py"
+    program = program_of(args.model_family)
     refuse_unless(
         args.context_parallel_size == 1,
         f"--context-parallel-size {args.context_parallel_size}: {program} does not split sequences; use "
@@ -65,7 +69,7 @@ def require_positions_of_family(args: argparse.Namespace) -> None:
     if known is not None:
         refuse_unless(
             kind in known,
-            f"--position-embedding-type {kind}: pretrain_{args.model_family}.py has {', '.join(known)}",
+            f"--position-embedding-type {kind}: {program_of(args.model_family)} has {', '.join(known)}",
         )
     else:
         refuse_unless(kind != "relative", "--position-embedding-type relative: only pretrain_t5.py reads it")
@@ -129,9 +133,36 @@ def derive_encoder_stages(args: argparse.Namespace) -> None:
     )
 
 
+def derive_two_encoders(args: argparse.Namespace) -> None:
+    """Retrieval has an encoder for queries and one for passages, whose vectors are equally wide."""
+    if args.model_family not in RETRIEVAL_FAMILIES:
+        return
+    head, projection = args.ict_head_size, args.biencoder_projection_dim
+    refuse_unless(
+        not (head and projection) or head == projection,
+        f"--ict-head-size ({head}) and --biencoder-projection-dim ({projection}) are two names of one width; give one",
+    )
+    args.biencoder_projection_dim = projection or head or 0
+    refuse_unless(
+        args.pipeline_model_parallel_size == 1,
+        f"--pipeline-model-parallel-size {args.pipeline_model_parallel_size}: a pipeline carries what one "
+        "encoder computes, retrieval has two; use --tensor-model-parallel-size",
+    )
+    refuse_unless(not args.use_torch_fsdp2, "--use-torch-fsdp2: retrieval with two encoders is not built for it")
+    refuse_unless(
+        0 <= args.query_in_block_prob <= 1, f"--query-in-block-prob ({args.query_in_block_prob}) must be 0 to 1"
+    )
+    refuse_unless(0 < args.sample_rate <= 1, f"--sample-rate ({args.sample_rate}) must be above 0 and at most 1")
+    for name in ("indexer_batch_size", "indexer_log_interval", "retriever_seq_length"):
+        refuse_unless(getattr(args, name) > 0, f"{_flag(name)} ({getattr(args, name)}) must be positive")
+    ks = args.retriever_report_topk_accuracies
+    refuse_unless(all(k > 0 for k in ks), f"--retriever-report-topk-accuracies {ks}: each k must be positive")
+
+
 FAMILY_RULES = (
     require_what_an_encoder_can_do,
     require_positions_of_family,
     derive_two_stacks,
     derive_encoder_stages,
+    derive_two_encoders,
 )

@@ -1,0 +1,1 @@
+"""Training of retrieval, and the index of what is retrieved."""

@@ -1,0 +1,1 @@
+"""Questions whose answers are to be found in passages."""
