@@ -27,6 +27,7 @@ from megatron.training.utils import (
     get_batch_on_this_cp_rank,
     get_batch_on_this_tp_rank,
 )
+from tasks.during_training import add_eval_task_arguments, eval_task_actions
 
 
 def model_provider(pre_process: bool = True, post_process: bool = True, vp_stage: int | None = None) -> GPTModel:
@@ -127,5 +128,7 @@ if __name__ == "__main__":
         model_provider,
         ModelType.encoder_or_decoder,
         forward_step,
+        extra_args_provider=add_eval_task_arguments,
         args_defaults={"tokenizer_type": "GPT2BPETokenizer"},
+        more_actions=eval_task_actions,
     )
