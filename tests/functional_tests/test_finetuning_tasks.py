@@ -177,6 +177,11 @@ REFUSED = [
         "--task MNLI --epochs 1 --num-layers 3 --pretrained-checkpoint {mnli}/../bert {data}",
         "encoder.layers",
     ),
+    (
+        "--task MNLI --epochs 1 --vocab-file {mnli}/../long.txt --pretrained-checkpoint {mnli}/../bert {data}",
+        "it is not the tokenizer that the model was trained with",
+    ),
+    ("--task SQUAD", "'MNLI', 'QQP', 'RACE'"),
 ]
 """Flags, and what the message says."""
 
@@ -184,6 +189,8 @@ REFUSED = [
 def test_what_cannot_work_is_refused(folder: Path) -> None:
     common = f"{SIZES} {LEARNING} --tokenizer-type BertWordPieceLowerCase --vocab-file {folder}/vocab.txt"
     given = {"mnli": folder / "MNLI", "data": data_of("MNLI", folder)}
+    more = "".join(f"word{number}\n" for number in range(300))
+    (folder / "long.txt").write_text((folder / "vocab.txt").read_text() + more)
     lines = [f"{common} {flags.format(**given)}".split() for flags, _ in REFUSED]
     (said,) = run_ranks(1, refusals, "tasks/main.py", lines, timeout=200)
     assert [(flags, text) for (flags, message), text in zip(REFUSED, said) if message not in text] == []
