@@ -7,7 +7,7 @@ import torch
 
 from megatron.core import parallel_state
 from megatron.inference.forward_only import shares
-from megatron.inference.scoring import Score, ScoredText, score
+from megatron.inference.scoring import Score, ScoredText, rows_of, score
 from tests.unit_tests.inference.test_text_generation import VOCAB_SIZE, build_model
 from tests.worker_pool import run_ranks
 
@@ -24,7 +24,10 @@ def make_texts() -> list[ScoredText]:
     """Ragged texts; two are what the model would say itself."""
     generator = torch.Generator().manual_seed(5)
     shapes = [(16, 1), (3, 2), (12, 11), (2, 1), (9, 4), (16, 15), (7, 6)]
-    return [ScoredText(torch.randint(VOCAB_SIZE, (n,), generator=generator).tolist(), first) for n, first in shapes]
+    ragged = [ScoredText(torch.randint(VOCAB_SIZE, (n,), generator=generator).tolist(), first) for n, first in shapes]
+    whole = ragged[2].tokens  # and choices after one beginning, of one token and of more
+    alike = [([*whole[:11], token], 11) for token in (3, 4)] + [(whole[:8], 5), (whole[:8], 7), ([*whole[:7], 1, 2], 7)]
+    return ragged + [ScoredText(tokens, first) for tokens, first in alike]
 
 
 def score_by_hand() -> tuple[list[ScoredText], list[Score]]:
@@ -74,6 +77,20 @@ def test_every_rank_of_a_layout(layout: str, expected: tuple[list[ScoredText], l
     world_size, sizes = LAYOUTS[layout]
     for found in run_ranks(world_size, score_in_layout, sizes, texts, 2):
         require_equal(found, reference)
+
+
+def test_texts_that_begin_alike_are_read_once() -> None:
+    texts = make_texts()
+    rows = rows_of(texts)
+    assert sorted(number for row in rows for number, _, _ in row.targets) == list(range(len(texts)))
+    assert [sorted(number for number, _, _ in row.targets) for row in rows if len(row.targets) > 1] == [
+        [2, 7, 8, 9, 10]
+    ]
+    for row in rows:
+        for number, first, labels in row.targets:
+            text = texts[number]
+            assert [*row.tokens[: first + len(labels)]] == [*text.tokens[:-1]]
+            assert [*text.tokens[: first + 1], *labels] == [*text.tokens]
 
 
 def rows_of_rank(num_rows: int, batch_size: int, num_batches: int) -> list:
