@@ -89,7 +89,7 @@ def train(args: argparse.Namespace, work: Path) -> dict[str, float]:
         "preprocess": run(
             work,
             "tools/preprocess_data.py",
-            f"--input {work}/corpus.jsonl --json-keys text title --split-sentences --output-prefix {work}/wn "
+            f"--input {work}/corpus.jsonl --json-keys text title --split-sentences --workers 1 --output-prefix {work}/wn "
             f"--tokenizer-type BertWordPieceLowerCase {vocabulary}",
         ),
         "bert": run(
@@ -99,7 +99,7 @@ def train(args: argparse.Namespace, work: Path) -> dict[str, float]:
         ),
     }
     retriever = (
-        f"{training} {titles} {RETRIEVER} --bert-load {work}/bert --retriever-score-scaling --micro-batch-size 128"
+        f"{training} {titles} {RETRIEVER} --bert-load {work}/bert --retriever-score-scaling --micro-batch-size 64"
     )
     retriever += f" {ict} --retriever-report-topk-accuracies 1 5 --metrics-jsonl {work}/ict.jsonl --lr 5e-4"
     seconds["ict"] = run(work, "pretrain_ict.py", f"{retriever} --train-iters {args.ict_steps}")
@@ -168,8 +168,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--dictionary", type=Path, required=True, help="folder with wn.dict.dz")
     parser.add_argument("--work", type=Path, required=True, help="folder for everything in between")
-    parser.add_argument("--bert-steps", type=int, default=300)
-    parser.add_argument("--ict-steps", type=int, default=500)
+    parser.add_argument("--bert-steps", type=int, default=200)
+    parser.add_argument("--ict-steps", type=int, default=400)
     parser.add_argument("--output", type=Path)
     parser.add_argument("--evaluate", metavar="NAME", help="only measure this model, and print the result")
     args = parser.parse_args()

@@ -37,7 +37,7 @@ def without_titles(data: str) -> str:
 def pretrain(program: str, world_size: int, data: str, flags: str) -> list[str]:
     common = (
         f"{SIZES} --global-batch-size 16 --lr 3e-3 --split 90,10,0 --eval-iters 0 --log-interval 1 --no-progress-bar "
-        "--hidden-dropout 0 --attention-dropout 0"
+        "--hidden-dropout 0 --attention-dropout 0 --no-bias-gelu-fusion"
     )
     return run_ranks(world_size, run_program, program, f"{common} {data} {flags}".split(), timeout=120)
 
@@ -55,7 +55,7 @@ def rows_of(path: Path) -> list[list[float]]:
 @pytest.fixture(scope="module")
 def bert(data: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     save = tmp_path_factory.mktemp("bert")
-    flags = f"--micro-batch-size 8 --train-iters 4 --save {save} --save-interval 4"
+    flags = f"--micro-batch-size 8 --train-iters 4 --save {save} --save-interval 4 --save-hf {save}/hf"
     pretrain("pretrain_bert.py", 1, without_titles(data), flags)
     return save
 
@@ -104,6 +104,15 @@ def test_resume_is_bit_exact(data: str, expected: tuple[list[list[float]], Path]
     )
     assert "starting from" not in said[0]
     assert rows_of(path) == expected[0][STEPS // 2 :]
+
+
+def test_a_bert_of_hugging_face_is_as_good_a_start(
+    data: str, bert: Path, expected: tuple[list[list[float]], Path], tmp_path: Path
+) -> None:
+    path = tmp_path / "rows.jsonl"
+    flags = f"--bert-load hf:{bert}/hf --micro-batch-size 8 --optimizer sgd --train-iters 1 --metrics-jsonl {path}"
+    pretrain_ict(1, data, flags)
+    assert rows_of(path)[0] == pytest.approx(expected[0][0], rel=1e-6)
 
 
 @pytest.fixture(scope="module")
