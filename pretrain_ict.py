@@ -21,7 +21,7 @@ from megatron.core.transformer.spec_utils import import_module
 from megatron.training import get_args, get_timers, get_tokenizer, pretrain, print_rank_0
 from megatron.training.arguments import core_transformer_config_from_args
 from megatron.training.retrieval.start import load_start
-from megatron.training.utils import get_blend_and_blend_per_split
+from megatron.training.utils import dataset_settings
 
 BATCH_KEYS = ("query_tokens", "query_pad_mask", "context_tokens", "context_pad_mask")
 
@@ -87,19 +87,9 @@ def reads_data() -> bool:
 def dataset_config(sequence_length: int) -> ICTDatasetConfig:
     """How the flags cut text into blocks."""
     args = get_args()
-    blend, blend_per_split = get_blend_and_blend_per_split(args)
     return ICTDatasetConfig(
-        random_seed=args.seed,
+        **dataset_settings(args),
         sequence_length=sequence_length,
-        blend=blend,
-        blend_per_split=blend_per_split,
-        split=args.split,
-        num_dataset_builder_threads=args.num_dataset_builder_threads,
-        path_to_cache=args.data_cache_path,
-        object_storage_cache_path=args.object_storage_cache_path,
-        mmap_bin_files=args.mmap_bin_files,
-        tokenizer=get_tokenizer(),
-        mid_level_dataset_surplus=args.mid_level_dataset_surplus,
         titles_path=args.titles_data_path,
         query_in_block_probability=args.query_in_block_prob,
         use_one_sentence_documents=args.use_one_sent_docs,

@@ -54,7 +54,7 @@ class FaissMIPSIndex:
         if self.engine not in ("faiss", "torch"):
             raise ValueError(f"engine {engine!r} is not known; known are faiss and torch")
         if self.engine == "faiss" and _faiss is None:
-            raise RuntimeError("the package faiss is not installed: pip install 'megatron-core[retrieval]'")
+            raise RuntimeError("the package faiss is not installed: pip install -e '.[retrieval]' in the repository")
         if use_gpu and self.engine == "faiss" and not hasattr(_faiss, "StandardGpuResources"):
             if engine == "faiss":
                 raise RuntimeError("this faiss has no support for GPUs; leave out the engine to search with torch")
