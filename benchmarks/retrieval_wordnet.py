@@ -89,8 +89,8 @@ def train(args: argparse.Namespace, work: Path) -> dict[str, float]:
         "preprocess": run(
             work,
             "tools/preprocess_data.py",
-            f"--input {work}/corpus.jsonl --json-keys text title --split-sentences --workers 1 --output-prefix {work}/wn "
-            f"--tokenizer-type BertWordPieceLowerCase {vocabulary}",
+            f"--input {work}/corpus.jsonl --json-keys text title --split-sentences --workers 1 "
+            f"--output-prefix {work}/wn --tokenizer-type BertWordPieceLowerCase {vocabulary}",
         ),
         "bert": run(
             work,
