@@ -10,23 +10,23 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from megatron.core import parallel_state
 from megatron.core.datasets.bert_dataset import BERTMaskedWordPieceDataset, BERTMaskedWordPieceDatasetConfig
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.enums import ModelType
 from megatron.core.models.bert import BertModel
 from megatron.core.models.bert.bert_layer_specs import bert_layer_local_spec
-from megatron.core.tensor_parallel.data import broadcast_data
 from megatron.core.transformer.spec_utils import import_module
-from megatron.training import get_args, get_timers, get_tokenizer, pretrain, print_rank_0
+from megatron.training import get_args, get_tokenizer, pretrain, print_rank_0
 from megatron.training.arguments import core_transformer_config_from_args
-from megatron.training.utils import dataset_settings
+from megatron.training.utils import every_stage_reads, get_timed_batch, masking_settings
 
 BATCH_KEYS = ("text", "types", "labels", "is_random", "loss_mask", "padding_mask")
+model_type = ModelType.encoder_or_decoder
+args_defaults = {"tokenizer_type": "BertWordPieceLowerCase", "model_family": "bert"}
 
 
-def model_provider(pre_process: bool = True, post_process: bool = True) -> BertModel:
-    """This pipeline stage of the model that the flags describe."""
+def model_provider(pre_process: bool = True, post_process: bool = True, vp_stage: int | None = None) -> BertModel:
+    """This pipeline stage (or virtual stage) of the model that the flags describe."""
     args = get_args()
     print_rank_0("building BERT model ...")
     layer_spec = bert_layer_local_spec
@@ -47,15 +47,10 @@ def model_provider(pre_process: bool = True, post_process: bool = True) -> BertM
         rotary_percent=args.rotary_percent,
         seq_len_interpolation_factor=args.rotary_seq_len_interpolation_factor,
         add_binary_head=args.bert_binary_head,
+        vp_stage=vp_stage,
         rotary_base=args.rotary_base,
         true_vocab_size=get_tokenizer().vocab_size,
     )
-
-
-def get_batch(data_iterator: Iterator[Any] | None) -> dict[str, Tensor]:
-    """One microbatch, [b, s] each (`is_random` [b]). Communicates: a broadcast from the first tensor parallel rank."""
-    data = next(data_iterator) if data_iterator is not None else None
-    return broadcast_data(BATCH_KEYS, data, torch.int64)
 
 
 def loss_func(batch: dict[str, Tensor], output: tuple[Tensor, Tensor | None]) -> tuple[Tensor, dict[str, Tensor]]:
@@ -72,50 +67,32 @@ def loss_func(batch: dict[str, Tensor], output: tuple[Tensor, Tensor | None]) ->
 
 def forward_step(data_iterator: Iterator[Any] | None, model: Any) -> tuple[Any, Any]:
     """Forward of one microbatch: losses and scores (the activations, before the last stage)."""
-    timers, args = get_timers(), get_args()
-    timers("batch-generator", log_level=2).start()
-    batch = get_batch(data_iterator)
-    timers("batch-generator").stop()
+    batch = get_timed_batch(data_iterator, BATCH_KEYS)
     output = model(
         batch["text"],
         batch["padding_mask"],
-        tokentype_ids=batch["types"] if args.bert_binary_head else None,
+        tokentype_ids=batch["types"] if get_args().bert_binary_head else None,
         lm_labels=batch["labels"],
     )
     return output, partial(loss_func, batch)
-
-
-def reads_data() -> bool:
-    """Whether this rank needs data: every stage looks at the padding."""
-    return parallel_state.get_tensor_model_parallel_rank() == 0
 
 
 def train_valid_test_datasets_provider(num_samples: list[int]) -> tuple[Any, Any, Any]:
     """Training, validation and test data of the given sizes."""
     args = get_args()
     config = BERTMaskedWordPieceDatasetConfig(
-        **dataset_settings(args),
+        **masking_settings(args),
         sequence_length=args.seq_length,
-        masking_probability=args.mask_prob,
-        short_sequence_probability=args.short_seq_prob,
         masking_max_ngram=3,
-        masking_do_full_word=True,
-        masking_do_permutation=False,
-        masking_use_longer_ngrams=False,
         masking_use_geometric_distribution=False,
         classification_head=args.bert_binary_head,
     )
-    return tuple(BlendedMegatronDatasetBuilder(BERTMaskedWordPieceDataset, num_samples, reads_data, config).build())
+    builder = BlendedMegatronDatasetBuilder(BERTMaskedWordPieceDataset, num_samples, every_stage_reads, config)
+    return tuple(builder.build())
 
 
 train_valid_test_datasets_provider.is_distributed = True  # type: ignore[attr-defined]
 
 
 if __name__ == "__main__":
-    pretrain(
-        train_valid_test_datasets_provider,
-        model_provider,
-        ModelType.encoder_or_decoder,
-        forward_step,
-        args_defaults={"tokenizer_type": "BertWordPieceLowerCase", "model_family": "bert"},
-    )
+    pretrain(train_valid_test_datasets_provider, model_provider, model_type, forward_step, args_defaults=args_defaults)

@@ -9,18 +9,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron.core import parallel_state
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.t5_dataset import T5MaskedWordPieceDataset, T5MaskedWordPieceDatasetConfig
 from megatron.core.enums import ModelType
 from megatron.core.models.T5 import T5Model
 from megatron.core.models.T5.t5_spec import decoder_model_with_local_spec, encoder_model_with_local_spec
-from megatron.core.tensor_parallel.data import broadcast_data
-from megatron.training import get_args, get_timers, get_tokenizer, pretrain, print_rank_0
+from megatron.training import get_args, get_tokenizer, pretrain, print_rank_0
 from megatron.training.library_configs import two_stack_configs_from_args
-from megatron.training.utils import dataset_settings
+from megatron.training.utils import every_stage_reads, get_timed_batch, masking_settings
 
 BATCH_KEYS = ("text_enc", "text_dec", "labels", "loss_mask", "enc_mask", "dec_mask")
+model_type = ModelType.encoder_and_decoder
+args_defaults = {"tokenizer_type": "BertWordPieceLowerCase", "model_family": "t5"}
 
 
 def model_provider(
@@ -54,12 +54,6 @@ def model_provider(
     )
 
 
-def get_batch(data_iterator: Iterator[Any] | None) -> dict[str, Tensor]:
-    """One microbatch, [b, e] or [b, d] each. Communicates: a broadcast from the first tensor parallel rank."""
-    data = next(data_iterator) if data_iterator is not None else None
-    return broadcast_data(BATCH_KEYS, data, torch.int64)
-
-
 def loss_func(loss_mask: Tensor, losses: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
     """(loss, what to report): the mean over the decoder's real tokens."""
     weights = loss_mask.float()
@@ -70,10 +64,7 @@ def loss_func(loss_mask: Tensor, losses: Tensor) -> tuple[Tensor, dict[str, Tens
 
 def forward_step(data_iterator: Iterator[Any] | None, model: Any) -> tuple[Tensor, Any]:
     """Forward of one microbatch: losses of the decoder's tokens (what the next stage takes, before the last)."""
-    timers = get_timers()
-    timers("batch-generator", log_level=2).start()
-    batch = get_batch(data_iterator)
-    timers("batch-generator").stop()
+    batch = get_timed_batch(data_iterator, BATCH_KEYS)
     masks = T5MaskedWordPieceDataset.config_attention_mask(
         batch["text_enc"], batch["text_dec"], batch["enc_mask"], batch["dec_mask"]
     )
@@ -81,37 +72,22 @@ def forward_step(data_iterator: Iterator[Any] | None, model: Any) -> tuple[Tenso
     return model(batch["text_enc"], batch["text_dec"], *masks, lm_labels=labels), partial(loss_func, batch["loss_mask"])
 
 
-def reads_data() -> bool:
-    """Whether this rank needs data: every stage looks at lengths and padding."""
-    return parallel_state.get_tensor_model_parallel_rank() == 0
-
-
 def train_valid_test_datasets_provider(num_samples: list[int]) -> tuple[Any, Any, Any]:
     """Training, validation and test data of the given sizes."""
     args = get_args()
     config = T5MaskedWordPieceDatasetConfig(
-        **dataset_settings(args),
+        **masking_settings(args),
         sequence_length=args.encoder_seq_length,
         sequence_length_decoder=args.decoder_seq_length,
-        masking_probability=args.mask_prob,
-        short_sequence_probability=args.short_seq_prob,
         masking_max_ngram=10,
-        masking_do_full_word=True,
-        masking_do_permutation=False,
-        masking_use_longer_ngrams=False,
         masking_use_geometric_distribution=True,
     )
-    return tuple(BlendedMegatronDatasetBuilder(T5MaskedWordPieceDataset, num_samples, reads_data, config).build())
+    builder = BlendedMegatronDatasetBuilder(T5MaskedWordPieceDataset, num_samples, every_stage_reads, config)
+    return tuple(builder.build())
 
 
 train_valid_test_datasets_provider.is_distributed = True  # type: ignore[attr-defined]
 
 
 if __name__ == "__main__":
-    pretrain(
-        train_valid_test_datasets_provider,
-        model_provider,
-        ModelType.encoder_and_decoder,
-        forward_step,
-        args_defaults={"tokenizer_type": "BertWordPieceLowerCase", "model_family": "t5"},
-    )
+    pretrain(train_valid_test_datasets_provider, model_provider, model_type, forward_step, args_defaults=args_defaults)

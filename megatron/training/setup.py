@@ -30,6 +30,7 @@ from megatron.training.evaluation import HeldOut
 from megatron.training.global_vars import get_args, get_timers
 from megatron.training.library_configs import ddp_config_from_args, optimizer_config_from_args
 from megatron.training.nan_check import RememberingIterator
+from megatron.training.settings import refuse_unless
 from megatron.training.train_state import TrainState
 from megatron.training.utils import get_blend_and_blend_per_split, print_rank_0
 
@@ -77,7 +78,12 @@ def _build_chunks(model_provider_func: Callable[..., nn.Module]) -> list[nn.Modu
                 post_process=parallel_state.is_pipeline_last_stage(),
             )
         ]
-    takes_stage = "vp_stage" in inspect.signature(model_provider_func).parameters
+    taken = inspect.signature(model_provider_func).parameters
+    refuse_unless(
+        "vp_stage" in taken or any(one.kind is one.VAR_KEYWORD for one in taken.values()),
+        f"{num_chunks} virtual stages on each pipeline rank: the program's model provider takes no vp_stage, which "
+        "tells its chunks apart",
+    )
     model = []
     for chunk in range(num_chunks):
         parallel_state.set_virtual_pipeline_model_parallel_rank(chunk)
@@ -85,7 +91,7 @@ def _build_chunks(model_provider_func: Callable[..., nn.Module]) -> list[nn.Modu
             model_provider_func(
                 pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=chunk),
                 post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=chunk),
-                **({"vp_stage": chunk} if takes_stage else {}),
+                vp_stage=chunk,
             )
         )
     return model

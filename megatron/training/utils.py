@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -15,9 +15,10 @@ from megatron.core import device, parallel_state
 from megatron.core.collectives import all_reduce, broadcast
 from megatron.core.datasets.utils import get_blend_from_list
 from megatron.core.distributed import DistributedDataParallel, TorchFullyShardedDataParallel
+from megatron.core.tensor_parallel.data import broadcast_data
 from megatron.core.utils import get_batch_on_this_cp_rank, get_pg_rank, get_pg_size, unwrap_model
 from megatron.core.vocabulary_padding import without_padding
-from megatron.training.global_vars import get_args, get_tokenizer
+from megatron.training.global_vars import get_args, get_timers, get_tokenizer
 
 __all__ = ["get_batch_on_this_cp_rank", "unwrap_model"]
 
@@ -143,6 +144,33 @@ def get_ltor_masks_and_position_ids(
         begins[:, 0] = 0
         position_ids = position_ids - begins.cummax(1).values
     return ~allowed, loss_mask, position_ids.clone()
+
+
+def get_timed_batch(data_iterator: Iterator[Any] | None, keys: Sequence[str]) -> dict[str, Tensor]:
+    """One microbatch of integers, whole on every pipeline stage, timed as `batch-generator`. Communicates: a broadcast
+    from the first tensor parallel rank."""
+    timers = get_timers()
+    timers("batch-generator", log_level=2).start()
+    data = next(data_iterator) if data_iterator is not None else None
+    batch = broadcast_data(keys, data, torch.int64)
+    timers("batch-generator").stop()
+    return batch
+
+
+def every_stage_reads() -> bool:
+    """Whether this rank needs data, where every stage looks at lengths and padding."""
+    return parallel_state.get_tensor_model_parallel_rank() == 0
+
+
+def masking_settings(args: Any) -> dict[str, Any]:
+    """`dataset_settings`, and what the configurations of data sets with hidden words have in common."""
+    return dataset_settings(args) | {
+        "masking_probability": args.mask_prob,
+        "short_sequence_probability": args.short_seq_prob,
+        "masking_do_full_word": True,
+        "masking_do_permutation": False,
+        "masking_use_longer_ngrams": False,
+    }
 
 
 def get_blend_and_blend_per_split(args: Any) -> tuple[Blend | None, list[Blend | None] | None]:

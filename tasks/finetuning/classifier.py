@@ -14,7 +14,6 @@ from torch.nn.functional import cross_entropy
 from megatron.core import device
 from megatron.core.models.bert import BertClassifier
 from megatron.core.models.bert.bert_layer_specs import bert_layer_local_spec
-from megatron.core.tensor_parallel.data import broadcast_data
 from megatron.core.transformer.spec_utils import import_module
 from megatron.inference.forward_only import (
     Batch,
@@ -25,16 +24,19 @@ from megatron.inference.forward_only import (
     shares,
     zeros,
 )
-from megatron.training import get_args, get_timers, get_tokenizer, print_rank_0
+from megatron.training import get_args, get_tokenizer, print_rank_0
 from megatron.training.arguments import core_transformer_config_from_args
+from megatron.training.utils import get_timed_batch
 from tasks.finetuning.corpora import Corpus
 from tasks.finetuning.examples import NO_LABEL, Example, PairEncoder
 
 BATCH_KEYS = ("text", "types", "padding_mask", "label")
 
 
-def provide_classifier(corpus: Corpus, pre_process: bool = True, post_process: bool = True) -> BertClassifier:
-    """This pipeline stage of the model that the flags describe."""
+def provide_classifier(
+    corpus: Corpus, pre_process: bool = True, post_process: bool = True, vp_stage: int | None = None
+) -> BertClassifier:
+    """This pipeline stage (or virtual stage) of the model that the flags describe."""
     args = get_args()
     print_rank_0(f"building a classifier for {corpus.name} ...")
     layer_spec = bert_layer_local_spec
@@ -55,6 +57,7 @@ def provide_classifier(corpus: Corpus, pre_process: bool = True, post_process: b
         corpus.num_choices,
         pre_process=pre_process,
         post_process=post_process,
+        vp_stage=vp_stage,
         position_embedding_type=args.position_embedding_type,
         rotary_percent=args.rotary_percent,
         seq_len_interpolation_factor=args.rotary_seq_len_interpolation_factor,
@@ -80,10 +83,7 @@ def run_classifier(model: nn.Module, batch: Batch) -> Tensor:
 
 def forward_step(data_iterator: Iterator[Any] | None, model: nn.Module) -> tuple[Tensor, Callable[..., Any]]:
     """Forward of one microbatch. Communicates: a broadcast from the first tensor parallel rank."""
-    timers = get_timers()
-    timers("batch-generator", log_level=2).start()
-    batch = broadcast_data(BATCH_KEYS, next(data_iterator) if data_iterator is not None else None, torch.int64)
-    timers("batch-generator").stop()
+    batch = get_timed_batch(data_iterator, BATCH_KEYS)
     return run_classifier(model, batch), partial(loss_func, batch["label"])
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from megatron.core.tensor_parallel.layers import ColumnParallelLinear
+from megatron.core.models.common.language_module.output_layer import build_output_layer
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 
@@ -32,17 +32,14 @@ class T5LMHead(MegatronModule):
         tp_group: ProcessGroup | None = None,
     ) -> None:
         super().__init__(config)
-        assert config.init_method is not None
         self.parallel_output = parallel_output
-        self.output_layer = ColumnParallelLinear(
-            config.hidden_size,
+        self.output_layer = build_output_layer(
+            config,
             vocab_size,
-            config=config,
-            init_method=config.init_method,
+            tied=share_embeddings_and_output_weights,
+            pre_process=pre_process,
             bias=share_embeddings_and_output_weights,
-            skip_bias_add=False,
-            gather_output=not parallel_output,
-            skip_weight_param_allocation=pre_process and share_embeddings_and_output_weights,
+            parallel_output=parallel_output,
             tp_group=tp_group,
         )
 

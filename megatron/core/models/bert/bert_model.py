@@ -16,9 +16,9 @@ from megatron.core.models.bert.pooler import Pooler
 from megatron.core.models.bert.replicated_linear import replicated_linear
 from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
 from megatron.core.models.common.language_module.language_module import LanguageModule
+from megatron.core.models.common.language_module.output_layer import build_output_layer
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.initialization import deferred_initialization, initialize_parameters
-from megatron.core.tensor_parallel.layers import ColumnParallelLinear
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlock
@@ -116,21 +116,19 @@ class BertModel(LanguageModule):
 
     def _build_heads(self) -> None:
         config = self.config
-        assert config.init_method is not None
         self.lm_head = BertLMHead(config.hidden_size, config)
-        self.output_layer = ColumnParallelLinear(
-            config.hidden_size,
+        self.output_layer = build_output_layer(
+            config,
             self.vocab_size,
-            config=config,
-            init_method=config.init_method,
+            tied=self.share_embeddings_and_output_weights,
+            pre_process=self.pre_process,
             bias=True,
-            skip_bias_add=False,
-            gather_output=not self.parallel_output,
-            skip_weight_param_allocation=self.pre_process and self.share_embeddings_and_output_weights,
+            parallel_output=self.parallel_output,
             tp_group=self.model_comm_pgs.tp,
         )
         self.binary_head = None
         if self.add_binary_head:
+            assert config.init_method is not None
             self.binary_head = replicated_linear(config.hidden_size, 2, config)
             self.pooler = Pooler(config.hidden_size, config.init_method, config, config.sequence_parallel)
 

@@ -17,10 +17,10 @@ from megatron.core.models.common.embeddings.rotary_pos_embedding import (
 )
 from megatron.core.models.common.embeddings.yarn_rotary_pos_embedding import YarnRotaryEmbedding
 from megatron.core.models.common.language_module.language_module import LanguageModule
+from megatron.core.models.common.language_module.output_layer import build_output_layer
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.initialization import deferred_initialization, initialize_parameters
-from megatron.core.tensor_parallel.layers import ColumnParallelLinear
 from megatron.core.tensor_parallel.weight_grad_queue import WeightGradQueue
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, build_block
@@ -115,16 +115,12 @@ class GPTModel(LanguageModule):
                 vp_stage=vp_stage,
             )
             if post_process:
-                assert config.init_method is not None
-                self.output_layer = ColumnParallelLinear(
-                    config.hidden_size,
+                self.output_layer = build_output_layer(
+                    config,
                     vocab_size,
-                    config=config,
-                    init_method=config.init_method,
-                    bias=False,
-                    skip_bias_add=False,
-                    gather_output=not parallel_output,
-                    skip_weight_param_allocation=pre_process and share_embeddings_and_output_weights,
+                    tied=share_embeddings_and_output_weights,
+                    pre_process=pre_process,
+                    parallel_output=parallel_output,
                     weight_grad_queue=self.output_weight_grads,
                     tp_group=self.model_comm_pgs.tp,
                 )
