@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from megatron.core.device import to_computing_type
+from megatron.core.fusions.biased_attention import biased_attention, computes_with_bias
 from megatron.core.fusions.blocked_attention import Rules, blocked_attention, computes_here, suits_blocks
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.attention_masks import (
@@ -49,8 +50,13 @@ class SDPAttention(CoreAttention):
         is_causal = self._is_plain_causal(mask_type, attention_mask, attention_bias, packed_seq_params, query, key)
         if not is_causal:
             hidden = hidden_keys(mask_type, attention_mask, self.window_size, packed_seq_params, query, key)
+        if hidden is not None and hidden.device.type == "cpu" and not hidden.any():
+            hidden = None  # to look is cheaper than what the kernels do with a mask
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))  # [b, a, s, d], still in place
-        context = self.attend(q, k, v, _as_sdpa_mask(hidden, attention_bias), is_causal)
+        if attention_bias is not None and self.dropout_p == 0.0 and computes_with_bias(q, k, v, attention_bias):
+            context = biased_attention(q, k, v, attention_bias, hidden, self.softmax_scale)
+        else:
+            context = self.attend(q, k, v, _as_sdpa_mask(hidden, attention_bias), is_causal)
         return context.permute(2, 0, 1, 3).flatten(2)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool) -> Tensor:
