@@ -50,8 +50,7 @@ def main() -> int:
     own, flags = parser.parse_known_args()
     try:
         program = load_program(own.program)
-        words = [flag for flag in flags if flag != "--"]
-        command = shrink(words, own.nproc, own.steps, program.args_defaults)
+        command = shrink([flag for flag in flags if flag != "--"], own.nproc, own.steps, program.args_defaults)
         print(f"{command.ranks} ranks against one process in float64, on a small copy of the model:")
         for change in command.changes:
             print(f"  {change}")

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+import pretrain_bert
 from megatron.training.verify.measure import Measurement, Samples
 from megatron.training.verify.shrink import shrink
 from megatron.training.verify.verify import verify
@@ -24,11 +25,11 @@ MODEL = (
 )
 
 
-def in_the_pool(mutation: str | None = None) -> Any:
+def in_the_pool(mutation: str | None = None, program: str = "pretrain_gpt") -> Any:
     """A runner on the workers of the tests."""
 
     def run(ranks: int, words: list[str], samples: Samples, options: dict[str, Any]) -> Measurement:
-        planted = {"mutation": mutation} if ranks > 1 else {}
+        planted = {"program": program} | ({"mutation": mutation} if ranks > 1 else {})
         found: Measurement = run_ranks(ranks, run_here, words, samples.uneven, options | planted, timeout=180)[0]
         return found
 
@@ -48,6 +49,13 @@ def test_layouts_that_hold(name: str) -> None:
     verdict = verify(shrink((MODEL + LAYOUTS[name]).split(), 2, steps=3), in_the_pool())
     assert verdict.holds, [line for comparison in verdict.comparisons for line in comparison.lines()]
     assert [one.precision for one in verdict.comparisons] == (["float32", "bf16"] if "bf16" in name else ["float32"])
+
+
+def test_a_layout_of_bert_holds() -> None:
+    flags = MODEL + "--tensor-model-parallel-size 2 --sequence-parallel --mask-prob 0.2 --bert-no-binary-head"
+    command = shrink(flags.split(), 2, 3, pretrain_bert.args_defaults)
+    found = verify(command, in_the_pool(program="pretrain_bert"))
+    assert found.holds, [line for comparison in found.comparisons for line in comparison.lines()]
 
 
 def test_a_planted_mistake_is_found_and_its_parameter_named() -> None:

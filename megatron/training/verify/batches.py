@@ -35,7 +35,7 @@ class RandomDocuments(Dataset):
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         args = self.args
-        generator = torch.Generator().manual_seed(1_000_003 * self.seed + index)
+        generator = _generator(self.seed, index)
         text = torch.randint(self.vocab_size, (1, args.seq_length + 1), generator=generator)
         ends = torch.randint(MEAN_DOCUMENT, text.shape, generator=generator) == 0
         text[ends] = self.eod
@@ -49,3 +49,87 @@ class RandomDocuments(Dataset):
         if dense_attention_mask(args):
             sample["attention_mask"] = hidden
         return {name: value[0].contiguous() for name, value in sample.items()}
+
+
+class RandomMasked(Dataset):
+    """Samples as `BERTMaskedWordPieceDataset` makes them, of random tokens: sample i is a function of (seed, i).
+
+    As many tokens are hidden in each, and all are real; with `uneven` the share of real tokens is that of
+    `VALID_SHARES`, and of them as many are hidden as chance wants.
+    """
+
+    def __init__(self, args: Any, tokenizer: Any, num_samples: int, *, uneven: bool = False, seed: int = 0) -> None:
+        self.args, self.num_samples, self.uneven, self.seed = args, num_samples, uneven, seed
+        self.vocab_size = tokenizer.vocab_size
+
+    def __len__(self) -> int:
+        return self.num_samples
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        generator, length = _generator(self.seed, index), self.args.seq_length
+        text = torch.randint(self.vocab_size, (length,), generator=generator)
+        order = torch.randperm(length, generator=generator)
+        hidden = torch.zeros(length, dtype=torch.bool)
+        hidden[order[: length // 4]] = True
+        real = torch.ones(length, dtype=torch.bool)
+        if self.uneven:
+            real = torch.arange(length) < _real_tokens(index, length)
+        hidden &= real
+        mask = torch.randint(self.vocab_size, (), generator=generator)
+        return {
+            "text": torch.where(hidden, mask, text) * real,
+            "types": ((torch.arange(length) >= length // 3) & real).long(),
+            "labels": torch.where(hidden, text, -1),
+            "is_random": torch.randint(2, (), generator=generator),
+            "loss_mask": hidden.long(),
+            "padding_mask": real.long(),
+        }
+
+
+class RandomPairs(Dataset):
+    """Samples as `T5MaskedWordPieceDataset` makes them, of random tokens: sample i is a function of (seed, i).
+
+    All tokens are real; with `uneven` the encoder's share is that of `VALID_SHARES`, the decoder's the next one.
+    """
+
+    def __init__(self, args: Any, tokenizer: Any, num_samples: int, *, uneven: bool = False, seed: int = 0) -> None:
+        self.args, self.num_samples, self.uneven, self.seed = args, num_samples, uneven, seed
+        self.vocab_size = tokenizer.vocab_size
+
+    def __len__(self) -> int:
+        return self.num_samples
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        generator, e, d = _generator(self.seed, index), self.args.encoder_seq_length, self.args.decoder_seq_length
+        text = torch.randint(self.vocab_size, (e,), generator=generator)
+        spelled = torch.randint(self.vocab_size, (d + 1,), generator=generator)
+        read, written = torch.ones(e, dtype=torch.int64), torch.ones(d, dtype=torch.int64)
+        if self.uneven:
+            read[_real_tokens(index, e) :] = 0
+            written[_real_tokens(index + 1, d) :] = 0
+        return {
+            "text_enc": text * read,
+            "text_dec": spelled[:-1] * written,
+            "labels": torch.where(written == 1, spelled[1:], -1),
+            "loss_mask": written,
+            "enc_mask": read,
+            "dec_mask": written,
+        }
+
+
+SAMPLES_OF_FAMILY: dict[str, type[Dataset]] = {
+    "gpt": RandomDocuments,
+    "mamba": RandomDocuments,
+    "bert": RandomMasked,
+    "t5": RandomPairs,
+}
+"""What the programs of the model families read."""
+
+
+def _generator(seed: int, index: int) -> torch.Generator:
+    return torch.Generator().manual_seed(1_000_003 * seed + index)
+
+
+def _real_tokens(index: int, length: int) -> int:
+    """Tokens of an uneven sample, at least one."""
+    return max(1, round(VALID_SHARES[index % len(VALID_SHARES)] * length))

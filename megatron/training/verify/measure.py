@@ -23,11 +23,14 @@ from megatron.training.run import Run
 from megatron.training.train_step import StepResult
 from megatron.training.training import set_up, train
 from megatron.training.verify import tensors
-from megatron.training.verify.batches import RandomDocuments
+from megatron.training.verify.batches import SAMPLES_OF_FAMILY
 from megatron.training.verify.modes import Float64, Reordered, widen
 from megatron.training.verify.tensors import WholeTensors
 
-VOCABULARY = ("embedding.word_embeddings.weight", "output_layer.weight")
+VOCABULARY = (
+    "embedding.word_embeddings.weight",
+    *(f"{head}output_layer.{part}" for head in ("", "lm_head.") for part in ("weight", "bias")),
+)
 """Tensors whose rows are padded to a size that depends on the layout."""
 
 
@@ -37,8 +40,9 @@ class Program:
 
     model_provider: Callable[..., nn.Module]
     forward_step: Callable[..., Any]
+    model_type: ModelType = ModelType.encoder_or_decoder
     args_defaults: Mapping[str, Any] = field(default_factory=dict)
-    """Values for flags that nobody set, and the family of the model."""
+    """Values for flags that are not given, the family of the model among them."""
 
 
 @dataclass
@@ -119,12 +123,13 @@ def measure(
     mode = Float64() if in_float64 else None
     another_order = contextlib.nullcontext() if reordered is None else Reordered(reordered)
     with mode or contextlib.nullcontext(), another_order:
-        defaults = dict(program.args_defaults)
-        initialize_megatron(args_defaults=defaults, parsed_args=parse_args(argv=list(argv)), for_training=True)
+        initialize_megatron(
+            args_defaults=dict(program.args_defaults), parsed_args=parse_args(argv=list(argv)), for_training=True
+        )
         run = set_up(
             _data_provider(samples),
             _provider(program.model_provider, mode, rounded_to),
-            ModelType.encoder_or_decoder,
+            program.model_type,
             program.forward_step,
         )
         recorder = _Recorder()
@@ -158,9 +163,8 @@ def _provider(provider: Callable[..., nn.Module], mode: Float64 | None, rounded_
 def _data_provider(samples: Samples) -> Callable[..., Any]:
     def provide(sizes: list[int]) -> tuple[Any, Any, Any]:
         train_size, valid_size, _ = sizes
-        make = lambda size, seed: RandomDocuments(  # noqa: E731
-            get_args(), get_tokenizer(), size, uneven=samples.uneven, seed=seed
-        )
+        kind: Any = SAMPLES_OF_FAMILY[get_args().model_family or "gpt"]
+        make = lambda size, seed: kind(get_args(), get_tokenizer(), size, uneven=samples.uneven, seed=seed)  # noqa: E731
         # The loop may ask for one batch more than it trains on.
         return make(train_size, 2 * samples.seed), make(max(valid_size, 1), 2 * samples.seed + 1), None
 

@@ -113,7 +113,14 @@ def load_program(path: str | Path) -> Program:
     spec.loader.exec_module(module)  # type: ignore[union-attr]
     for name in ("model_provider", "forward_step"):
         refuse_unless(hasattr(module, name), f"--program {path} has no {name}(...), which pretrain(...) takes")
-    return Program(module.model_provider, module.forward_step, getattr(module, "args_defaults", {}))
+    return program_of(module)
+
+
+def program_of(module: Any) -> Program:
+    """What a program's module tells: `model_provider`, `forward_step`, and what else is not GPT's."""
+    defaults = {"model_type": Program.model_type, "args_defaults": {}}
+    found = {name: getattr(module, name, default) for name, default in defaults.items()}
+    return Program(module.model_provider, module.forward_step, **found)
 
 
 # --- ranks of this machine ---

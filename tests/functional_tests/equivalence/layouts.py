@@ -10,11 +10,14 @@ from itertools import combinations
 from typing import Any
 
 from megatron.training.verify.compare import Deviation, compare
-from megatron.training.verify.measure import Measurement, Program, Samples, measure
-from tests.functional_tests.equivalence import axes, mutations
+from megatron.training.verify.measure import Measurement, Samples, measure
+from megatron.training.verify.verify import program_of
+from tests.functional_tests.equivalence import axes, encoder_mutations, mutations
 from tests.functional_tests.equivalence.covering import Combination, Row
 from tests.worker_pool import run_ranks
 
+GPT = "pretrain_gpt"
+MUTATIONS = mutations.BY_NAME | mutations.OF_MAMBA | encoder_mutations.BY_NAME
 COMPILING_SECONDS = 600
 """Limit of a run whose ranks compile: eight on two cores that have other work need more than three minutes."""
 STEPS = 5
@@ -51,6 +54,9 @@ def fast_selection() -> list[Row]:
     return rows
 
 
+num_ranks = axes.num_ranks
+
+
 def not_plain(row: Row) -> Row:
     """What distinguishes a layout from one process without anything special."""
     plain = axes.plain_row()
@@ -71,9 +77,9 @@ def deviations(row: Row, steps: int, mutation: str | None = None) -> list[Deviat
 
 
 @lru_cache(maxsize=64)
-def reference_run(words: tuple[str, ...], uneven: bool) -> Measurement:
+def reference_run(words: tuple[str, ...], uneven: bool, program: str = GPT) -> Measurement:
     """One process in float64."""
-    return run(1, list(words), uneven, in_float64=True)
+    return run(1, list(words), uneven, program=program, in_float64=True)
 
 
 def run(ranks: int, words: list[str], uneven: bool = False, **options: Any) -> Measurement:
@@ -86,12 +92,12 @@ def run(ranks: int, words: list[str], uneven: bool = False, **options: Any) -> M
 def run_here(words: list[str], uneven: bool, options: dict[str, Any]) -> Measurement | None:
     """One rank's part of a run; the measurement on rank 0.
 
-    `options`: those of `measure`, the name of a `mutation` to plant, and that of a `program` other than pretrain_gpt.
+    `options`: those of `measure`, the module of a `program` other than GPT's, and the name of a `mutation` to plant.
     """
     options = dict(options)
-    script = importlib.import_module(options.pop("program", "pretrain_gpt"))
-    planted = mutations.planted(options.pop("mutation", None))
+    program = program_of(importlib.import_module(options.pop("program", GPT)))
+    name = options.pop("mutation", None)
+    planted = mutations.planted(None if name is None else MUTATIONS[name])
     quiet = io.StringIO()
     with planted, contextlib.redirect_stdout(quiet), contextlib.redirect_stderr(quiet):
-        program = Program(script.model_provider, script.forward_step, getattr(script, "args_defaults", {}))
         return measure(program, words, Samples(uneven), **options)

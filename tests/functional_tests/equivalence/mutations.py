@@ -51,12 +51,11 @@ class Mutation:
 
 
 @contextmanager
-def planted(name: str | None) -> Iterator[None]:
-    """Inside, the mistake of this name is in place on this rank; none for None."""
-    if name is None:
+def planted(mutation: Mutation | None) -> Iterator[None]:
+    """Inside, this mistake is in place on this rank; none for None."""
+    if mutation is None:
         yield
         return
-    mutation = {**BY_NAME, **OF_MAMBA}[name]
     module, _, path = mutation.target.partition(":")
     *owners, attribute = path.split(".")
     owner = importlib.import_module(module)

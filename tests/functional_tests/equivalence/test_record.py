@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from tests.functional_tests.equivalence import axes, record
-from tests.functional_tests.equivalence.record import EXACT, PAGE, QUANTITIES, RESULTS
+from tests.functional_tests.equivalence.record import EXACT, MATRICES, PAGE, QUANTITIES
 
 
 def entry(deviation: float, **layout: str) -> dict[str, Any]:
@@ -32,10 +32,12 @@ def test_summary_counts_and_names_the_worst() -> None:
     assert record.table({"layouts": entries})[-1] == "| 2 | pp=2 | - | - | - | - | - |"
 
 
-def test_page_shows_the_results() -> None:
-    results = json.loads(RESULTS.read_text())
-    assert record.rendered(PAGE.read_text(), results) == PAGE.read_text()
-    assert record.as_text(results) == RESULTS.read_text()
+@pytest.mark.parametrize("family", list(MATRICES))
+def test_page_shows_the_results(family: str) -> None:
+    kept = record.results_of(family).read_text()
+    results = json.loads(kept)
+    assert record.rendered(PAGE.read_text(), results, family) == PAGE.read_text()
+    assert record.as_text(results) == kept
 
 
 def test_stopped_run_is_taken_up(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -43,17 +45,18 @@ def test_stopped_run_is_taken_up(tmp_path: Any, monkeypatch: pytest.MonkeyPatch)
     rows = [axes.plain_row(tp="2"), axes.plain_row(cp="2"), axes.plain_row(pp="2")]
     ran: list[dict[str, str]] = []
 
-    def measured(row: dict[str, str]) -> dict[str, Any]:
+    def measured(row: dict[str, str], source: Any) -> dict[str, Any]:
         ran.append(row)
         return entry(1e-7, **record.layouts.not_plain(row))
 
-    monkeypatch.setattr(record, "RESULTS", tmp_path / "results.json")
+    kept = tmp_path / "results.json"
+    monkeypatch.setattr(record, "results_of", lambda family: kept)
     monkeypatch.setattr(record.layouts, "matrix", lambda: rows)
     two = [frozenset({("tp", "2"), ("cp", size)}) for size in ("1", "2")]
     monkeypatch.setattr(record.layouts, "pairs", lambda: two)
     monkeypatch.setattr(record, "measure_layout", measured)
     record.measure_matrix([entry(2e-7, tp="2"), entry(1.0, cp="2")])
     assert ran == rows[1:]
-    found = json.loads(record.RESULTS.read_text())
+    found = json.loads(kept.read_text())
     assert [e["deviations"]["loss"][0] for e in found["layouts"]] == [2e-7, 1e-7, 1e-7]
     assert (found["designed"], found["pairs"], found["pairs_missing"]) == (3, 2, 1)

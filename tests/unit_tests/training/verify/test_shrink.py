@@ -127,3 +127,12 @@ def test_ranks() -> None:
 def test_refusals(flags: str, ranks: int | None, message: str) -> None:
     with pytest.raises(ConfigurationError, match=message):
         small(flags, ranks)
+
+
+def test_programs_of_other_families() -> None:
+    bert = {"model_family": "bert", "tokenizer_type": "BertWordPieceLowerCase"}
+    command = shrink((LARGE + "--tensor-model-parallel-size 2 --mask-prob 0.2").split(), 2, 3, bert)
+    assert "--mock-data" not in command.words and "--mask-prob" in command.words
+    assert "NullTokenizer" in command.words
+    with pytest.raises(ConfigurationError, match="two stacks"):
+        shrink(LARGE.split(), 2, 3, {"model_family": "t5"})
