@@ -1,7 +1,9 @@
 """BERT and T5 for `train_cpu.py`: ours and Hugging Face's, the same kind of model on the same batches.
 
-BERT: `BertForPreTraining`, 512 tokens of which 15 % are hidden, and the order of two parts. T5: version 1.1 (relative
-positions, RMSNorm, gated tanh GELU, no biases), 512 tokens for the encoder and 114 for the decoder. No dropout.
+BERT: `BertForPreTraining`, 512 tokens of which 15 % are hidden, and the order of two parts. Ours computes scores of the
+vocabulary for the hidden tokens only, Hugging Face's for all tokens: a third contender is theirs with that changed.
+T5: version 1.1 (relative positions, RMSNorm, gated tanh GELU, no biases), 512 tokens for the encoder and 114 for the
+decoder. No dropout.
 """
 
 from __future__ import annotations
@@ -9,17 +11,20 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from benchmarks.training_steps import BATCH, LENGTH, Step, our_config, prepare_one_process, scheduled_step, torch_step
+
 Batch = dict[str, Tensor]
 Loss = Callable[[Any, Batch], Tensor]
 """(model, batch) -> mean loss."""
 
-LENGTH, DECODER_LENGTH, BATCH = 512, 114, 4
+DECODER_LENGTH = 114
 BERT_VOCAB, T5_VOCAB = 30592, 32128
 
 
@@ -68,13 +73,8 @@ def batches(model: str, seed: int = 2) -> Iterator[Batch]:
 # --- Hugging Face ---------------------------------------------------------------------------------------
 
 
-def hugging_face(model: str, size: EncoderSize) -> tuple[nn.Module, Loss]:
-    """Their model, and its loss."""
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    return _their_bert(size) if model == "bert" else _their_t5(size)
-
-
-def _their_bert(size: EncoderSize) -> tuple[nn.Module, Loss]:
+def _their_bert(size: EncoderSize, *, hidden_only: bool = False) -> tuple[nn.Module, Loss]:
+    """`hidden_only`: with scores of the vocabulary for the hidden tokens only, as ours."""
     from transformers import BertConfig, BertForPreTraining
 
     config = BertConfig(
@@ -96,7 +96,14 @@ def _their_bert(size: EncoderSize) -> tuple[nn.Module, Loss]:
             next_sentence_label=batch["order"],
         ).loss
 
-    return BertForPreTraining(config).train(), loss
+    def loss_of_hidden(model: Any, batch: Batch) -> Tensor:
+        output = model.bert(batch["ids"], attention_mask=batch["real"], token_type_ids=batch["types"])
+        hidden = batch["labels"] >= 0
+        scores = model.cls.predictions(output.last_hidden_state[hidden])
+        order = model.cls.seq_relationship(output.pooler_output)
+        return F.cross_entropy(scores, batch["labels"][hidden]) + F.cross_entropy(order, batch["order"])
+
+    return BertForPreTraining(config).train(), loss_of_hidden if hidden_only else loss
 
 
 def _their_t5(size: EncoderSize) -> tuple[nn.Module, Loss]:
@@ -131,11 +138,29 @@ def _their_t5(size: EncoderSize) -> tuple[nn.Module, Loss]:
 # --- ours -----------------------------------------------------------------------------------------------
 
 
-def our_config(model: str, size: EncoderSize, half: bool) -> Any:
-    """The configuration of our model, of either stack."""
-    from megatron.core.transformer.transformer_config import TransformerConfig
+def _our_encoder_config(size: EncoderSize, half: bool, **others: Any) -> Any:
+    return our_config(size.layers, size.hidden, size.heads, half=half, ffn_hidden_size=size.width, **others)
 
-    of_t5: dict[str, Any] = {
+
+def _our_bert(size: EncoderSize, half: bool) -> tuple[Any, nn.Module, Loss]:
+    from megatron.core.models.bert import BertModel
+    from megatron.core.models.bert.bert_layer_specs import bert_layer_local_spec
+
+    config = _our_encoder_config(size, half)
+    bert = BertModel(config, 2, bert_layer_local_spec, BERT_VOCAB, LENGTH, share_embeddings_and_output_weights=True)
+
+    def loss(model: Any, batch: Batch) -> Tensor:
+        losses, order = model(batch["ids"], batch["real"], batch["types"], batch["labels"])
+        return losses.sum() / (batch["labels"] >= 0).sum() + F.cross_entropy(order.float(), batch["order"])
+
+    return config, bert, loss
+
+
+def _our_t5(size: EncoderSize, half: bool) -> tuple[Any, nn.Module, Loss]:
+    from megatron.core.models.T5 import T5Model
+    from megatron.core.models.T5.t5_spec import decoder_model_with_local_spec, encoder_model_with_local_spec
+
+    shape: dict[str, Any] = {
         "kv_channels": HEAD_WIDTH,
         "activation_func": F.gelu,
         "gated_linear_unit": True,
@@ -143,45 +168,7 @@ def our_config(model: str, size: EncoderSize, half: bool) -> Any:
         "normalization": "RMSNorm",
         "softmax_scale": 1.0,
     }
-    return TransformerConfig(
-        num_layers=size.layers,
-        hidden_size=size.hidden,
-        num_attention_heads=size.heads,
-        ffn_hidden_size=size.width,
-        hidden_dropout=0.0,
-        attention_dropout=0.0,
-        bf16=half,
-        params_dtype=torch.bfloat16 if half else torch.float32,
-        bias_activation_fusion=True,
-        bias_dropout_fusion=True,
-        gradient_accumulation_fusion=True,
-        cross_entropy_loss_fusion=True,
-        **(of_t5 if model == "t5" else {}),
-    )
-
-
-def ours(model: str, config: Any) -> tuple[nn.Module, Loss]:
-    """Our model with `config`, and its loss."""
-    return _our_bert(config) if model == "bert" else _our_t5(config)
-
-
-def _our_bert(config: Any) -> tuple[nn.Module, Loss]:
-    from megatron.core.models.bert import BertModel
-    from megatron.core.models.bert.bert_layer_specs import bert_layer_local_spec
-
-    bert = BertModel(config, 2, bert_layer_local_spec, BERT_VOCAB, LENGTH, share_embeddings_and_output_weights=True)
-
-    def loss(model: Any, batch: Batch) -> Tensor:
-        losses, order = model(batch["ids"], batch["real"], batch["types"], batch["labels"])
-        return losses.sum() / (batch["labels"] >= 0).sum() + F.cross_entropy(order.float(), batch["order"])
-
-    return bert, loss
-
-
-def _our_t5(config: Any) -> tuple[nn.Module, Loss]:
-    from megatron.core.models.T5 import T5Model
-    from megatron.core.models.T5.t5_spec import decoder_model_with_local_spec, encoder_model_with_local_spec
-
+    config = _our_encoder_config(size, half, **shape)
     t5 = T5Model(
         config,
         config,
@@ -196,4 +183,36 @@ def _our_t5(config: Any) -> tuple[nn.Module, Loss]:
         padding = (batch["real"] == 0)[:, None, None, :]
         return model(batch["ids"], batch["decoder"], padding, None, padding, batch["labels"]).mean()
 
-    return t5, loss
+    return config, t5, loss
+
+
+# --- steps ----------------------------------------------------------------------------------------------
+
+
+def theirs(build: Callable[..., tuple[nn.Module, Loss]], size: EncoderSize, how: str) -> Step:
+    """A training step of Hugging Face's model."""
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    module, loss_of = build(size)
+    return torch_step(module, partial(loss_of, module), how)
+
+
+def ours(build: Callable[..., tuple[Any, nn.Module, Loss]], size: EncoderSize, how: str) -> Step:
+    """One of our model: schedule, data parallel buffers, its optimizer."""
+    prepare_one_process()
+    config, module, loss_of = build(size, how == "bf16")
+
+    def forward_step(batch: Any, model: nn.Module) -> tuple[Tensor, Callable[..., Any]]:
+        return loss_of(model, *next(batch)), lambda loss: (loss, {"loss": loss.detach()})
+
+    return scheduled_step(module, config, forward_step)
+
+
+CONTENDERS: dict[str, dict[str, Callable[[EncoderSize, str], Step]]] = {
+    "bert": {
+        "ours": partial(ours, _our_bert),
+        "hugging face": partial(theirs, _their_bert),
+        "hugging face, hidden tokens": partial(theirs, partial(_their_bert, hidden_only=True)),
+    },
+    "t5": {"ours": partial(ours, _our_t5), "hugging face": partial(theirs, _their_t5)},
+}
+"""By model and name: what makes a step of (size, "fp32" or "bf16")."""

@@ -36,9 +36,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks import encoder_contenders
+from benchmarks.training_steps import BATCH, LENGTH, Step, our_config, prepare_one_process, scheduled_step, torch_step
 from megatron.core.host_memory import keep_freed_memory
 
-LENGTH, BATCH, VOCAB, LR, CLIP, DECAY = 512, 4, 50304, 1e-4, 1.0, 0.1
+VOCAB = 50304
 TOKENS = LENGTH * BATCH
 
 
@@ -106,42 +107,6 @@ class PlainGPT(nn.Module):
         return F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten())
 
 
-# --- contenders: each a function that trains one step and returns the loss ------------------------------
-
-Step = Callable[..., float]
-"""Trains on one batch, handed in as the arguments that the contender takes."""
-
-
-def torch_step(model: nn.Module, loss_of: Callable[..., Tensor], how: str) -> Step:
-    """A usual training step with fused AdamW.
-
-    `how`: "fp32"; "bf16", weights in bf16 with fp32 main parameters; "autocast", fp32 weights with autocast to bf16.
-    """
-    mains = list(model.parameters())
-    if how == "bf16":
-        mains = [param.detach().clone() for param in mains]
-        model.to(torch.bfloat16)
-    weights = list(model.parameters())
-    optimizer = torch.optim.AdamW(mains, lr=LR, betas=(0.9, 0.95), weight_decay=DECAY, fused=True)
-
-    def step(*batch: Any) -> float:
-        with torch.autocast("cpu", torch.bfloat16, enabled=how == "autocast"):
-            loss = loss_of(*batch)
-        loss.backward()
-        if how == "bf16":
-            for main, weight in zip(mains, weights):
-                main.grad, weight.grad = weight.grad.float(), None
-        torch.nn.utils.clip_grad_norm_(mains, CLIP)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        if how == "bf16":
-            with torch.no_grad():
-                torch._foreach_copy_(weights, mains)
-        return loss.item()
-
-    return step
-
-
 def plain(size: Size, how: str) -> Step:
     model = PlainGPT(size)
     return torch_step(model, model, how)
@@ -177,25 +142,10 @@ def ours(size: Size, how: str, *, llama: bool = False, compiled: bool = False) -
     """
     from megatron.core.models.gpt import GPTModel
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
-    from megatron.core.transformer.transformer_config import TransformerConfig
 
     prepare_one_process()
-    half = how == "bf16"
-    config = TransformerConfig(
-        num_layers=size.layers,
-        hidden_size=size.hidden,
-        num_attention_heads=size.heads,
-        hidden_dropout=0.0,
-        attention_dropout=0.0,
-        bf16=half,
-        params_dtype=torch.bfloat16 if half else torch.float32,
-        bias_activation_fusion=True,
-        bias_dropout_fusion=True,
-        gradient_accumulation_fusion=True,
-        cross_entropy_loss_fusion=True,
-        torch_compile=compiled,
-        **({"ffn_hidden_size": size.hidden * 8 // 3 // 64 * 64, **LLAMA} if llama else {}),
-    )
+    shape = {"ffn_hidden_size": size.hidden * 8 // 3 // 64 * 64, **LLAMA} if llama else {}
+    config = our_config(size.layers, size.hidden, size.heads, half=how == "bf16", torch_compile=compiled, **shape)
     model: nn.Module = GPTModel(
         config,
         get_gpt_layer_local_spec(),
@@ -217,79 +167,6 @@ def ours(size: Size, how: str, *, llama: bool = False, compiled: bool = False) -
     return scheduled_step(model, config, forward_step)
 
 
-def our_encoder(model: str, size: Any, how: str) -> Step:
-    """Our BERT or T5, trained in the same way."""
-    prepare_one_process()
-    config = encoder_contenders.our_config(model, size, how == "bf16")
-    module, loss_of = encoder_contenders.ours(model, config)
-
-    def forward_step(batch: Any, model: nn.Module) -> tuple[Tensor, Callable[..., Any]]:
-        return loss_of(model, *next(batch)), lambda loss: (loss, {"loss": loss.detach()})
-
-    return scheduled_step(module, config, forward_step)
-
-
-def their_encoder(model: str, size: Any, how: str) -> Step:
-    """Hugging Face's BERT or T5."""
-    module, loss_of = encoder_contenders.hugging_face(model, size)
-    return torch_step(module, partial(loss_of, module), how)
-
-
-def prepare_one_process() -> None:
-    """Process groups of one rank, and the seed."""
-    from megatron.core import parallel_state
-    from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
-
-    if not torch.distributed.is_initialized():
-        torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
-        parallel_state.initialize_model_parallel()
-    model_parallel_cuda_manual_seed(1234)
-
-
-def scheduled_step(model: nn.Module, config: Any, forward_step: Callable[..., Any]) -> Step:
-    """A step of `model` by our schedule, data parallel buffers and optimizer."""
-    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
-    from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
-    from megatron.core.pipeline_parallel import get_forward_backward_func
-    from megatron.core.transformer.module import Float16Module
-
-    if config.bf16:
-        model = Float16Module(config, model)
-    model = DistributedDataParallel(config, DistributedDataParallelConfig(grad_reduce_in_fp32=True), model)
-    optimizer = get_megatron_optimizer(
-        OptimizerConfig(
-            lr=LR,
-            weight_decay=DECAY,
-            adam_beta2=0.95,
-            clip_grad=CLIP,
-            bf16=config.bf16,
-            params_dtype=config.params_dtype,
-        ),
-        [model],
-    )
-    config.finalize_model_grads_func = finalize_model_grads
-    config.no_sync_func = model.no_sync
-    config.grad_scale_func = optimizer.scale_loss
-    forward_backward = get_forward_backward_func()
-
-    def step(*batch: Any) -> float:
-        model.zero_grad_buffer()
-        optimizer.zero_grad()
-        reports = forward_backward(
-            forward_step_func=forward_step,
-            data_iterator=iter([batch]),
-            model=[model],
-            num_microbatches=1,
-            seq_length=LENGTH,
-            micro_batch_size=BATCH,
-            forward_only=False,
-        )
-        optimizer.step()
-        return reports[0]["loss"].item()
-
-    return step
-
-
 CONTENDERS: dict[str, dict[str, tuple[Callable[[Size, str], Step], str]]] = {
     "fp32": {
         "ours": (ours, "fp32"),
@@ -309,8 +186,6 @@ CONTENDERS: dict[str, dict[str, tuple[Callable[[Size, str], Step], str]]] = {
         "hugging face": (hugging_face, "bf16"),
     },
 }
-
-ENCODER_CONTENDERS = {"ours": our_encoder, "hugging face": their_encoder}
 
 
 def gpt_batches() -> Iterator[tuple[Tensor, Tensor]]:
@@ -341,7 +216,7 @@ def contenders(model: str, size: Any, number_type: str, names: list[str] | None)
     """The chosen contenders, ready to train."""
     table: dict[str, tuple[Callable[..., Step], str]] = dict(CONTENDERS[number_type])
     if model != "gpt":
-        table = {name: (partial(make, model), number_type) for name, make in ENCODER_CONTENDERS.items()}
+        table = {name: (make, number_type) for name, make in encoder_contenders.CONTENDERS[model].items()}
     steps = {}
     for name, (make, how) in table.items():
         if not names or name in names:
@@ -394,12 +269,12 @@ def show(title: str, result: dict[str, Any]) -> None:
     print(f"\n{title}; matrix product peak {result['gemm_peak_gflops_per_cpu_second']:.0f} GFLOP per CPU-second")
     peers = [c["tokens_per_cpu_second"] for name, c in contenders.items() if not name.startswith("ours")]
     best = max(peers, default=float("nan"))
-    print(f"  {'':24}{'tokens/CPU-s':>14}{'of peak':>10}{'of best peer':>14}{'loss':>20}")
+    print(f"  {'':28}{'tokens/CPU-s':>14}{'of peak':>10}{'of best peer':>14}{'loss':>20}")
     for name, c in contenders.items():
         first, last = c["first_and_last_loss"]
         share = "" if c["share_of_gemm_peak"] is None else f"{c['share_of_gemm_peak']:.1%}"
         print(
-            f"  {name:24}{c['tokens_per_cpu_second']:14.1f}{share:>10}"
+            f"  {name:28}{c['tokens_per_cpu_second']:14.1f}{share:>10}"
             f"{c['tokens_per_cpu_second'] / best:14.3f}{first:11.4f} ->{last:7.4f}"
         )
     sys.stdout.flush()
