@@ -176,6 +176,12 @@ class GPTModel(LanguageModule):
             )
         raise ValueError(f"position_embedding_type {kind!r}: a GPT has learned_absolute, rope, yarn, mrope or none")
 
+    @property
+    def decodes_from_states(self) -> bool:
+        """With an inference context it computes new tokens only, and gives what a pass over the whole text would."""
+        drops_tokens = self.config.moe_expert_capacity_factor is not None  # of a pass: depends on what else is in it
+        return not drops_tokens and self.position_embedding_type != "mrope"
+
     def set_input_tensor(self, input_tensor: Tensor | list[Tensor]) -> None:
         """The previous stage's activations, which take the embedding's place."""
         tensors = input_tensor if isinstance(input_tensor, list) else [input_tensor]
