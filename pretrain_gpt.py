@@ -40,7 +40,11 @@ def model_provider(pre_process: bool = True, post_process: bool = True, vp_stage
     elif args.num_experts:
         layer_spec = get_gpt_decoder_block_spec(config, use_transformer_engine=False, vp_stage=vp_stage)
     else:
-        layer_spec = get_gpt_layer_local_spec(qk_layernorm=args.qk_layernorm, normalization=args.normalization)
+        layer_spec = get_gpt_layer_local_spec(
+            qk_layernorm=args.qk_layernorm,
+            multi_latent_attention=args.multi_latent_attention,
+            normalization=args.normalization,
+        )
     return GPTModel(
         config=config,
         transformer_layer_spec=layer_spec,

@@ -14,7 +14,6 @@ from megatron.training.settings import ConfigurationError, source_of, was_given
 Used = Callable[[Any], bool]
 
 GROUPS_NOT_BUILT: dict[str, str] = {
-    "mla": "multi-latent attention",
     "heterogeneous architecture": "heterogeneous layers",
     "vision": "vision models",
     "retro": "training with retrieval",

@@ -101,5 +101,5 @@ def test_unknown_flag_suggests_the_right_one() -> None:
 
 
 def test_capability_that_is_not_built_is_refused() -> None:
-    output = refusal(1, "--mock-data", "--multi-latent-attention")
-    assert "--multi-latent-attention" in output and "not built yet" in output
+    output = refusal(1, "--mock-data", "--use-legacy-models")
+    assert "--use-legacy-models" in output and "not built yet" in output

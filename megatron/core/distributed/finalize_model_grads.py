@@ -67,7 +67,8 @@ def _reduce_sequence_parallel_grads(model: list[nn.Module], config: Any, group: 
     """Sum what the ranks of a tensor parallel group computed on different tokens, or on different heads."""
     if get_pg_size(group) == 1:
         return
-    head_norms = getattr(config, "qk_layernorm", False)
+    # Norms of latents see all heads on every rank; those of heads only the rank's own.
+    head_norms = getattr(config, "qk_layernorm", False) and not getattr(config, "multi_latent_attention", False)
     partial = [
         grad
         for name, param in _trained(model)

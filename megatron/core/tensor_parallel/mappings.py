@@ -343,3 +343,16 @@ def all_to_all_hp2sp(input_: Tensor, group: ProcessGroup | None = None) -> Tenso
     group = get_tensor_model_parallel_group_if_none(group)
     exchanged = all_to_all(group, input_.reshape(-1, input_.size(-1)))
     return torch.cat(exchanged.chunk(get_pg_size(group)), dim=-1)
+
+
+def gather_features(input_: Tensor, sequence_parallel: bool, group: ProcessGroup | None = None) -> Tensor:
+    """[s, b, h/tp] of all tokens -> [s, b, h] by all-gather; sequence parallel [s/tp, b, h] by all-to-all.
+
+    What follows must give the same whole gradient on every rank, or that of each rank's tokens.
+    """
+    group = get_tensor_model_parallel_group_if_none(group)
+    if get_pg_size(group) == 1:
+        return input_
+    if sequence_parallel:
+        return all_to_all_hp2sp(input_, group).view(-1, input_.size(1), input_.size(-1) * get_pg_size(group))
+    return gather_from_tensor_model_parallel_region(input_, group)

@@ -82,7 +82,7 @@ class Attention(MegatronModule, ABC):
         self.attention_type = attention_type
         self.model_comm_pgs = groups_or_default(model_comm_pgs)
 
-        self.query_projection_size = config.kv_channels * config.num_attention_heads
+        self.query_projection_size = self.context_width() * config.num_attention_heads
         self.kv_projection_size = config.kv_channels * config.num_query_groups
         tp_size = get_pg_size(self.model_comm_pgs.tp)
         self.hidden_size_per_attention_head = config.kv_channels
@@ -97,7 +97,7 @@ class Attention(MegatronModule, ABC):
             layer_number=layer_number,
             attn_mask_type=attn_mask_type,
             attention_type=attention_type,
-            softmax_scale=config.softmax_scale,
+            softmax_scale=self.scale_of_scores(),
             cp_comm_type=cp_comm_type,
             model_comm_pgs=self.model_comm_pgs,
         )
@@ -115,6 +115,15 @@ class Attention(MegatronModule, ABC):
             tp_comm_buffer_name="proj",
             tp_group=self.model_comm_pgs.tp,
         )
+
+    def context_width(self) -> int:
+        """Channels of a head that go into the output projection."""
+        assert self.config.kv_channels is not None
+        return self.config.kv_channels
+
+    def scale_of_scores(self) -> float | None:
+        """Factor on the scores; None is 1/sqrt(head width)."""
+        return self.config.softmax_scale
 
     @abstractmethod
     def get_query_key_value_tensors(
@@ -161,10 +170,23 @@ class Attention(MegatronModule, ABC):
             self._require_cacheable(attention_mask, attention_bias, packed_seq_params)
             scale, window = self.core_attention.softmax_scale, self.config.window_size
             context = inference_context.attend(self.layer_number, query, key, value, scale, window)
-        elif self.recompute_core and self.training:
-            context = self._checkpointed_core(query, key, value, attention_mask, attention_bias, packed_seq_params)
         else:
-            context = self.core_attention(
+            context = self._attend(query, key, value, attention_mask, attention_bias, packed_seq_params)
+        return self.linear_proj(context)
+
+    def _attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        attention_bias: Tensor | None,
+        packed_seq_params: PackedSeqParams | None,
+    ) -> Tensor:
+        """Context [s, b, a/tp * d] by the core, which backward computes again if it is to."""
+
+        def core(query: Tensor, key: Tensor, value: Tensor, attention_bias: Tensor | None) -> Tensor:
+            return self.core_attention(
                 query,
                 key,
                 value,
@@ -173,7 +195,10 @@ class Attention(MegatronModule, ABC):
                 attention_bias=attention_bias,
                 packed_seq_params=packed_seq_params,
             )
-        return self.linear_proj(context)
+
+        if self.recompute_core and self.training:  # scores and probabilities: arXiv:2205.05198, section 5
+            return checkpoint(core, False, query, key, value, attention_bias)
+        return core(query, key, value, attention_bias)
 
     def _require_cacheable(
         self, attention_mask: Tensor | None, attention_bias: Tensor | None, packed_seq_params: PackedSeqParams | None
@@ -203,30 +228,6 @@ class Attention(MegatronModule, ABC):
         query = apply_rotary_pos_emb(query, q_angles, self.config, mscale=mscale)
         key = apply_rotary_pos_emb(key, k_angles, self.config, mscale=mscale)
         return query, key
-
-    def _checkpointed_core(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attention_mask: Tensor | None,
-        attention_bias: Tensor | None,
-        packed_seq_params: PackedSeqParams | None,
-    ) -> Tensor:
-        """The core, its scores and probabilities recomputed in backward (arXiv:2205.05198, section 5)."""
-
-        def core(query: Tensor, key: Tensor, value: Tensor, attention_bias: Tensor | None) -> Tensor:
-            return self.core_attention(
-                query,
-                key,
-                value,
-                attention_mask,
-                attn_mask_type=self.attn_mask_type,
-                attention_bias=attention_bias,
-                packed_seq_params=packed_seq_params,
-            )
-
-        return checkpoint(core, False, query, key, value, attention_bias)
 
 
 class SelfAttention(Attention):

@@ -12,7 +12,7 @@ from torch import Tensor
 from megatron.core.model_parallel_config import ModelParallelConfig
 from megatron.core.transformer.enums import AttnBackend
 from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
-from megatron.core.transformer.transformer_config_rules import TRANSFORMER_RULES, require_yarn_for_fused_rope
+from megatron.core.transformer.transformer_config_rules import LATENT_ATTENTION_RULES, TRANSFORMER_RULES
 
 
 @dataclass
@@ -353,4 +353,5 @@ class MLATransformerConfig(TransformerConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_yarn_for_fused_rope(self)
+        for rule in LATENT_ATTENTION_RULES:
+            rule(self)

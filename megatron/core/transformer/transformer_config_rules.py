@@ -185,6 +185,32 @@ def require_yarn_for_fused_rope(config: MLATransformerConfig) -> None:
         )
 
 
+def require_latents_fit(config: MLATransformerConfig) -> None:
+    """Latents have a size, tensor parallel ranks equal parts of their projections, and every head has its own keys."""
+    sizes = ("kv_lora_rank", "qk_head_dim", "qk_pos_emb_head_dim", "v_head_dim", "rotary_scaling_factor")
+    for name in (*sizes, *(() if config.q_lora_rank is None else ("q_lora_rank",))):
+        require(getattr(config, name) > 0, f"{shown(config, name)} must be positive")
+    require(config.qk_pos_emb_head_dim % 2 == 0, f"{shown(config, 'qk_pos_emb_head_dim')} must be even: pairs rotate")
+    require_one_of(config, "rope_type", ("rope", "yarn"))
+    if config.q_lora_rank is not None:
+        require_divisible(config, "q_lora_rank", by="tensor_model_parallel_size")
+    rows = config.kv_lora_rank + config.qk_pos_emb_head_dim
+    require(
+        rows % config.tensor_model_parallel_size == 0,
+        f"{shown(config, 'kv_lora_rank')} plus {shown(config, 'qk_pos_emb_head_dim')} must be divisible by "
+        f"{shown(config, 'tensor_model_parallel_size')}",
+    )
+    require(
+        config.num_query_groups == config.num_attention_heads,
+        f"multi_latent_attention has no groups of heads: {shown(config, 'num_query_groups', 'num_attention_heads')}; "
+        "leave num_query_groups unset",
+    )
+    require(
+        config.add_bias_linear or not config.add_qkv_bias,
+        "multi_latent_attention has no biases of queries, keys and values; leave add_qkv_bias out",
+    )
+
+
 # --- mixture of experts ---------------------------------------------------------------------------
 
 
@@ -322,6 +348,8 @@ def require_capturable_layers(config: TransformerConfig) -> None:
         require(not config.cpu_offloading, "enable_cuda_graph does not work with cpu_offloading")
         require(config.recompute_granularity is None, "enable_cuda_graph does not work with recompute_granularity")
 
+
+LATENT_ATTENTION_RULES: tuple[Any, ...] = (require_yarn_for_fused_rope, require_latents_fit)
 
 TRANSFORMER_RULES: tuple[Any, ...] = (
     require_one_half_precision,

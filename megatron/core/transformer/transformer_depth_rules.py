@@ -11,8 +11,8 @@ if TYPE_CHECKING:
     from megatron.core.transformer.transformer_config import TransformerConfig
 
 RECOMPUTE_MODULES = ("core_attn", "moe_act", "layernorm", "mla_up_proj", "mlp", "moe")
-RECOMPUTE_MODULES_BUILT = ("core_attn", "layernorm", "mlp", "moe")
-"""The others wait for what would recompute them: `moe_act` for the experts, `mla_up_proj` for latent attention."""
+RECOMPUTE_MODULES_BUILT = ("core_attn", "layernorm", "mla_up_proj", "mlp", "moe")
+"""The other one, `moe_act`, waits for the experts."""
 
 SPLIT_FIELDS = (
     "num_layers_in_first_pipeline_stage",

@@ -19,6 +19,8 @@ _NOT_FOR_ENCODERS = (
     "defer_embedding_wgrad_compute",
     "qk_layernorm",
     "qk_l2_norm",
+    "multi_latent_attention",
+    "mtp_num_layers",
     "use_rope_scaling",
 )
 

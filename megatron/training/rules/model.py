@@ -186,6 +186,45 @@ def choose_flash_attention(args: argparse.Namespace) -> None:
     args.attention_backend = AttnBackend.flash
 
 
+LATENT_SETTINGS = (
+    "q_lora_rank",
+    "kv_lora_rank",
+    "qk_head_dim",
+    "qk_pos_emb_head_dim",
+    "v_head_dim",
+    "rotary_scaling_factor",
+    "mscale",
+    "mscale_all_dim",
+)
+
+
+def require_latent_settings(args: argparse.Namespace) -> None:
+    """Latent attention has sizes, positions and a temperature of its own, which nothing else reads."""
+    if not args.multi_latent_attention:
+        given = [f"--{name.replace('_', '-')}" for name in LATENT_SETTINGS if was_given(args, name)]
+        refuse_unless(
+            not given, f"{', '.join(given)}: only --multi-latent-attention reads that; give it, or leave them out"
+        )
+        return
+    refuse_unless(
+        not args.group_query_attention,
+        "--multi-latent-attention has no groups of heads: leave --group-query-attention out; --kv-lora-rank makes keys "
+        "and values small",
+    )
+    refuse_unless(not args.qk_l2_norm, "--multi-latent-attention has no norm of heads: leave --qk-l2-norm out")
+    other = {
+        "--use-rope-scaling": args.use_rope_scaling,
+        "--rotary-seq-len-interpolation-factor": args.rotary_seq_len_interpolation_factor is not None,
+        f"--position-embedding-type {args.position_embedding_type}": args.position_embedding_type in ("yarn", "mrope"),
+    }
+    given = [name for name, is_given in other.items() if is_given]
+    refuse_unless(
+        not given,
+        f"--multi-latent-attention rotates its own channels: {', '.join(given)} would do nothing; "
+        "--rotary-scaling-factor, --mscale and --mscale-all-dim stretch its context (YaRN)",
+    )
+
+
 # --- experts and further prediction ---------------------------------------------------------------
 
 
@@ -238,6 +277,7 @@ MODEL_RULES = (
     choose_transformer_impl,
     require_position_settings,
     choose_flash_attention,
+    require_latent_settings,
     derive_num_experts,
     require_experts_fit_ranks,
     require_further_prediction_fits,

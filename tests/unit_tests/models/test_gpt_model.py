@@ -427,8 +427,8 @@ def test_block_spec_gives_the_same_model() -> None:
 def test_refusals() -> None:
     with pytest.raises(NotImplementedError, match="transformer-impl local"):
         get_gpt_layer_with_transformer_engine_spec()
-    with pytest.raises(NotImplementedError, match="multi_latent_attention=True"):
-        get_gpt_layer_local_spec(multi_latent_attention=True)
+    with pytest.raises(NotImplementedError, match="use_kitchen=True"):
+        get_gpt_layer_local_spec(use_kitchen=True)
     with pytest.raises(ValueError, match="'relative': a GPT has"):
         build("gpt2", chunk={"position_embedding_type": "relative"})
     with pytest.raises(ValueError, match="yarn needs a factor"):

@@ -60,8 +60,8 @@ def test_unbuilt_value_equal_to_its_default_is_accepted() -> None:
 
 def test_all_unbuilt_flags_are_named_at_once() -> None:
     with pytest.raises(ConfigurationError) as refusal:
-        validated("--multi-latent-attention --use-nccl-ub --fp8-format e4m3")
-    for word in ("--multi-latent-attention", "--use-nccl-ub", "--fp8-format e4m3"):
+        validated("--use-legacy-models --use-nccl-ub --fp8-format e4m3")
+    for word in ("--use-legacy-models", "--use-nccl-ub", "--fp8-format e4m3"):
         assert f"  {word}: not built yet" in str(refusal.value)
 
 

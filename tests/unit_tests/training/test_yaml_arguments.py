@@ -96,6 +96,6 @@ def test_empty_file_gives_nothing(tmp_path: Path) -> None:
 
 
 def test_values_in_a_file_meet_the_rules(tmp_path: Path) -> None:
-    args = parse(tmp_path, "multi_latent_attention: true")
-    with pytest.raises(ConfigurationError, match="--multi-latent-attention: not built yet"):
+    args = parse(tmp_path, "use_legacy_models: true")
+    with pytest.raises(ConfigurationError, match="--use-legacy-models: not built yet"):
         validate_args(args)

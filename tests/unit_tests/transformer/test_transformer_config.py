@@ -317,11 +317,6 @@ def test_every_unbuilt_row_is_a_field() -> None:
     assert set(FIELDS_NOT_BUILT) <= names
 
 
-def test_latent_attention_is_not_built() -> None:
-    with pytest.raises(NotImplementedError, match="multi-latent attention is not built yet"):
-        MLATransformerConfig(num_layers=2, hidden_size=8, num_attention_heads=2)
-
-
 def test_unbuilt_recompute_is_refused() -> None:
     with pytest.raises(NotImplementedError, match=r"\['moe_act'\]: not built yet; choose from core_attn, layern"):
         config(recompute_granularity="selective", recompute_modules=["core_attn", "moe_act"], moe_grouped_gemm=True)

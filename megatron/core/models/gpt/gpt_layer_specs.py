@@ -16,6 +16,7 @@ from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.moe.experts import GroupedMLP, SequentialMLP
 from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
+from megatron.core.transformer.multi_latent_attention import MLASelfAttention, MLASelfAttentionSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.torch_norm import L2Norm
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
@@ -33,6 +34,11 @@ CHECKPOINT_NAMES_OF_NORMS = {
 """A distributed checkpoint names a norm after the linear layer that follows it."""
 CHECKPOINT_NAMES_BEFORE_EXPERTS = {"input_layernorm.": CHECKPOINT_NAMES_OF_NORMS["input_layernorm."]}
 """No single linear layer follows the norm before experts, which keeps its name."""
+CHECKPOINT_NAMES_OF_LATENT_NORMS = {
+    "self_attention.q_layernorm.": "self_attention.linear_q_up_proj.layer_norm_",
+    "self_attention.kv_layernorm.": "self_attention.linear_kv_up_proj.layer_norm_",
+}
+"""Nor the norm before latent attention, whose own norms each go with an up projection."""
 
 
 def get_gpt_layer_local_spec(
@@ -53,19 +59,38 @@ def get_gpt_layer_local_spec(
         moe_grouped_gemm: with the experts of a rank as stacks of matrices.
         qk_layernorm: normalise queries and keys of each head.
         qk_l2_norm: the same without parameters.
+        multi_latent_attention: keys and values through a latent; `qk_layernorm` is for the latents then.
         normalization: kept for the public interface; `config.normalization` decides.
 
     Raises:
-        NotImplementedError: latent attention, fp8 or kitchen are asked for.
+        NotImplementedError: fp8 or kitchen are asked for.
+        ValueError: latent attention with `qk_l2_norm`.
     """
-    _refuse_unbuilt(
-        multi_latent_attention=multi_latent_attention,
-        fp8=fp8,
-        use_kitchen=use_kitchen,
-    )
-    names = CHECKPOINT_NAMES_OF_NORMS if num_experts is None else CHECKPOINT_NAMES_BEFORE_EXPERTS
+    _refuse_unbuilt(fp8=fp8, use_kitchen=use_kitchen)
+    names = dict(CHECKPOINT_NAMES_OF_NORMS if num_experts is None else CHECKPOINT_NAMES_BEFORE_EXPERTS)
+    if multi_latent_attention:
+        if qk_l2_norm:
+            raise ValueError("latent attention has no norm of heads: leave qk_l2_norm out")
+        names.pop("input_layernorm.")
+        names |= CHECKPOINT_NAMES_OF_LATENT_NORMS
     head_norm = L2Norm if qk_l2_norm else FusedLayerNorm if qk_layernorm else IdentityOp
-    attention = ModuleSpec(
+    attention = _latent_attention(head_norm) if multi_latent_attention else _attention(head_norm)
+    return ModuleSpec(
+        module=TransformerLayer,
+        submodules=TransformerLayerSubmodules(
+            input_layernorm=FusedLayerNorm,
+            self_attention=attention,
+            self_attn_bda=get_bias_dropout_add,
+            pre_mlp_layernorm=FusedLayerNorm,
+            mlp=_get_mlp_module_spec(use_te=False, num_experts=num_experts, moe_grouped_gemm=moe_grouped_gemm),
+            mlp_bda=get_bias_dropout_add,
+            sharded_state_dict_keys_map=names,
+        ),
+    )
+
+
+def _attention(head_norm: Any) -> ModuleSpec:
+    return ModuleSpec(
         module=SelfAttention,
         params={"attn_mask_type": AttnMaskType.causal},
         submodules=SelfAttentionSubmodules(
@@ -76,16 +101,22 @@ def get_gpt_layer_local_spec(
             k_layernorm=head_norm,
         ),
     )
+
+
+def _latent_attention(latent_norm: Any) -> ModuleSpec:
     return ModuleSpec(
-        module=TransformerLayer,
-        submodules=TransformerLayerSubmodules(
-            input_layernorm=FusedLayerNorm,
-            self_attention=attention,
-            self_attn_bda=get_bias_dropout_add,
-            pre_mlp_layernorm=FusedLayerNorm,
-            mlp=_get_mlp_module_spec(use_te=False, num_experts=num_experts, moe_grouped_gemm=moe_grouped_gemm),
-            mlp_bda=get_bias_dropout_add,
-            sharded_state_dict_keys_map=dict(names),
+        module=MLASelfAttention,
+        params={"attn_mask_type": AttnMaskType.causal},
+        submodules=MLASelfAttentionSubmodules(
+            linear_q_proj=ColumnParallelLinear,
+            linear_q_down_proj=ColumnParallelLinear,
+            linear_q_up_proj=ColumnParallelLinear,
+            linear_kv_down_proj=ColumnParallelLinear,
+            linear_kv_up_proj=ColumnParallelLinear,
+            core_attention=ModuleSpec(module=build_core_attention),
+            linear_proj=RowParallelLinear,
+            q_layernorm=latent_norm,
+            kv_layernorm=latent_norm,
         ),
     )
 

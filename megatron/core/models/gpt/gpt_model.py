@@ -142,7 +142,7 @@ class GPTModel(LanguageModule):
                 f"position_embedding_type {kind!r} with yarn_rotary_scaling_factor={factor}: "
                 "yarn needs a factor, and a factor needs yarn"
             )
-        if kind in ("learned_absolute", "none"):
+        if kind in ("learned_absolute", "none") or config.multi_latent_attention:  # which rotates by itself
             return None
         assert config.kv_channels is not None
         common: dict[str, Any] = {

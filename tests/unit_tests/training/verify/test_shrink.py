@@ -120,7 +120,7 @@ def test_ranks() -> None:
         ("", None, "there is no layout to verify"),
         ("--tensor-model-parallel-size 2", 3, "do not divide by"),
         ("--data-parallel-random-init", 2, "no one process computes the same"),
-        ("--multi-latent-attention --tensor-model-parallel-size 2", None, "not built yet"),
+        ("--use-legacy-models --tensor-model-parallel-size 2", None, "not built yet"),
         ("--spec my.module spec --tensor-model-parallel-size 2", None, "a program of your own"),
     ],
 )
