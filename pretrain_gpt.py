@@ -14,7 +14,11 @@ from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegat
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
 from megatron.core.enums import ModelType
 from megatron.core.models.gpt import GPTModel
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec, get_gpt_layer_local_spec
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_decoder_block_spec,
+    get_gpt_layer_local_spec,
+    get_gpt_mtp_block_spec,
+)
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.spec_utils import import_module
 from megatron.training import get_args, get_timers, get_tokenizer, pretrain, print_rank_0
@@ -45,6 +49,7 @@ def model_provider(pre_process: bool = True, post_process: bool = True, vp_stage
             multi_latent_attention=args.multi_latent_attention,
             normalization=args.normalization,
         )
+    further = get_gpt_mtp_block_spec(config, layer_spec, use_transformer_engine=False, vp_stage=vp_stage)
     return GPTModel(
         config=config,
         transformer_layer_spec=layer_spec,
@@ -61,6 +66,7 @@ def model_provider(pre_process: bool = True, post_process: bool = True, vp_stage
         rope_scaling=args.use_rope_scaling,
         rope_scaling_factor=args.rope_scaling_factor,
         seq_len_interpolation_factor=args.rotary_seq_len_interpolation_factor,
+        mtp_block_spec=further,
         vp_stage=vp_stage,
         true_vocab_size=get_tokenizer().vocab_size,
     )
@@ -96,14 +102,16 @@ def forward_step(data_iterator: Iterator[Any] | None, model: Any) -> tuple[Tenso
         batch["attention_mask"],
         labels=batch["labels"],
         packed_seq_params=batch["packed_seq_params"],
+        loss_mask=batch["loss_mask"],
     )
     return output, partial(loss_func, batch["loss_mask"])
 
 
 def reads_data() -> bool:
     """Whether this rank needs data: the first rank of a tensor parallel group on a stage that looks at batches."""
+    args = get_args()
     first, last = parallel_state.is_pipeline_first_stage(), parallel_state.is_pipeline_last_stage()
-    needed = batch_keys(first, last, get_args().reset_attention_mask)
+    needed = batch_keys(first, last, args.reset_attention_mask, bool(args.mtp_num_layers))
     return bool(needed) and parallel_state.get_tensor_model_parallel_rank() == 0
 
 

@@ -9,7 +9,6 @@ FIELDS_NOT_BUILT: dict[str, str] = {
     "moe_shared_expert_overlap": "shared experts computed while tokens travel",
     "moe_enable_deepep": "the kernels of DeepEP",
     "moe_router_padding_for_fp8": "fp8",
-    "mtp_num_layers": "multi-token prediction",
     "heterogeneous_block_specs": "heterogeneous layers",
     "mrope_section": "multimodal rotary positions",
     "tp_comm_atomic_ag": "atomic kernels of the vendor's user buffers",

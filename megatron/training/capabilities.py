@@ -39,7 +39,6 @@ ARGUMENTS_NOT_BUILT: dict[str, str] = {
     "enable_experimental": "experimental functions",
     "moe_use_upcycling": "experts made from a dense checkpoint",
     "moe_upcycling_granularity": "experts made from a dense checkpoint",
-    "mtp_loss_scaling_factor": "multi-token prediction",
     # Without documentation in --help, but ignoring them would change the model or its layout.
     "use_legacy_models": "the older model classes",
     "vision_pretraining": "vision models",

@@ -9,19 +9,21 @@ from megatron.training.rules.hybrid import layers_of, sizes_of
 
 
 def num_moe_layers(args: Any) -> int:
-    """Layers with experts: every n-th from the first, or as many as a list names."""
+    """Layers with experts: every n-th from the first, or as many as a list names; modules that predict further tokens
+    are like the last layer."""
     if not args.num_experts:
         return 0
     if _is_mamba(args):
         return layers_of(args).count(Symbols.MOE)
-    freq = args.moe_layer_freq
-    return sum(freq) if isinstance(freq, list) else len(range(0, args.num_layers, freq))
+    freq, last = args.moe_layer_freq, args.num_layers - 1
+    further = (args.mtp_num_layers or 0) * bool(freq[last] if isinstance(freq, list) else last % freq == 0)
+    return further + (sum(freq) if isinstance(freq, list) else len(range(0, args.num_layers, freq)))
 
 
 def feed_forward_width(args: Any, num_experts: int) -> int:
     """Inner widths of all feed-forward blocks together, with `num_experts` of each layer's experts."""
     sparse = num_moe_layers(args)
-    width = args.ffn_hidden_size * (args.num_layers - sparse)
+    width = args.ffn_hidden_size * (args.num_layers + (args.mtp_num_layers or 0) - sparse)
     if sparse:
         width += sparse * (args.moe_ffn_hidden_size * num_experts + (args.moe_shared_expert_intermediate_size or 0))
     return width
@@ -37,16 +39,35 @@ def num_floating_point_operations(args: Any, batch_size: int) -> float:
     of_family = _OF_FAMILY.get(getattr(args, "model_family", None) or "gpt")
     if of_family is not None:
         return batch_size * of_family(args)
-    hidden, layers, seq = args.hidden_size, args.num_layers, args.seq_length
+    hidden, seq, further = args.hidden_size, args.seq_length, args.mtp_num_layers or 0
+    layers, gated = args.num_layers + further, 1.5 if args.swiglu else 1.0
+    products = _scores_and_context(args) * seq / 2
+    attention = 6 * layers * (attention_parameters(args) + products)
+    mlp = 12 * hidden * feed_forward_width(args, args.moe_router_topk) * gated
+    join = 6 * further * (3 * hidden + 2 * hidden**2)  # norms, and the projection of embedding and hidden state
+    logits = 6 * hidden * args.padded_vocab_size * (further + 1)
+    return batch_size * seq * (attention + mlp + join + logits)
+
+
+def attention_parameters(args: Any) -> float:
+    """Weights of a layer's attention, norms of latents included."""
+    hidden, heads = args.hidden_size, args.num_attention_heads
+    if not args.multi_latent_attention:
+        groups = args.num_query_groups if args.group_query_attention else heads
+        return 2 * hidden * args.kv_channels * heads * (1 + groups / heads)
+    plain, rotating, values = args.qk_head_dim, args.qk_pos_emb_head_dim, args.v_head_dim
+    queries = heads * (plain + rotating)
+    of_queries = hidden * queries if args.q_lora_rank is None else args.q_lora_rank * (hidden + queries + 1)
+    of_keys = args.kv_lora_rank * (hidden + heads * (plain + values) + 1) + hidden * rotating
+    return of_queries + of_keys + heads * values * hidden
+
+
+def _scores_and_context(args: Any) -> float:
+    """Widths of the products of a query with the keys, and of the probabilities with the values, all heads together."""
     heads = args.num_attention_heads
-    groups = args.num_query_groups if args.group_query_attention else heads
-    projection_ratio = args.kv_channels * heads / hidden
-    gated = 1.5 if args.swiglu else 1.0
-    attention = 12 * layers * hidden**2 * (1 + groups / heads + seq / (2 * hidden)) * projection_ratio
-    width = feed_forward_width(args, args.moe_router_topk)
-    mlp = 12 * hidden * width * gated
-    logits = 6 * hidden * args.padded_vocab_size
-    return batch_size * seq * (attention + mlp + logits)
+    if not args.multi_latent_attention:
+        return 2 * args.kv_channels * heads
+    return heads * (args.qk_head_dim + args.qk_pos_emb_head_dim + args.v_head_dim)
 
 
 def _encoder_decoder_operations(args: Any) -> float:

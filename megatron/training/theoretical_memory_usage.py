@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from argparse import Namespace
 from dataclasses import dataclass
 from typing import Any
 
-from megatron.training.flops import feed_forward_width
+from megatron.training.flops import attention_parameters, feed_forward_width
 
 _MEGABYTE = 1 << 20
 
@@ -46,7 +47,7 @@ class ParameterCounts:
     """Parameters of the model and of its shards."""
 
     block: float
-    """Transformer layers and final norm."""
+    """Transformer layers and final norm, and the modules that predict further tokens."""
     embedding: float
     """Word embedding, twice when the output layer has its own."""
     most_loaded_shard: float
@@ -57,17 +58,22 @@ class ParameterCounts:
 
 def count_parameters(args: Any) -> ParameterCounts:
     """From the sizes alone."""
-    h, a = args.hidden_size, args.num_attention_heads
-    groups = args.num_query_groups if args.group_query_attention else a
-    gated = 1.5 if args.swiglu else 1.0
-    attention = 2 * h * h * (1 + groups / a) * (args.kv_channels * a / h)
-    width = feed_forward_width(args, args.num_experts or 0)
-    block = 2 * h * (width * gated + 2 * args.num_layers) + args.num_layers * attention + 2 * h
+    h, further = args.hidden_size, args.mtp_num_layers or 0
+    block = _layers_and_norm(Namespace(**{**vars(args), "mtp_num_layers": None}))
+    modules = _layers_and_norm(args) - block + further * (3 * h + 2 * h * h)
     table = h * args.padded_vocab_size
     untied, pp = args.untie_embeddings_and_output_weights, args.pipeline_model_parallel_size
     tp = args.tensor_model_parallel_size
-    most_loaded = (block / pp + table) / tp + (table / tp if untied and pp == 1 else 0)
-    return ParameterCounts(block, 2 * table if untied else table, most_loaded, block / (pp * tp) if pp > 1 else None)
+    most_loaded = (block / pp + modules + table) / tp + (table / tp if untied and pp == 1 else 0)
+    return ParameterCounts(
+        block + modules, 2 * table if untied else table, most_loaded, block / (pp * tp) if pp > 1 else None
+    )
+
+
+def _layers_and_norm(args: Any) -> float:
+    h, layers = args.hidden_size, args.num_layers + (args.mtp_num_layers or 0)
+    width = feed_forward_width(args, args.num_experts or 0) * (1.5 if args.swiglu else 1.0)
+    return 2 * h * (width + 2 * layers) + layers * attention_parameters(args) + 2 * h
 
 
 def _explanation(args: Any, num_microbatches: int | None) -> list[str]:

@@ -16,6 +16,7 @@ from megatron.core.collectives import all_reduce
 from megatron.core.num_microbatches_calculator import get_num_microbatches
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.moe.aux_loss import mean_aux_losses, names_of_aux_losses, track_layers
+from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper
 from megatron.training.device_memory import release_unused
 from megatron.training.flops import num_moe_layers
 from megatron.training.global_vars import get_args, get_timers
@@ -105,13 +106,16 @@ def train_step(
     if args.num_experts:
         of_routers = router_losses(args)
         losses |= of_routers if losses else {}
+    if args.mtp_num_layers:
+        of_further_tokens = MTPLossLoggingHelper.mean_losses(args.mtp_num_layers)
+        losses |= {f"mtp_{k} loss": mean for k, mean in enumerate(of_further_tokens, 1)} if losses else {}
     return StepResult(losses, not success, grad_norm, None if num_zeros is None else int(num_zeros))
 
 
 def router_losses(args: Any) -> dict[str, float]:
     """Losses of the routers, averaged over layers, with `--moe-per-layer-logging` each; on every rank, see there."""
     named: dict[str, float] = {}
-    track_layers(names_of_aux_losses(args), args.num_layers)
+    track_layers(names_of_aux_losses(args), args.num_layers + (args.mtp_num_layers or 0))
     for name, (mean, by_layer) in mean_aux_losses(get_num_microbatches(), num_moe_layers(args)).items():
         named[name] = float(mean)
         if args.moe_per_layer_logging:

@@ -65,9 +65,16 @@ def average_losses_across_data_parallel_group(losses: list[Tensor]) -> Tensor:
     return averaged / group.size()
 
 
-def batch_keys(first_stage: bool, last_stage: bool, document_mask: bool) -> list[str]:
-    """What a pipeline stage needs of a batch; every stage needs the tokens if they tell where documents end."""
-    keys = ["tokens", "position_ids"] if first_stage else ["tokens"] if document_mask else []
+def batch_keys(first_stage: bool, last_stage: bool, document_mask: bool, embeds_last: bool = False) -> list[str]:
+    """What a pipeline stage needs of a batch; every stage needs the tokens if they tell where documents end, the last
+    one if it predicts further tokens (`embeds_last`)."""
+    keys = (
+        ["tokens", "position_ids"]
+        if first_stage or (last_stage and embeds_last)
+        else ["tokens"]
+        if document_mask
+        else []
+    )
     return keys + (["labels", "loss_mask"] if last_stage else [])
 
 
@@ -82,6 +89,7 @@ def get_batch_on_this_tp_rank(data_iterator: Iterator[dict[str, Tensor]] | None)
         parallel_state.is_pipeline_first_stage(ignore_virtual=False),
         parallel_state.is_pipeline_last_stage(ignore_virtual=False),
         args.reset_attention_mask,
+        bool(args.mtp_num_layers),
     )
     shape = (args.micro_batch_size, args.seq_length)
     batch: dict[str, Tensor | None] = dict.fromkeys(["tokens", "labels", "loss_mask", "position_ids", "attention_mask"])

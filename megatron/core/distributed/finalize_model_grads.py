@@ -92,8 +92,8 @@ def _coalesced_sum(tensors: list[Tensor], group: ProcessGroup | None) -> None:
 
 
 def _shared_word_embedding(chunk: nn.Module) -> nn.Parameter | None:
-    bare = get_attr_wrapped_model(chunk, "share_embeddings_and_output_weights", return_model_obj=True)
-    if not bare.share_embeddings_and_output_weights:
+    bare: Any = get_attr_wrapped_model(chunk, "both_ends_embed", return_model_obj=True)
+    if not bare.both_ends_embed():
         return None
     return bare.shared_embedding_or_output_weight()
 

@@ -105,8 +105,8 @@ def run_forward(
 
 
 def _announce_loss_scale(num_microbatches: int, config: Any) -> None:
-    """Losses that layers add of themselves (a router's) weigh in backward as much as the model's own."""
-    if getattr(config, "num_moe_experts", None) is None:
+    """Losses that layers add of themselves (a router's, of further tokens) weigh in backward as the model's own."""
+    if not (getattr(config, "num_moe_experts", None) or getattr(config, "mtp_num_layers", None)):
         return
     scale = 1.0 if config.calculate_per_token_loss else config.context_parallel_size / num_microbatches
     if config.grad_scale_func is not None:

@@ -26,7 +26,7 @@ from megatron.core.transformer.rotary import apply_rotary_pos_emb, packed_angles
 from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_depth_rules import recomputes
-from megatron.core.transformer.utils import groups_or_default
+from megatron.core.transformer.utils import groups_or_default, of_layer
 from megatron.core.utils import divide, get_pg_size
 
 
@@ -90,7 +90,7 @@ class Attention(MegatronModule, ABC):
         self.num_query_groups_per_partition = divide(config.num_query_groups, tp_size)
 
         self.recompute_core = recomputes(config, "core_attn")
-        self.skip_rope = bool(config.no_rope_freq and config.no_rope_freq[layer_number - 1])  # type: ignore[index]
+        self.skip_rope = bool(config.no_rope_freq and of_layer(config.no_rope_freq, layer_number))
         core = build_module(
             submodules.core_attention,  # type: ignore[arg-type]
             config=config,

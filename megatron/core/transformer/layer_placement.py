@@ -57,7 +57,7 @@ def layout_of(config: TransformerConfig) -> PipelineParallelLayerLayout | None:
     if given is None or isinstance(given, PipelineParallelLayerLayout):
         return given
     layout = PipelineParallelLayerLayout(given, config.pipeline_model_parallel_size)
-    layout.validate_layer_layout(config.num_layers)
+    layout.validate_layer_layout(config.num_layers, config.mtp_num_layers)
     return layout
 
 

@@ -66,19 +66,23 @@ class PipelineParallelLayerLayout:
         """Number of stages (pipeline ranks times virtual stages) that the string describes."""
         return len(PipelineParallelLayerLayout.parse_str_to_list(layout))
 
-    def validate_layer_layout(self, num_layers: int) -> None:
+    def validate_layer_layout(self, num_layers: int, mtp_num_layers: int | None = None) -> None:
         """Raise unless one embedding comes first, one loss last, and `num_layers` transformer layers between
-        them.
+        them; the modules that predict further tokens, if they are named, stand before the loss on its stage.
 
         Raises:
             ValueError: they do not.
-            NotImplementedError: there are encoder or MTP layers.
+            NotImplementedError: there are encoder layers.
         """
         flat = [layer for stage in self.stages for layer in stage]
-        unbuilt = {layer for layer in flat if layer in (LayerType.encoder, LayerType.mtp)}
-        if unbuilt:
-            names = ", ".join(sorted(layer.name for layer in unbuilt))
-            raise NotImplementedError(f"pipeline_model_parallel_layout {self} with {names} layers")
+        if LayerType.encoder in flat:
+            raise NotImplementedError(f"pipeline_model_parallel_layout {self} with encoder layers")
+        named, wanted = flat.count(LayerType.mtp), mtp_num_layers or 0
+        if named and (named != wanted or self.stages[-1][-1 - named : -1] != [LayerType.mtp] * named):
+            raise ValueError(
+                f"pipeline_model_parallel_layout {self} has {named} modules for further tokens (m), mtp_num_layers is "
+                f"{wanted}: leave m out, or name them all between the last t and the L of the last stage"
+            )
         if flat.count(LayerType.embedding) != 1 or self.stages[0][:1] != [LayerType.embedding]:
             raise ValueError(f"pipeline_model_parallel_layout {self} must begin with its only E")
         if flat.count(LayerType.loss) != 1 or self.stages[-1][-1:] != [LayerType.loss]:

@@ -128,7 +128,7 @@ def derive_chunks_from_layout(config: TransformerConfig) -> None:
     if not isinstance(given, PipelineParallelLayerLayout):
         given = PipelineParallelLayerLayout(given, config.pipeline_model_parallel_size)
         config.pipeline_model_parallel_layout = given
-    given.validate_layer_layout(config.num_layers)
+    given.validate_layer_layout(config.num_layers, config.mtp_num_layers)
     chunks = given.virtual_pipeline_model_parallel_size
     if config.virtual_pipeline_model_parallel_size is None and chunks > 1:
         config.virtual_pipeline_model_parallel_size = chunks

@@ -34,7 +34,7 @@ from megatron.core.transformer.moe.moe_layer import BaseMoELayer
 from megatron.core.transformer.spec_utils import ModuleSpec, build_module, get_module
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_depth_rules import recomputes
-from megatron.core.transformer.utils import groups_or_default
+from megatron.core.transformer.utils import groups_or_default, of_layer
 from megatron.core.utils import get_pg_rank
 
 Part = ModuleSpec | type | Callable[..., Any]
@@ -138,7 +138,7 @@ class TransformerLayer(MegatronModule, BaseTransformerLayer):
     def _attention(self, spec: Part, groups: ProcessGroupCollection) -> nn.Module:
         cp_comm_type = self.config.cp_comm_type
         if isinstance(cp_comm_type, list):
-            cp_comm_type = cp_comm_type[self.layer_number - 1]
+            cp_comm_type = of_layer(cp_comm_type, self.layer_number)
         return build_module(
             spec,
             config=self.config,

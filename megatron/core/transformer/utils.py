@@ -66,6 +66,11 @@ def attention_mask_func(attention_scores: Tensor, attention_mask: Tensor) -> Ten
     return attention_scores.masked_fill(attention_mask, -10000.0)
 
 
+def of_layer(values: Any, layer_number: int) -> Any:
+    """The entry of layer `layer_number` (from 1) in a list by layers; layers behind the last are like it."""
+    return values[min(layer_number, len(values)) - 1]
+
+
 # --- activations ---
 
 

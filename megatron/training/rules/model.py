@@ -253,12 +253,22 @@ def require_experts_fit_ranks(args: argparse.Namespace) -> None:
 
 
 def require_further_prediction_fits(args: argparse.Namespace) -> None:
-    """Modules that predict further ahead shift positions, which only some schemes allow."""
-    if args.mtp_num_layers:
+    """Modules that predict further ahead embed tokens at other places, for which a table of positions has no rows."""
+    if args.mtp_num_layers is None:
         refuse_unless(
-            args.context_parallel_size == 1 and args.position_embedding_type in ("rope", "none"),
-            "--mtp-num-layers needs --context-parallel-size 1 and --position-embedding-type rope or none",
+            not was_given(args, "mtp_loss_scaling_factor"), "--mtp-loss-scaling-factor needs --mtp-num-layers"
         )
+        return
+    refuse_unless(args.mtp_num_layers > 0, f"--mtp-num-layers ({args.mtp_num_layers}) must be positive; leave it out")
+    kinds = ("rope", "yarn", "none")
+    refuse_unless(
+        args.position_embedding_type in kinds,
+        f"--mtp-num-layers needs --position-embedding-type {', '.join(kinds)}, found {args.position_embedding_type}",
+    )
+    refuse_unless(
+        not args.use_torch_fsdp2,
+        "--mtp-num-layers does not work with --use-torch-fsdp2; use --use-distributed-optimizer",
+    )
 
 
 MODEL_RULES = (

@@ -19,11 +19,22 @@ LLAMA_3_8B = (
     "--num-layers 32 --hidden-size 4096 --num-attention-heads 32 --group-query-attention --num-query-groups 8 "
     "--ffn-hidden-size 14336 --swiglu --seq-length 8192 --max-position-embeddings 8192"
 )
+DEEPSEEK_V2_LITE = (
+    "--num-layers 27 --hidden-size 2048 --num-attention-heads 16 --ffn-hidden-size 10944 --swiglu --seq-length 4096 "
+    "--max-position-embeddings 4096 --disable-bias-linear --num-experts 64 --moe-router-topk 6 "
+    "--moe-ffn-hidden-size 1408 --moe-shared-expert-intermediate-size 2816 --moe-layer-freq ([0]+[1]*26) "
+    "--multi-latent-attention --kv-lora-rank 512 --qk-head-dim 128 --qk-pos-emb-head-dim 64 --v-head-dim 128"
+)
 
 
 @pytest.mark.parametrize(
     ("flags", "padded_vocab_size", "batch_size", "expected"),
-    [(GPT_345M, 50304, 8, 18612240777216), (LLAMA_3_8B, 128256, 1, 421645529382912)],
+    [
+        (GPT_345M, 50304, 8, 18612240777216),
+        (f"{GPT_345M} --mtp-num-layers 1 --position-embedding-type rope", 50304, 8, 21917369106432),
+        (LLAMA_3_8B, 128256, 1, 421645529382912),
+        (DEEPSEEK_V2_LITE, 102400, 1, 67117793673216),
+    ],
 )
 def test_tabled_models(flags: str, padded_vocab_size: int, batch_size: int, expected: int) -> None:
     args = validated(flags).variant(padded_vocab_size=padded_vocab_size)

@@ -140,6 +140,9 @@ def test_bad_layouts(text: str, pp: int, layers: int, message: str) -> None:
         PipelineParallelLayerLayout(text, pp).validate_layer_layout(layers)
 
 
-def test_mtp_in_layout_is_refused() -> None:
-    with pytest.raises(NotImplementedError, match="mtp"):
+def test_modules_for_further_tokens_stand_before_the_loss() -> None:
+    PipelineParallelLayerLayout("Et|tmL", 2).validate_layer_layout(2, 1)
+    with pytest.raises(ValueError, match=r"has 1 modules for further tokens \(m\), mtp_num_layers is 0"):
         PipelineParallelLayerLayout("Et|tmL", 2).validate_layer_layout(2)
+    with pytest.raises(ValueError, match="of the last stage"):
+        PipelineParallelLayerLayout("Etm|tL", 2).validate_layer_layout(2, 1)

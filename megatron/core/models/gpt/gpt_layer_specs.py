@@ -7,6 +7,7 @@ from typing import Any
 
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.fusions.fused_layer_norm import FusedLayerNorm
+from megatron.core.stage_placement import placement_of
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.attention_backends import build_core_attention
@@ -17,6 +18,11 @@ from megatron.core.transformer.moe.experts import GroupedMLP, SequentialMLP
 from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
 from megatron.core.transformer.multi_latent_attention import MLASelfAttention, MLASelfAttentionSubmodules
+from megatron.core.transformer.multi_token_prediction import (
+    MultiTokenPredictionBlockSubmodules,
+    MultiTokenPredictionLayer,
+    MultiTokenPredictionLayerSubmodules,
+)
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.torch_norm import L2Norm
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
@@ -25,6 +31,7 @@ from megatron.core.transformer.transformer_layer import (
     TransformerLayer,
     TransformerLayerSubmodules,
     get_transformer_layer_offset,
+    pipeline_rank,
 )
 
 CHECKPOINT_NAMES_OF_NORMS = {
@@ -151,6 +158,16 @@ def get_gpt_decoder_block_spec(
     vp_stage: int | None = None,
 ) -> TransformerBlockSubmodules:
     """The layers of this rank's virtual stage and the final norm, for models whose layers may differ."""
+    kinds = kinds_of_layers(config, use_transformer_engine, qk_l2_norm)
+    first = get_transformer_layer_offset(config, vp_stage)
+    numbers = range(first, first + get_num_layers_to_build(config, vp_stage))
+    return TransformerBlockSubmodules([kinds[has_experts(config, number)] for number in numbers], FusedLayerNorm)
+
+
+def kinds_of_layers(
+    config: TransformerConfig, use_transformer_engine: bool, qk_l2_norm: bool | None = False
+) -> dict[bool, ModuleSpec]:
+    """Layers without (False) and, where the configuration has some, with experts (True)."""
     make = get_gpt_layer_with_transformer_engine_spec if use_transformer_engine else get_gpt_layer_local_spec
     make_layer = partial(
         make,
@@ -163,9 +180,38 @@ def get_gpt_decoder_block_spec(
     kinds = {False: make_layer()}
     if config.num_moe_experts is not None:
         kinds[True] = make_layer(num_experts=config.num_moe_experts, moe_grouped_gemm=config.moe_grouped_gemm)
-    first = get_transformer_layer_offset(config, vp_stage)
-    numbers = range(first, first + get_num_layers_to_build(config, vp_stage))
-    return TransformerBlockSubmodules([kinds[has_experts(config, number)] for number in numbers], FusedLayerNorm)
+    return kinds
+
+
+def get_gpt_mtp_block_spec(
+    config: TransformerConfig,
+    spec: TransformerBlockSubmodules | ModuleSpec,
+    use_transformer_engine: bool,
+    vp_stage: int | None = None,
+) -> MultiTokenPredictionBlockSubmodules | None:
+    """The `mtp_num_layers` modules that predict further tokens, each with a layer like the model's last one; None
+    without, and on stages before the last.
+
+    Args:
+        spec: of one layer for all, or of this stage's part of the decoder.
+    """
+    placement = placement_of(config)
+    if not config.mtp_num_layers or placement.stage_of(pipeline_rank(), vp_stage or 0) != placement.num_stages - 1:
+        return None
+    if isinstance(spec, TransformerBlockSubmodules):  # which has no layer on a stage of its own for the loss
+        last = has_experts(config, config.num_layers - 1)
+        spec = spec.layer_specs[-1] if spec.layer_specs else kinds_of_layers(config, use_transformer_engine)[last]
+    module = ModuleSpec(
+        module=MultiTokenPredictionLayer,
+        submodules=MultiTokenPredictionLayerSubmodules(
+            enorm=FusedLayerNorm,
+            hnorm=FusedLayerNorm,
+            eh_proj=ColumnParallelLinear,
+            transformer_layer=spec,
+            layer_norm=FusedLayerNorm,
+        ),
+    )
+    return MultiTokenPredictionBlockSubmodules([module] * config.mtp_num_layers)
 
 
 def has_experts(config: TransformerConfig, layer: int) -> bool:

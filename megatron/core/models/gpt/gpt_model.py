@@ -22,6 +22,10 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.initialization import deferred_initialization, initialize_parameters
 from megatron.core.tensor_parallel.weight_grad_queue import WeightGradQueue
+from megatron.core.transformer.multi_token_prediction import (
+    MultiTokenPredictionBlock,
+    MultiTokenPredictionBlockSubmodules,
+)
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, build_block
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -47,6 +51,7 @@ class GPTModel(LanguageModule):
         rotary_percent, rotary_base, rope_scaling, rope_scaling_factor, seq_len_interpolation_factor: see
             `RotaryEmbedding`.
         scatter_embedding_sequence_parallel: the embedding ends in a split under sequence parallelism.
+        mtp_block_spec: modules that predict further tokens while training; the last chunk then has an embedding too.
         vp_stage: virtual pipeline stage, None without interleaving.
         true_vocab_size: size of the vocabulary without padding; padding columns of the logits take no part in
             the loss.
@@ -70,15 +75,16 @@ class GPTModel(LanguageModule):
         rope_scaling_factor: float = 8.0,
         scatter_embedding_sequence_parallel: bool = True,
         seq_len_interpolation_factor: float | None = None,
-        mtp_block_spec: ModuleSpec | None = None,
+        mtp_block_spec: MultiTokenPredictionBlockSubmodules | None = None,
         vp_stage: int | None = None,
         *,
         true_vocab_size: int | None = None,
         model_comm_pgs: ProcessGroupCollection | None = None,
     ) -> None:
         super().__init__(config, model_comm_pgs)
-        if mtp_block_spec is not None or config.mtp_num_layers:
-            raise NotImplementedError("multi-token prediction (mtp_num_layers) is not built yet")
+        self.mtp_process = post_process and mtp_block_spec is not None
+        if self.mtp_process and position_embedding_type == "learned_absolute":
+            raise ValueError("modules for further tokens embed no positions: use rotary positions, or none")
         self.vocab_size, self.true_vocab_size = vocab_size, true_vocab_size
         self.max_sequence_length = max_sequence_length
         self.pre_process, self.post_process, self.vp_stage = pre_process, post_process, vp_stage
@@ -94,7 +100,7 @@ class GPTModel(LanguageModule):
         if post_process and config.defer_embedding_wgrad_compute:
             self.output_weight_grads = WeightGradQueue(config.wgrad_deferral_limit)
         with deferred_initialization():
-            if pre_process:
+            if pre_process or self.mtp_process:
                 self.embedding = LanguageModelEmbedding(
                     config,
                     vocab_size,
@@ -114,12 +120,17 @@ class GPTModel(LanguageModule):
                 model_comm_pgs=self.model_comm_pgs,
                 vp_stage=vp_stage,
             )
+            if self.mtp_process:
+                assert mtp_block_spec is not None
+                self.mtp = MultiTokenPredictionBlock(
+                    config, mtp_block_spec, vp_stage, model_comm_pgs=self.model_comm_pgs
+                )
             if post_process:
                 self.output_layer = build_output_layer(
                     config,
                     vocab_size,
                     tied=share_embeddings_and_output_weights,
-                    pre_process=pre_process,
+                    pre_process=pre_process or self.mtp_process,  # has the tied weight
                     parallel_output=parallel_output,
                     weight_grad_queue=self.output_weight_grads,
                     tp_group=self.model_comm_pgs.tp,
@@ -219,7 +230,8 @@ class GPTModel(LanguageModule):
             inference_context: what came before these tokens; `position_ids` are needed on every stage then.
             extra_block_kwargs: further arguments of the transformer block.
             runtime_gather_output: overrides `parallel_output`.
-            loss_mask: unused here; the training program weighs the losses.
+            loss_mask: [b, s], which tokens count, for the losses of further tokens; the training program weighs the
+                next tokens' ones.
             output_positions: [b, s] bool: the positions whose logits are wanted, [1, n, v] in the order of [b, s].
                 Where ranks have whole sequences, the others do not go through the output layer. Excludes `labels`.
         """
@@ -227,17 +239,34 @@ class GPTModel(LanguageModule):
             assert input_ids is not None
             decoder_input = self.embedding(input_ids, position_ids)
         inference_context = inference_context if inference_context is not None else inference_params
+        angles = self._angles(decoder_input, position_ids, packed_seq_params, inference_context)
         hidden_states = self.decoder(
             hidden_states=decoder_input,
             attention_mask=attention_mask,
             inference_context=inference_context,
-            rotary_pos_emb=self._angles(decoder_input, position_ids, packed_seq_params, inference_context),
+            rotary_pos_emb=angles,
             packed_seq_params=packed_seq_params,
             **(extra_block_kwargs or {}),
         )
         if not self.post_process:
             return hidden_states
         weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
+        if self.mtp_process and labels is not None and self.training:
+            assert input_ids is not None
+            hidden_states = self.mtp(
+                input_ids,
+                position_ids,
+                hidden_states,
+                attention_mask,
+                labels=labels,
+                rotary_pos_emb=angles,
+                packed_seq_params=packed_seq_params,
+                loss_mask=loss_mask,
+                embedding=self.embedding,
+                output_layer=self.output_layer,
+                output_weight=weight,
+                compute_language_model_loss=self.compute_language_model_loss,
+            )
         selects_early = output_positions is not None and not self.config.sequence_parallel
         if selects_early:
             hidden_states = _at(hidden_states, output_positions)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron.core.dist_checkpointing.mapping import ShardedStateDict
+from megatron.core.dist_checkpointing.mapping import ShardedStateDict, ShardedTensor
 from megatron.core.fusions.fused_cross_entropy import fused_vocab_parallel_cross_entropy
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -22,7 +22,7 @@ from megatron.core.transformer.utils import groups_or_default
 from megatron.core.utils import get_pg_rank, make_tp_sharded_tensor_for_checkpoint
 from megatron.core.vocabulary_padding import mark_padding_rows
 
-_LOCAL_EXPERT = re.compile(r"(mlp\.experts\.local_experts\.)(\d+)(\..*)")
+_LOCAL_EXPERT = re.compile(r"((?:transformer_layer\.)?mlp\.experts\.local_experts\.)(\d+)(\..*)")
 
 
 class LanguageModule(MegatronModule):
@@ -38,6 +38,8 @@ class LanguageModule(MegatronModule):
     share_embeddings_and_output_weights: bool
     true_vocab_size: int | None = None
     position_embedding_type: str
+    mtp_process: bool = False
+    """This chunk predicts further tokens, and embeds some for that."""
     output_layer_name: str = "output_layer"
     """Where in the model the output layer is."""
 
@@ -93,7 +95,8 @@ class LanguageModule(MegatronModule):
         layer = getattr(self, block).layers[int(index)]
         expert = _LOCAL_EXPERT.match(name)
         if expert is not None:
-            name = f"{expert[1]}{layer.mlp.local_expert_indices[int(expert[2])]}{expert[3]}"
+            of_mlp = getattr(layer, "transformer_layer", layer)
+            name = f"{expert[1]}{of_mlp.mlp.local_expert_indices[int(expert[2])]}{expert[3]}"
         return f"{block}.layers.{layer.layer_number - 1}.{name}"
 
     def setup_embeddings_and_output_layer(self) -> None:
@@ -103,25 +106,28 @@ class LanguageModule(MegatronModule):
         name; in training their gradients are summed over the embedding group (arXiv:1909.08053, section 3;
         parallel over stages).
         """
-        tables: list[Any] = [self.embedding.word_embeddings.weight] if self.pre_process else []  # type: ignore[union-attr]
+        embeds = self.pre_process or self.mtp_process
+        tables: list[Any] = [self.embedding.word_embeddings.weight] if embeds else []  # type: ignore[union-attr]
         output_layer: Any = getattr(self, "output_layer", None)
         tables += [output_layer.weight] if output_layer is not None else []
         for table in tables:
             if table is not None:
                 table.is_embedding_or_output_parameter = True
                 mark_padding_rows(table, get_pg_rank(self.model_comm_pgs.tp) * table.size(0), self.true_vocab_size)
-        if not self.share_embeddings_and_output_weights or (self.pre_process and self.post_process):
+        weight: Any = self.shared_embedding_or_output_weight()
+        if not self.both_ends_embed() or (self.pre_process and self.post_process) or weight is None:
             return
-        if self.pre_process:
-            self.embedding.word_embeddings.weight.shared_embedding = True  # type: ignore[union-attr]
-        elif self.post_process:
-            weight = self.output_layer.weight  # type: ignore[union-attr]
-            weight.shared = True  # type: ignore[union-attr]  # counted once in norms, on the first stage
-            weight.shared_embedding = True  # type: ignore[union-attr]
+        weight.shared_embedding = True
+        if not self.pre_process:
+            weight.shared = True  # counted once in norms, on the first stage
+
+    def both_ends_embed(self) -> bool:
+        """Whether the last stage uses the embedding, for its output or to predict further tokens."""
+        return self.share_embeddings_and_output_weights or bool(self.config.mtp_num_layers)
 
     def shared_embedding_or_output_weight(self) -> Tensor | None:
-        """The tied weight [v/tp, h] where this stage holds it, else None."""
-        if self.pre_process:
+        """The embedding [v/tp, h] where this stage holds it or what is tied to it, else None."""
+        if self.pre_process or self.mtp_process:
             return self.embedding.word_embeddings.weight  # type: ignore[union-attr, return-value]
         if self.post_process:
             return self.output_layer.weight  # type: ignore[union-attr, return-value]
@@ -148,6 +154,8 @@ class LanguageModule(MegatronModule):
         sharded.pop(f"{output_layer}._extra_state", None)
         if self.share_embeddings_and_output_weights:
             self.tie_embeddings_and_output_weights_state_dict(sharded, output_key, embedding_key)
+        if self.mtp_process and not self.pre_process:
+            sharded[embedding_key] = self._further_copy(embedding_key)
         for key in (embedding_key, output_key, f"{output_layer}.bias"):
             if key in sharded:
                 sharded[key].allow_shape_mismatch = True
@@ -161,13 +169,17 @@ class LanguageModule(MegatronModule):
     ) -> None:
         """Describe a tied output weight as a further copy of the embedding; changes `sharded_state_dict`."""
         sharded_state_dict.pop(output_layer_weight_key, None)
-        if self.pre_process or not self.post_process:
+        if self.pre_process or self.mtp_process or not self.post_process:
             return
+        sharded_state_dict[output_layer_weight_key] = self._further_copy(first_stage_word_emb_key)
+
+    def _further_copy(self, embedding_key: str) -> ShardedTensor:
+        """This stage's copy of the first stage's embedding."""
         weight = self.shared_embedding_or_output_weight()
         assert isinstance(weight, torch.Tensor)
-        sharded_state_dict[output_layer_weight_key] = make_tp_sharded_tensor_for_checkpoint(
+        return make_tp_sharded_tensor_for_checkpoint(
             weight,
-            first_stage_word_emb_key,
+            embedding_key,
             replica_id=(1, 0, get_pg_rank(self.model_comm_pgs.dp_cp)),
             allow_shape_mismatch=True,
         )
