@@ -11,8 +11,6 @@ if TYPE_CHECKING:
     from megatron.core.transformer.transformer_config import TransformerConfig
 
 RECOMPUTE_MODULES = ("core_attn", "moe_act", "layernorm", "mla_up_proj", "mlp", "moe")
-RECOMPUTE_MODULES_BUILT = ("core_attn", "layernorm", "mla_up_proj", "mlp", "moe")
-"""The other one, `moe_act`, waits for the experts."""
 
 SPLIT_FIELDS = (
     "num_layers_in_first_pipeline_stage",
@@ -93,11 +91,6 @@ def require_known_recompute_modules(config: TransformerConfig) -> None:
         require(
             not {"moe_act", "layernorm"} & set(modules),
             "recompute_modules moe_act and layernorm do not work with fp8",
-        )
-    missing = [module for module in modules if module not in RECOMPUTE_MODULES_BUILT]
-    if missing:
-        raise NotImplementedError(
-            f"recompute_modules {missing}: not built yet; choose from {', '.join(RECOMPUTE_MODULES_BUILT)}"
         )
 
 

@@ -43,6 +43,7 @@ LAYOUT_AXES: dict[str, dict[str, str]] = {
         "none": "",
         "experts": "--moe-layer-recompute",
         "whole": "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1",
+        "activations": "--recompute-granularity selective --recompute-modules moe_act",
         "latents": "--recompute-granularity selective --recompute-modules mla_up_proj core_attn",
     },
 }
@@ -84,6 +85,7 @@ RULES = [
     Rule(("pp", "schedule"), lambda pp, schedule: schedule == "1f1b" or pp == "2"),
     Rule(("tp", "drop"), lambda tp, drop: drop == "none" or tp == "1"),  # a rank drops of its own tokens
     Rule(("cp", "drop"), lambda cp, drop: drop == "none" or cp == "1"),
+    Rule(("experts", "recompute"), lambda experts, what: what != "activations" or experts == "grouped"),
     Rule(("attention", "recompute"), lambda attention, what: what != "latents" or attention != "heads"),
 ]
 

@@ -317,9 +317,7 @@ def test_every_unbuilt_row_is_a_field() -> None:
     assert set(FIELDS_NOT_BUILT) <= names
 
 
-def test_unbuilt_recompute_is_refused() -> None:
-    with pytest.raises(NotImplementedError, match=r"\['moe_act'\]: not built yet; choose from core_attn, layern"):
-        config(recompute_granularity="selective", recompute_modules=["core_attn", "moe_act"], moe_grouped_gemm=True)
+def test_unbuilt_dispatcher_is_refused() -> None:
     with pytest.raises(NotImplementedError, match=r"moe_token_dispatcher_type \(flex\) is not built yet"):
         config(num_moe_experts=2, moe_token_dispatcher_type="flex", add_bias_linear=False)
 

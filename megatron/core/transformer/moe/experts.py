@@ -12,10 +12,12 @@ from megatron.core.dist_checkpointing.mapping import ShardedStateDict, ShardedTe
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.initialization import parameter_device, register_parameter_init
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
+from megatron.core.tensor_parallel.random import CheckpointWithoutOutput
 from megatron.core.transformer.mlp import MLP, MLPSubmodules, choose_activation
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.moe.grouped_linear import grouped_linear
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_depth_rules import recomputes
 from megatron.core.transformer.utils import groups_or_default
 from megatron.core.utils import divide, get_pg_rank, get_pg_size
 
@@ -102,6 +104,7 @@ class GroupedMLP(MegatronModule):
         self.replica = (0, 0, get_pg_rank(groups.expt_dp))
         self.tp_group = groups.expt_tp
         self.activate = choose_activation(config)
+        self.recompute_activation = recomputes(config, "moe_act")
         self.halves = 2 if config.gated_linear_unit else 1
         assert config.moe_ffn_hidden_size is not None
         inner, h = divide(config.moe_ffn_hidden_size, get_pg_size(self.tp_group)), config.hidden_size
@@ -132,9 +135,19 @@ class GroupedMLP(MegatronModule):
         """As of `SequentialMLP`."""
         rows, weights = _weighted_input(permuted_local_hidden_states, permuted_probs, self.config)
         splits, fused = tokens_per_expert.tolist(), self.config.gradient_accumulation_fusion
-        inner = self.activate(grouped_linear(rows, self.weight1, splits, fused), None)
-        inner = (inner * weights.unsqueeze(-1)).to(inner.dtype)
-        return grouped_linear(inner, self.weight2, splits, fused), None
+        hidden = grouped_linear(rows, self.weight1, splits, fused)
+        again = CheckpointWithoutOutput() if self.recompute_activation and self.training and len(rows) else None
+        inner = (
+            self._activated(hidden, weights) if again is None else again.checkpoint(self._activated, hidden, weights)
+        )
+        output = grouped_linear(inner, self.weight2, splits, fused)
+        if again is not None:
+            again.discard_output_and_register_recompute(output)
+        return output, None
+
+    def _activated(self, hidden: Tensor, weights: Tensor) -> Tensor:
+        inner = self.activate(hidden, None)
+        return (inner * weights.unsqueeze(-1)).to(inner.dtype)
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: Offsets = (), metadata: dict[str, Any] | None = None

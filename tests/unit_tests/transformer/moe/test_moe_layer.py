@@ -209,3 +209,14 @@ def test_the_bias_of_experts_stays_in_fp32_when_the_model_is_cast() -> None:
     assert made.router.expert_bias.dtype == made.router.local_tokens_per_expert.dtype == torch.float32
     assert made.router.expert_bias[0].item() == pytest.approx(1.001, abs=1e-6)
     assert "router.expert_bias" in made.state_dict()
+
+
+def test_recomputed_activations_change_nothing() -> None:
+    x = hidden_states()
+    found = []
+    for more in ({}, {"recompute_granularity": "selective", "recompute_modules": ["moe_act"]}):
+        made = layer(config(moe_grouped_gemm=True, **more)).train()
+        source = x.clone().requires_grad_()
+        made(source)[0].square().sum().backward()
+        found.append({"x": source.grad, **{name: param.grad for name, param in made.named_parameters()}})
+    assert all(torch.equal(found[1][name], grad) for name, grad in found[0].items())
