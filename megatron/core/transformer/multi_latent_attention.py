@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.nn.functional import pad
 
-from megatron.core.inference.contexts import BaseInferenceContext, StaticInferenceContext
+from megatron.core.inference.contexts import BaseInferenceContext
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.mappings import (
@@ -134,21 +134,24 @@ class MultiLatentAttention(Attention):
         """(output [s, b, h], bias to be added or None); arguments as of `Attention.forward`, except:
 
         Args:
-            inference_context: the tokens are those behind its `sequence_len_offset`. The layer keeps their normed
-                latents and rotated keys, c + r numbers a token; new tokens attend to the kept ones in latent space.
-            rotary_pos_emb: none, the angles are the layer's own.
-            position_ids: unused: positions count from the start of the sequence, or of its packed parts.
+            inference_context: keeps the normed latent and the rotated key of each token, c + r numbers; new tokens
+                attend to them in latent space. Needs `rotary_pos_emb`.
+            rotary_pos_emb: angles of the r channels, [s, 1, 1, r] or by sample [s, b, 1, r], of `rotary_embedding_of`;
+                None: the layer's own, for positions from 0.
+            position_ids: unused, angles say where tokens are.
 
         Raises:
-            ValueError: angles are handed in, or there is a context where ranks have parts of the sequence.
+            NotImplementedError: a context with a mask, a bias, packed sequences, or context parallelism.
+            ValueError: a context without angles.
         """
-        if rotary_pos_emb is not None:
-            raise ValueError("latent attention rotates its own channels by its own angles: leave rotary_pos_emb out")
         context = inference_context if inference_context is not None else inference_params
-        if context is not None:
-            return self.linear_proj(self._attend_with_context(hidden_states, attention_mask, context))
         parts = self.down_project(hidden_states)
-        angles = self._angles(parts[-1], packed_seq_params)
+        if context is not None:
+            self._require_cacheable(attention_mask, attention_bias, packed_seq_params)
+            if rotary_pos_emb is None and not self.skip_rope:
+                raise ValueError("with a context, tokens are not the first ones: hand in the angles of their positions")
+            return self.linear_proj(self._attend_to_latents(*parts, rotary_pos_emb, context))
+        angles = self._angles(parts[-1], rotary_pos_emb, packed_seq_params)
         again = CheckpointWithoutOutput() if self.recompute_up_proj and self.training else None
 
         def up_project(query_source: Tensor, latents: Tensor, shared_key: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -172,7 +175,7 @@ class MultiLatentAttention(Attention):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """query and key [s, b, a/tp, n + r], rotated, and value [s, b, a/tp, v] of a whole sequence."""
         parts = self.down_project(hidden_states)
-        return self._up_project(*parts, self._angles(parts[-1], packed_seq_params))
+        return self._up_project(*parts, self._angles(parts[-1], None, packed_seq_params))
 
     def _up_project(
         self, query_source: Tensor, latents: Tensor, shared_key: Tensor, angles: Tensor | None
@@ -190,15 +193,20 @@ class MultiLatentAttention(Attention):
     # --- positions ---
 
     def _angles(
-        self, shared_key: Tensor, packed_seq_params: PackedSeqParams | None = None, offset: int = 0
+        self,
+        shared_key: Tensor,
+        given: Tensor | tuple[Tensor, Tensor] | None,
+        packed_seq_params: PackedSeqParams | None,
     ) -> Tensor | None:
-        """Of the tokens in `shared_key` [s, b, r], which begin at position `offset`; None where nothing rotates."""
+        """Of the tokens in `shared_key` [s, b, r]; None where nothing rotates."""
         if self.skip_rope:
             return None
         cp, (tokens, samples) = self.model_comm_pgs.cp, shared_key.shape[:2]
-        table = self.rotary_pos_emb(tokens * get_pg_size(cp), offset, packed_seq_params is not None)
+        table: Any = given
+        if table is None:
+            table = self.rotary_pos_emb(tokens * get_pg_size(cp), 0, packed_seq_params is not None)
         if isinstance(table, tuple):
-            table, _ = table
+            table = table[0]
         return table if packed_seq_params is None else packed_angles(table, packed_seq_params, tokens, samples, cp)
 
     def _rotated(self, channels: Tensor, angles: Tensor | None) -> Tensor:
@@ -209,55 +217,33 @@ class MultiLatentAttention(Attention):
 
     # --- one token after the other ---
 
-    def _attend_with_context(
-        self, hidden_states: Tensor, attention_mask: Tensor | None, context: BaseInferenceContext
+    def _attend_to_latents(
+        self,
+        source: Tensor,
+        latents: Tensor,
+        shared_key: Tensor,
+        angles: Tensor | tuple[Tensor, Tensor] | None,
+        context: BaseInferenceContext,
     ) -> Tensor:
-        """[s, b, a/tp * v] of new tokens, which see those that the context has kept."""
-        if not isinstance(context, StaticInferenceContext):
-            raise NotImplementedError(f"latents are kept in a StaticInferenceContext, not in a {type(context)}")
-        sizes = get_pg_size(self.model_comm_pgs.cp), get_pg_size(self.model_comm_pgs.tp)
-        if sizes[0] > 1 or (self.config.sequence_parallel and sizes[1] > 1):
-            raise ValueError("an inference context needs whole sequences: no context and no sequence parallelism")
-        source, latents, shared_key = self.down_project(hidden_states)
-        offset = context.sequence_len_offset
-        angles = self._angles(shared_key, offset=offset)
-        latents, shared_key = self.normed(latents), self._rotated(shared_key.unsqueeze(2), angles).squeeze(2)
-        queries = self.queries(source, angles)
-        kept = context.kept(self.layer_number, (latents, shared_key))
-        if offset == 0 and len(latents) > 1:  # all of the text: wide products are cheaper than long latents
-            keys, values = self.keys_and_values(latents)
-            key = torch.cat((keys, shared_key.unsqueeze(2).expand(-1, -1, keys.size(2), -1)), dim=-1)
-            heads = _of_one_width(torch.cat(queries, dim=-1), key, values)
-            return self._without_padding(self._attend(*heads, attention_mask, None, None))
-        if attention_mask is not None:
-            raise NotImplementedError("tokens behind a kept text see all of it: leave attention_mask out")
-        return self._attend_to_latents(*queries, *kept).flatten(2)
+        """[s, b, a/tp * v] of new tokens, which see those that the context has kept.
 
-    def _attend_to_latents(self, plain: Tensor, rotated: Tensor, latents: Tensor, shared_key: Tensor) -> Tensor:
-        """[s, b, a/tp, v]: the up projections of keys and values moved to the other side of the products, to queries
-        and results, of which there are few (arXiv:2405.04434, section 2.1.3).
-
-        Args:
-            plain, rotated: queries [s, b, a/tp, n] and [s, b, a/tp, r] of the last s tokens.
-            latents, shared_key: [t, b, c] and [t, b, r] of all.
+        The up projections of keys and values move to the other side of the products, to queries and results
+        (arXiv:2405.04434, section 2.1.3): all heads look at one key a token, which is its value too.
         """
+        tp, config = self.model_comm_pgs.tp, self.config
+        latents = self.normed(latents)
+        if config.sequence_parallel:
+            latents = gather_from_sequence_parallel_region(latents, group=tp)
+        turns: Any = None if self.skip_rope else angles[0] if isinstance(angles, tuple) else angles
+        plain, rotated = self.queries(source, turns)
         of_keys, of_values = self.up_projection_of_heads()
-        absorbed = torch.einsum("sban,anc->bsac", plain, of_keys.to(plain.dtype))
-        scores = torch.einsum("bsac,tbc->bast", absorbed, latents) + torch.einsum("sbar,tbr->bast", rotated, shared_key)
-        scale = self.scale_of_scores()
-        assert scale is not None
-        scores = (scores * scale).float() if scores.dtype is not torch.float64 else scores * scale
-        probs = scores.masked_fill(self._unseen(plain.size(0), latents), -torch.inf).softmax(-1)
-        context = torch.einsum("bast,tbc->bsac", probs.to(latents.dtype), latents)
-        return torch.einsum("bsac,avc->sbav", context, of_values.to(context.dtype))
-
-    def _unseen(self, num_queries: int, keys: Tensor) -> Tensor:
-        """[s, t], True where a key is behind its query, or before its window."""
-        total = len(keys)
-        last = torch.arange(total - num_queries, total, device=keys.device).unsqueeze(1)
-        place = torch.arange(total, device=keys.device)
-        left = -1 if self.config.window_size is None else self.config.window_size[0]
-        return (place > last) | (place < last - left) if left >= 0 else place > last
+        absorbed = torch.einsum("sban,anc->sbac", plain, of_keys.to(plain.dtype))
+        key = torch.cat((latents.unsqueeze(2), self._rotated(shared_key.unsqueeze(2), turns)), dim=-1)
+        query = torch.cat((absorbed, rotated), dim=-1)
+        scale = self.core_attention.softmax_scale
+        found = context.attend(self.layer_number, query, key, None, scale, config.window_size)
+        of_latents = found.unflatten(-1, (plain.size(2), -1))[..., : config.kv_lora_rank]
+        return torch.einsum("sbac,avc->sbav", of_latents, of_values.to(found.dtype)).flatten(2)
 
 
 class MLASelfAttention(MultiLatentAttention):

@@ -22,13 +22,14 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.initialization import deferred_initialization, initialize_parameters
 from megatron.core.tensor_parallel.weight_grad_queue import WeightGradQueue
+from megatron.core.transformer.multi_latent_attention import rotary_embedding_of
 from megatron.core.transformer.multi_token_prediction import (
     MultiTokenPredictionBlock,
     MultiTokenPredictionBlockSubmodules,
 )
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, build_block
-from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
 PositionEmbeddingType = Literal["learned_absolute", "rope", "yarn", "mrope", "none"]
 
@@ -153,7 +154,9 @@ class GPTModel(LanguageModule):
                 f"position_embedding_type {kind!r} with yarn_rotary_scaling_factor={factor}: "
                 "yarn needs a factor, and a factor needs yarn"
             )
-        if kind in ("learned_absolute", "none") or config.multi_latent_attention:  # which rotates by itself
+        if isinstance(config, MLATransformerConfig):
+            return rotary_embedding_of(config, self.model_comm_pgs.cp)
+        if kind in ("learned_absolute", "none"):
             return None
         assert config.kv_channels is not None
         common: dict[str, Any] = {
