@@ -92,6 +92,8 @@ def require_what_a_recurrence_can_do(args: argparse.Namespace) -> None:
         args.position_embedding_type in ("none", "rope", "learned_absolute"),
         f"--position-embedding-type {args.position_embedding_type}: pretrain_mamba.py has none, rope, learned_absolute",
     )
+    for name in ("multi_latent_attention", "mtp_num_layers"):
+        refuse_unless(not getattr(args, name), f"--{name.replace('_', '-')}: only pretrain_gpt.py has that")
     refuse_unless(not args.use_rope_scaling, "--use-rope-scaling: pretrain_mamba.py has --rotary-base instead")
 
 
