@@ -80,7 +80,7 @@ class Embeddings(Chunk):
     def __init__(self, tied: bool, two_stacks: bool) -> None:
         stages = parallel_state.get_pipeline_model_parallel_world_size()
         super().__init__(pipeline_model_parallel_size=stages)
-        self.share_embeddings_and_output_weights = tied
+        self.both_ends_embed = lambda: tied
         self.word = self.add("word")
         self.position = self.add("position")
         self.table = self.add("table")

@@ -114,12 +114,12 @@ class LanguageModule(MegatronModule):
             if table is not None:
                 table.is_embedding_or_output_parameter = True
                 mark_padding_rows(table, get_pg_rank(self.model_comm_pgs.tp) * table.size(0), self.true_vocab_size)
-        weight: Any = self.shared_embedding_or_output_weight()
-        if not self.both_ends_embed() or (self.pre_process and self.post_process) or weight is None:
+        if not self.both_ends_embed() or (self.pre_process and self.post_process):
             return
-        weight.shared_embedding = True
-        if not self.pre_process:
-            weight.shared = True  # counted once in norms, on the first stage
+        weight: Any = self.shared_embedding_or_output_weight()
+        if weight is not None:
+            weight.shared_embedding = True
+            weight.shared = not self.pre_process  # counted once in norms, on the first stage
 
     def both_ends_embed(self) -> bool:
         """Whether the last stage uses the embedding, for its output or to predict further tokens."""
