@@ -90,8 +90,9 @@ def of_next_tokens(x: Tensor, ends: Tensor | None = None, cp_group: ProcessGroup
     else:
         half = x.size(1) // 2
         firsts = x[:, ::half].contiguous()  # [b, 2]
-        of_all = firsts.new_empty(size, *firsts.shape)
+        of_all = firsts.new_empty(size * len(firsts), 2)
         all_gather_into_tensor(of_all, firsts, group=cp_group, what="first tokens of chunks")
+        of_all = of_all.view(size, -1, 2)
         chunks = torch.cat((of_all[:, :, 0], of_all[:, :, 1].flip(0), behind.t()))  # [2 cp + 1, b]
         shifted[:, half - 1] = chunks[rank + 1]
         shifted[:, -1] = chunks[2 * size - rank]
