@@ -15,7 +15,12 @@ from megatron.core.activity import activity
 from megatron.core.collectives import all_reduce
 from megatron.core.num_microbatches_calculator import get_num_microbatches
 from megatron.core.pipeline_parallel import get_forward_backward_func
-from megatron.core.transformer.moe.aux_loss import mean_aux_losses, names_of_aux_losses, track_layers
+from megatron.core.transformer.moe.aux_loss import (
+    get_moe_layer_wise_logging_tracker,
+    mean_aux_losses,
+    names_of_aux_losses,
+    track_layers,
+)
 from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper
 from megatron.training.device_memory import release_unused
 from megatron.training.flops import num_moe_layers
@@ -110,6 +115,12 @@ def train_step(
         of_further_tokens = MTPLossLoggingHelper.mean_losses(args.mtp_num_layers)
         losses |= {f"mtp_{k} loss": mean for k, mean in enumerate(of_further_tokens, 1)} if losses else {}
     return StepResult(losses, not success, grad_norm, None if num_zeros is None else int(num_zeros))
+
+
+def forget_further_losses() -> None:
+    """Begin without the losses that an earlier run of this process has noted beside the model's own."""
+    get_moe_layer_wise_logging_tracker().clear()
+    MTPLossLoggingHelper.sums = None
 
 
 def router_losses(args: Any) -> dict[str, float]:

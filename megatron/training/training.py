@@ -38,7 +38,7 @@ from megatron.training.setup import (
 )
 from megatron.training.timeline.recorder import Timeline
 from megatron.training.train_state import TrainState
-from megatron.training.train_step import train_step
+from megatron.training.train_step import forget_further_losses, train_step
 from megatron.training.utils import print_rank_0, rank
 
 __all__ = [
@@ -137,6 +137,7 @@ def set_up(
     print_datetime("after megatron is initialized")
     if args.log_progress and args.save and rank() == 0:
         append_start(args)
+    forget_further_losses()
     timers("model-and-optimizer-setup", log_level=0).start(barrier=True)
     model, optimizer, scheduler = setup_model_and_optimizer(model_provider, model_type)
     timers("model-and-optimizer-setup").stop()
