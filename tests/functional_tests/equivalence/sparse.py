@@ -15,7 +15,7 @@ from megatron.training.verify.compare import Deviation, compare
 from megatron.training.verify.measure import Measurement, Program, Samples, measure
 from tests.functional_tests.equivalence import axes, sparse_mutations
 from tests.functional_tests.equivalence.covering import Design, Row, Rule
-from tests.functional_tests.equivalence.mutations import in_place
+from tests.functional_tests.equivalence.mutations import planted
 from tests.worker_pool import run_ranks
 
 STEPS = 3
@@ -166,8 +166,8 @@ def run_here(words: list[str], uneven: bool, options: dict[str, Any]) -> Measure
 
     options = dict(options)
     name = options.pop("mutation", None)
-    planted = contextlib.nullcontext() if name is None else in_place(sparse_mutations.BY_NAME[name])
+    mistake = planted(None if name is None else sparse_mutations.BY_NAME[name])
     quiet = io.StringIO()
-    with planted, contextlib.redirect_stdout(quiet), contextlib.redirect_stderr(quiet):
+    with mistake, contextlib.redirect_stdout(quiet), contextlib.redirect_stderr(quiet):
         program = Program(pretrain_gpt.model_provider, pretrain_gpt.forward_step)
         return measure(program, words, Samples(uneven), **options)
