@@ -25,7 +25,7 @@ LAYOUTS = {
     ),
 }
 
-MARKS = {"tp2-sp": pytest.mark.slow}
+MARKS = {"tp2-sp": pytest.mark.slow, "dp2": pytest.mark.slow}
 
 
 def asked(folder: Path) -> str:

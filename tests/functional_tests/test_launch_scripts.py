@@ -79,10 +79,11 @@ def test_flags_resolve(
             "--encoder-pipeline-model-parallel-size 1 --micro-batch-size 32",
             {"data_parallel_size": "4", "decoder_seq_length": "128", "encoder_seq_length": "512", "kv_channels": "64"},
         ),
-        (
+        pytest.param(
             "examples/realm/train_ict_distributed.sh",
             "--micro-batch-size 32",
             {"data_parallel_size": "8", "biencoder_projection_dim": "128", "bf16": "True"},
+            marks=pytest.mark.slow,  # two programs
         ),
     ],
 )
