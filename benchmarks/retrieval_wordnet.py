@@ -53,9 +53,9 @@ def entries(dictionary: Path) -> Iterator[tuple[str, str]]:
             yield word, " ".join(f"{meaning[0].upper()}{meaning[1:]}." for meaning in cleaned if meaning)
 
 
-def write_corpus(dictionary: Path, work: Path) -> int:
+def write_corpus(dictionary: Path, work: Path, most: int | None) -> int:
     """Write `corpus.jsonl` and `vocab.txt`; the number of entries."""
-    found = sorted(entries(dictionary), key=lambda entry: hash_of(entry[0]))
+    found = sorted(entries(dictionary), key=lambda entry: hash_of(entry[0]))[:most]
     with (work / "corpus.jsonl").open("w", encoding="utf-8") as file:
         file.writelines(json.dumps({"title": word, "text": text}) + "\n" for word, text in found)
     engine = tokenizers.BertWordPieceTokenizer(lowercase=True)
@@ -168,6 +168,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--dictionary", type=Path, required=True, help="folder with wn.dict.dz")
     parser.add_argument("--work", type=Path, required=True, help="folder for everything in between")
+    parser.add_argument("--entries", type=int, help="only so many")
     parser.add_argument("--bert-steps", type=int, default=200)
     parser.add_argument("--ict-steps", type=int, default=400)
     parser.add_argument("--output", type=Path)
@@ -177,7 +178,7 @@ def main() -> None:
         print("RESULT " + json.dumps(ranks(args.work, args.evaluate)))
         return
     args.work.mkdir(parents=True, exist_ok=True)
-    found: dict[str, Any] = {"entries": write_corpus(args.dictionary, args.work)}
+    found: dict[str, Any] = {"entries": write_corpus(args.dictionary, args.work, args.entries)}
     found |= {"bert_steps": args.bert_steps, "ict_steps": args.ict_steps, "seconds": train(args, args.work)}
     words = [sys.executable, __file__, "--dictionary", str(args.dictionary), "--work", str(args.work), "--evaluate"]
     for name in ("start", "ict"):
