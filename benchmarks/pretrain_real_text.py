@@ -52,7 +52,7 @@ FLAGS = {
     "t5": """
         --encoder-num-layers 2 --decoder-num-layers 2 --encoder-seq-length 64 --decoder-seq-length 32
         --max-position-embeddings 64 --position-embedding-type relative --vocab-extra-ids 30
-        --micro-batch-size 64 --global-batch-size 64 --train-iters 600 --eval-interval 100 --eval-iters 10
+        --micro-batch-size 64 --global-batch-size 64 --train-iters 400 --eval-interval 50 --eval-iters 10
     """.split(),
 }
 """Of a model that one core trains in minutes."""

@@ -31,6 +31,9 @@ _POSITIONS = {
     "retrieval": ("learned_absolute", "rope"),
 }
 
+_SHORTEST_SAMPLE = {"bert": 5, "t5": 3}
+"""[CLS] a [SEP] b [SEP]; a word and what T5 leaves room for."""
+
 _NOT_FOR_TWO_STACKS = (
     "spec",
     "group_query_attention",
@@ -161,9 +164,38 @@ def derive_two_encoders(args: argparse.Namespace) -> None:
     refuse_unless(all(k > 0 for k in ks), f"--retriever-report-topk-accuracies {ks}: each k must be positive")
 
 
+def require_masked_samples(args: argparse.Namespace) -> None:
+    """Shares are shares, and a sample has room for words between its special tokens."""
+    if args.model_family not in ENCODER_FAMILIES:
+        return
+    for name in ("mask_prob", "short_seq_prob"):
+        refuse_unless(0 <= getattr(args, name) <= 1, f"{_flag(name)} ({getattr(args, name)}) must be between 0 and 1")
+    fewest = _SHORTEST_SAMPLE.get(args.model_family, 1)
+    length = args.seq_length if args.encoder_seq_length is None else args.encoder_seq_length
+    refuse_unless(
+        length is None or length >= fewest,
+        f"--seq-length ({length}) must be at least {fewest} for pretrain_{args.model_family}.py: a sample has special "
+        "tokens beside its words",
+    )
+
+
+def require_buckets_of_distances(args: argparse.Namespace) -> None:
+    """Half of the buckets are for near distances, one each; an encoder parts them among both directions first."""
+    if args.position_embedding_type != "relative":
+        return
+    buckets, longest = args.relative_attention_num_buckets, args.relative_attention_max_distance
+    refuse_unless(
+        buckets >= 4 and longest > buckets // 2,
+        f"--relative-attention-num-buckets ({buckets}) must be at least 4, and --relative-attention-max-distance "
+        f"({longest}) larger than half of it",
+    )
+
+
 FAMILY_RULES = (
     require_what_an_encoder_can_do,
+    require_masked_samples,
     require_positions_of_family,
+    require_buckets_of_distances,
     derive_two_stacks,
     derive_encoder_stages,
     derive_two_encoders,
