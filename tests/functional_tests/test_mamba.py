@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from megatron.training.verify.compare import violations
 from megatron.training.verify.measure import Measurement, Samples
@@ -187,3 +189,15 @@ def refusal(argv: list[str]) -> str:
     with pytest.raises(ConfigurationError) as refused:
         validate_args(args, DEFAULTS)
     return str(refused.value)
+
+
+@pytest.mark.slow
+def test_a_directory_of_transformers_there_and_back(tmp_path: Path) -> None:
+    """Trained in one layout, written for transformers, read in another one, and written again as it was."""
+    only_mamba = "--hybrid-override-pattern MMMM --mamba-num-heads 8"
+    train(2, f"{only_mamba} --tensor-model-parallel-size 2 --exit-interval 2 --save-hf {tmp_path / 'first'}")
+    loaded = f"{only_mamba} --num-attention-heads 8 --load hf:{tmp_path / 'first'} --lr 0 --min-lr 0 --weight-decay 0"
+    train(2, f"{loaded} --pipeline-model-parallel-size 2 --exit-interval 1 --save-hf {tmp_path / 'second'}")
+    first, second = (load_file(tmp_path / name / "model.safetensors") for name in ("first", "second"))
+    assert set(first) == set(second)
+    assert all(torch.equal(first[name], second[name]) for name in first)

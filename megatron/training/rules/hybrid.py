@@ -94,6 +94,7 @@ def require_what_a_recurrence_can_do(args: argparse.Namespace) -> None:
     )
     for name in ("multi_latent_attention", "mtp_num_layers"):
         refuse_unless(not getattr(args, name), f"--{name.replace('_', '-')}: only pretrain_gpt.py has that")
+    refuse_unless(not args.qk_l2_norm, "--qk-l2-norm: pretrain_mamba.py has --qk-layernorm instead")
     refuse_unless(not args.use_rope_scaling, "--use-rope-scaling: pretrain_mamba.py has --rotary-base instead")
 
 

@@ -21,7 +21,13 @@ GREEDY = SamplingParams(top_k=1, num_tokens_to_generate=10)
 PATTERN = "M*-M"
 
 
-def build_model(tp_size: int, pp_size: int, sequence_parallel: bool) -> MambaModel:
+class Forgetful(MambaModel):
+    """Every token costs a pass over the whole text."""
+
+    decodes_from_states = False  # type: ignore[assignment]
+
+
+def build_model(tp_size: int, pp_size: int, sequence_parallel: bool, model_type: type) -> MambaModel:
     parallel_state.initialize_model_parallel(tp_size, pp_size)
     model_parallel_cuda_manual_seed(123)
     config = TransformerConfig(
@@ -37,7 +43,7 @@ def build_model(tp_size: int, pp_size: int, sequence_parallel: bool) -> MambaMod
         sequence_parallel=sequence_parallel,
         pipeline_dtype=torch.float32,
     )
-    return MambaModel(
+    return model_type(
         config,
         mamba_stack_spec,
         64,
@@ -53,8 +59,7 @@ def build_model(tp_size: int, pp_size: int, sequence_parallel: bool) -> MambaMod
 def text(
     layout: tuple[int, int, bool], params: SamplingParams, eod: int | None = None, from_states: bool = True
 ) -> list[list[int]]:
-    model = build_model(*layout)
-    model.decodes_from_states = from_states
+    model = build_model(*layout, MambaModel if from_states else Forgetful)
     assert can_decode_from_states([model]) == (from_states and not layout[2])
     return generate([model], PROMPTS, params, vocab_size=VOCAB_SIZE, max_context=MAX_CONTEXT, end_of_document=eod)
 

@@ -24,9 +24,6 @@ class MambaModel(GPTModel):
             `allocate_layers`.
     """
 
-    decodes_from_states = True
-    """All layers can go on from an inference context, one token at a time."""
-
     def __init__(
         self,
         config: TransformerConfig,
