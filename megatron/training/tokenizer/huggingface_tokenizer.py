@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +48,15 @@ class HuggingFaceTokenizer(VocabularyTokenizer):
         if list(ids[: len(starts)]) != found.input_ids or len(ids) > len(starts) + 1:
             raise ValueError(f"the {len(ids)} ids are not those of the text, which has {len(starts)} tokens")
         return starts + [len(text)] * (len(ids) - len(starts))  # an end of document after the text
+
+    @property
+    def chat_tokens(self) -> Callable[[list[dict[str, Any]]], list[int]] | None:
+        """(messages) -> tokens of a prompt for the assistant's next message; None if there is no chat template."""
+        if self._tokenizer.chat_template is None:
+            return None
+        return lambda messages: self._tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, tokenize=True, return_dict=False
+        )
 
     @property
     def vocab_size(self) -> int:

@@ -99,11 +99,7 @@ class DynamicInferenceEngine(AbstractEngine):
         tokens = self._tokens(prompt)
         if num_tokens_to_generate is None and sampling_params is not None:
             num_tokens_to_generate = sampling_params.num_tokens_to_generate
-        if len(tokens) + (num_tokens_to_generate or 0) > self.context.max_sequence_length:
-            raise MaxSequenceLengthOverflowError(
-                f"the prompt has {len(tokens)} tokens and {num_tokens_to_generate or 0} more were asked for; a text "
-                f"has at most {self.context.max_sequence_length}"
-            )
+        self.check_prompt(tokens, num_tokens_to_generate or 0)
         seed = sampling_params.seed if sampling_params is not None else None
         request = DynamicInferenceRequest(
             request_id=request_id,
@@ -121,14 +117,20 @@ class DynamicInferenceEngine(AbstractEngine):
 
     def _tokens(self, prompt: str | Sequence[int] | Tensor) -> list[int]:
         if isinstance(prompt, str):
-            tokens = self.controller.tokenize_prompt(prompt)
-        else:
-            tokens = [int(token) for token in prompt]
+            return self.controller.tokenize_prompt(prompt)
+        return [int(token) for token in prompt]
+
+    def check_prompt(self, tokens: Sequence[int], num_tokens_to_generate: int) -> None:
+        """Raises what `add_request` would; changes nothing."""
         if not tokens:
             raise ValueError("the prompt is empty; give at least one token")
         if not 0 <= min(tokens) <= max(tokens) < self.controller.vocab_size:
             raise ValueError(f"the prompt has token numbers outside the vocabulary of {self.controller.vocab_size}")
-        return tokens
+        if len(tokens) + num_tokens_to_generate > self.context.max_sequence_length:
+            raise MaxSequenceLengthOverflowError(
+                f"the prompt has {len(tokens)} tokens and {num_tokens_to_generate} more were asked for; a text "
+                f"has at most {self.context.max_sequence_length}"
+            )
 
     def cancel(self, request_id: int) -> DynamicInferenceRequest | None:
         """End a request with the tokens that it has; None if it is unknown or completed."""

@@ -1,0 +1,160 @@
+"""The routes of a text generation server, on FastAPI."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+from collections.abc import Coroutine
+from typing import Any
+
+from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from megatron.inference.serving import completions, legacy_api, metrics, openai_api
+from megatron.inference.serving.loop import EngineGone
+from megatron.inference.serving.service import Refusal, Service
+
+OPEN_TO_ALL = frozenset({"/", "/health"})
+"""Without an API key."""
+
+log = logging.getLogger(__name__)
+
+
+class Gate:
+    """In front of all routes: the API key, and the length of bodies, which are not read to their end if too long."""
+
+    def __init__(self, app: ASGIApp, service: Service) -> None:
+        self.app, self.service = app, service
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        try:
+            if scope["path"] not in OPEN_TO_ALL:
+                self.service.require_key(Headers(scope=scope).get("authorization"))
+            body = await self._body(receive)
+        except Refusal as error:
+            await refused(scope["path"], error)(scope, receive, send)
+            return
+        if body is None:
+            return
+        messages: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
+
+        async def next_message() -> Message:
+            return messages.pop() if messages else await receive()
+
+        await self.app(scope, next_message, send)
+
+    async def _body(self, receive: Receive) -> bytes | None:
+        """None if the client went away."""
+        most = self.service.limits.body_bytes
+        chunks, size, more = [], 0, True
+        while more:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                return None
+            chunks.append(message.get("body", b""))
+            size += len(chunks[-1])
+            more = message.get("more_body", False)
+            if size > most:
+                raise Refusal(413, f"the body is longer than {most} bytes")
+        return b"".join(chunks)
+
+
+def refused(path: str, error: Refusal) -> JSONResponse:
+    """As clients of the route expect it: a JSON string, or OpenAI's error object."""
+    body: Any = error.message if path == "/api" else openai_api.error_body(error)
+    return JSONResponse(body, error.status, error.headers)
+
+
+async def unless_gone(request: Request, work: Coroutine[Any, Any, Any]) -> Any:
+    """What `work` gives; it is cancelled, and with it its requests, when the client goes away."""
+    task = asyncio.ensure_future(work)
+    gone = asyncio.ensure_future(_disconnected(request))
+    try:
+        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise Refusal(499, "the client went away")
+        return task.result()
+    finally:
+        for unfinished in (task, gone):
+            unfinished.cancel()
+
+
+async def _disconnected(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+def build_app(service: Service) -> FastAPI:
+    """PUT /api, POST /completions, GET /v1/models, POST /v1/completions, POST /v1/chat/completions, GET /health, GET
+    /metrics. Errors never show a traceback.
+    """
+    app = FastAPI(title="Text generation", docs_url=None, redoc_url=None)
+    app.add_middleware(Gate, service=service)
+
+    @app.exception_handler(Refusal)
+    async def refuse(request: Request, error: Refusal) -> Response:
+        return refused(request.url.path, error)
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(request: Request, error: RequestValidationError) -> Response:
+        places = [".".join(str(part) for part in one["loc"] if part != "body") for one in error.errors()]
+        words = "; ".join(f"{place}: {one['msg']}" for place, one in zip(places, error.errors()))
+        return refused(request.url.path, Refusal(400, words[:2000]))
+
+    @app.exception_handler(EngineGone)
+    async def gone(request: Request, error: EngineGone) -> Response:
+        return refused(request.url.path, Refusal(503, str(error)))
+
+    @app.exception_handler(Exception)
+    async def unexpected(request: Request, error: Exception) -> Response:
+        log.error("%s %s failed", request.method, request.url.path, exc_info=error)
+        return refused(request.url.path, Refusal(500, "something went wrong here; see the server's log"))
+
+    @app.put("/api")
+    async def api(request: Request) -> Any:
+        try:
+            body = json.loads(await request.body())
+        except (ValueError, RecursionError):
+            raise Refusal(400, "the body is not JSON") from None
+        return await unless_gone(request, legacy_api.generate(service, body))
+
+    @app.post("/completions")
+    async def old_completions(request: Request, body: completions.Body) -> Any:
+        return await unless_gone(request, completions.complete(service, body))
+
+    @app.get("/v1/models")
+    async def models() -> Any:
+        return openai_api.models(service)
+
+    @app.post("/v1/completions")
+    async def new_completions(request: Request, body: openai_api.Completion) -> Any:
+        return await _answer(request, openai_api.completion(service, body))
+
+    @app.post("/v1/chat/completions")
+    async def chat_completions(request: Request, body: openai_api.ChatCompletion) -> Any:
+        return await _answer(request, openai_api.chat_completion(service, body))
+
+    @app.get("/health")
+    async def health() -> Any:
+        if service.loop.failure is not None:
+            raise Refusal(503, f"the engine has stopped: {service.loop.failure}")
+        return {"status": "ok"}
+
+    @app.get("/metrics")
+    async def exposition() -> PlainTextResponse:
+        return PlainTextResponse(metrics.exposition(service.loop), media_type="text/plain; version=0.0.4")
+
+    return app
+
+
+async def _answer(request: Request, answer: openai_api.Answer) -> Any:
+    if not answer.body.stream:
+        return await unless_gone(request, answer.whole())
+    return StreamingResponse(answer.events(), media_type="text/event-stream", headers={"Cache-Control": "no-cache"})

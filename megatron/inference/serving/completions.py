@@ -1,0 +1,102 @@
+"""POST /completions: the older cousin of /v1/completions, with log-probabilities by character offsets."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from megatron.inference.serving.openai_api import _prompts
+from megatron.inference.serving.progress import Piece, Ticket, json_safe
+from megatron.inference.serving.service import Refusal, Service, checked_params
+
+
+class Body(BaseModel):
+    """Fields of a call."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    prompt: str | list[str] | list[int] | list[list[int]]
+    max_tokens: int = Field(ge=0)
+    temperature: float = Field(1.0, ge=0, le=100)
+    top_k: int = Field(0, ge=0)
+    top_p: float = Field(1.0, ge=0, le=1)
+    logprobs: int = Field(0, ge=0)
+    echo: bool = False
+    seed: int = -1
+    best_of: int = 1
+    n: int = 1
+    stop: str | list[str] | None = None
+
+
+def _check(body: Body) -> None:
+    rules = [
+        (body.max_tokens > 0 or body.echo, "max_tokens 0 needs echo"),
+        (body.best_of == 1, "best_of above 1 is not supported"),
+        (body.n == 1, "n above 1 is not supported"),
+        (not (body.logprobs and body.max_tokens), "logprobs need max_tokens 0: only prompts are scored here"),
+        (body.logprobs <= 10, "logprobs is at most 10"),
+    ]
+    for holds, message in rules:
+        if not holds:
+            raise Refusal(400, message)
+
+
+async def complete(service: Service, body: Body) -> dict[str, Any]:
+    """{choices: [{index, text, logprobs}]}.
+
+    Raises:
+        Refusal: the call is not in order, or there is no room for it.
+    """
+    _check(body)
+    prompts = _prompts(service, body.prompt)
+    stop = [body.stop] if isinstance(body.stop, str) else list(body.stop or ())
+    tickets: list[Ticket] = []
+    for row, prompt in enumerate(prompts):
+        params = checked_params(
+            temperature=body.temperature,
+            top_k=body.top_k,
+            top_p=body.top_p,
+            num_tokens_to_generate=service.room(len(prompt), body.max_tokens),
+            seed=None if body.seed < 0 else body.seed + row,
+            return_log_probs=True,
+            top_n_logprobs=body.logprobs,
+            return_prompt_top_n_logprobs=body.logprobs > 0,
+        )
+        try:
+            tickets.append(service.ticket(prompt, params, stop))
+        except Refusal:
+            for ticket in tickets:
+                service.loop.cancel(ticket.number)
+            raise
+    pieces = await asyncio.gather(*(ticket.whole() for ticket in tickets))
+    rows = zip(prompts, tickets, pieces)
+    return {"choices": [_choice(service, body, index, *row) for index, row in enumerate(rows)]}
+
+
+def _choice(
+    service: Service, body: Body, index: int, prompt: list[int], ticket: Ticket, piece: Piece
+) -> dict[str, Any]:
+    text = service.detokenize(prompt) + piece.text if body.echo else piece.text
+    tokens, request = [*prompt, *piece.tokens], ticket.request
+    values = [*((request.prompt_log_probs or []) if request else []), *piece.log_probs]
+    best = [*((request.prompt_top_n_token_logprobs or []) if request else []), *piece.best]
+    skipped = 0 if body.echo else len(prompt)
+    words = [service.detokenize([token]) for token in tokens[skipped:]]
+    offsets = [0]
+    for word in words:
+        offsets.append(offsets[-1] + len(word))
+    log_probs: list[float | None] = [None, *(json_safe(value) for value in values)]
+    top: list[Any] = [None]
+    top += [{service.detokenize([token]): json_safe(value) for token, value in row} for row in best]
+    return {
+        "index": index,
+        "text": text,
+        "logprobs": {
+            "token_logprobs": log_probs[skipped:],
+            "tokens": words,
+            "text_offset": offsets[:-1],
+            "top_logprobs": top[skipped:] if body.logprobs else None,
+        },
+    }

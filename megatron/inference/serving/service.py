@@ -1,0 +1,124 @@
+"""What all routes share: the engine, the tokenizer, limits, and how errors are told."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from megatron.core.inference.contexts import MaxSequenceLengthOverflowError
+from megatron.core.inference.sampling_params import SamplingParams
+from megatron.inference.serving.loop import EngineGone, EngineLoop, Overloaded
+from megatron.inference.serving.progress import Ticket
+
+Message = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a client may ask for."""
+
+    body_bytes: int = 4 << 20
+    prompts: int = 128
+    """In one call."""
+    tokens_to_generate: int | None = None
+    """For a prompt; None is as many as fit."""
+    retry_after_seconds: int = 1
+    """Told to clients that come while too many wait."""
+
+
+class Refusal(Exception):
+    """An answer that is not the one asked for."""
+
+    def __init__(self, status: int, message: str, headers: dict[str, str] | None = None) -> None:
+        super().__init__(message)
+        self.status, self.message, self.headers = status, message, headers or {}
+
+
+@dataclass
+class Service:
+    """A model behind routes.
+
+    Args:
+        tokenizer: with `tokenize`, `detokenize`, `eod`, `bos`.
+        model_name: as clients call it.
+        chat_template: (messages) -> tokens of the prompt; None where the tokenizer has no template.
+        api_key: clients must send it; None is open to all that reach the port.
+    """
+
+    loop: EngineLoop
+    tokenizer: Any
+    model_name: str
+    chat_template: Callable[[list[Message]], list[int]] | None = None
+    api_key: str | None = None
+    limits: Limits = field(default_factory=Limits)
+    started: float = field(default_factory=time.time)
+
+    @property
+    def max_length(self) -> int:
+        """Tokens of the longest text."""
+        return self.loop.engine.context.max_sequence_length
+
+    def require_key(self, header: str | None) -> None:
+        """Raises Refusal: an API key is asked for, and this is not it."""
+        if self.api_key is None:
+            return
+        given = (header or "").removeprefix("Bearer ")
+        if not secrets.compare_digest(given.encode(), self.api_key.encode()):
+            raise Refusal(401, "a valid API key is needed: Authorization: Bearer KEY", {"WWW-Authenticate": "Bearer"})
+
+    def tokens_of(self, text: str, add_bos: bool = False) -> list[int]:
+        """Raises Refusal: the text is empty, or cannot be tokenized."""
+        try:
+            tokens = [int(token) for token in self.tokenizer.tokenize(text)]
+        except (ValueError, UnicodeError) as error:
+            raise Refusal(400, f"the prompt cannot be tokenized: {error}") from None
+        tokens = [int(self.tokenizer.bos), *tokens] if add_bos else tokens
+        if not tokens:
+            raise Refusal(400, "the prompt is empty; give some text")
+        return tokens
+
+    def detokenize(self, tokens: Sequence[int]) -> str:
+        return self.tokenizer.detokenize(list(tokens))
+
+    def room(self, num_prompt_tokens: int, wanted: int | None) -> int:
+        """How many tokens to generate.
+
+        Raises:
+            Refusal: more are wanted than fit, or than one may ask for.
+        """
+        fits = self.max_length - num_prompt_tokens
+        most = fits if self.limits.tokens_to_generate is None else min(fits, self.limits.tokens_to_generate)
+        if fits < 0 or (wanted is not None and wanted > most):
+            raise Refusal(
+                400,
+                f"the prompt has {num_prompt_tokens} tokens and {wanted or 0} more were asked for; a text has at most "
+                f"{self.max_length} tokens here" + (f", of which {most} may be new" if most != fits else ""),
+            )
+        return most if wanted is None else wanted
+
+    def ticket(self, tokens: Sequence[int], params: SamplingParams, stop: Sequence[str] = ()) -> Ticket:
+        """A submitted request.
+
+        Raises:
+            Refusal: it is refused, there are too many, or the engine is gone.
+        """
+        try:
+            return Ticket(self.loop, tokens, params, self.detokenize, stop)
+        except Overloaded as error:
+            wait = {"Retry-After": str(self.limits.retry_after_seconds)}
+            raise Refusal(503, f"{error}: try again later", wait) from None
+        except EngineGone as error:
+            raise Refusal(503, str(error)) from None
+        except (ValueError, MaxSequenceLengthOverflowError) as error:
+            raise Refusal(400, str(error)) from None
+
+
+def checked_params(**values: Any) -> SamplingParams:
+    """Raises Refusal: a value is out of its range."""
+    try:
+        return SamplingParams(**values)
+    except ValueError as error:
+        raise Refusal(400, str(error)) from None

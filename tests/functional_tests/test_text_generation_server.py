@@ -1,0 +1,119 @@
+"""The real server on two ranks, from a checkpoint: the openai client, curl's call, the terminal client, its end."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.functional_tests.program import ROOT
+
+openai = pytest.importorskip("openai")
+pytest.importorskip("fastapi")
+pytest.importorskip("uvicorn")
+transformers = pytest.importorskip("transformers")
+
+PROMPT = "The whale"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random GPT-2 of Hugging Face over the letters, with a tokenizer that has a chat template."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    path = tmp_path_factory.mktemp("model")
+    words = {chr(code): code - 32 for code in range(32, 127)} | {"<eod>": 95}
+    tokenizer = Tokenizer(models.BPE(vocab=words, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eod>", bos_token="<eod>")
+    fast.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+    fast.save_pretrained(path)
+    import torch
+
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(
+        n_layer=2, n_embd=32, n_head=4, vocab_size=96, n_positions=64, bos_token_id=95, eos_token_id=95
+    )
+    model = transformers.GPT2LMHeadModel(config)
+    with torch.no_grad():
+        for param in model.parameters():
+            param.mul_(8.0 if param.dim() > 1 else 1.0)
+    model.save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def address(folder: Path) -> Iterator[str]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
+    flags = ["--load", f"hf:{folder}", "--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", str(folder)]
+    server = subprocess.Popen(
+        [*command, "tools/run_text_generation_server.py", *flags, "--tensor-model-parallel-size", "2", "--port", "0"],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    assert server.stdout is not None
+    said = []
+    for line in server.stdout:
+        said.append(line)
+        if found := re.search(r"serving \S+ at http://(\S+)", line):
+            break
+    else:
+        raise AssertionError("".join(said)[-4000:])
+    yield found[1]
+    server.send_signal(signal.SIGINT)
+    server.communicate(timeout=120)
+
+
+@pytest.fixture(scope="module")
+def expected(folder: Path) -> str:
+    """What transformers writes."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
+    ids = tokenizer(PROMPT, return_tensors="pt")
+    out = model.generate(**ids, max_new_tokens=12, min_new_tokens=12, do_sample=False, pad_token_id=95)
+    return tokenizer.decode(out[0, ids["input_ids"].size(1) :])
+
+
+def test_the_openai_client_gets_what_transformers_writes(address: str, expected: str) -> None:
+    client = openai.OpenAI(base_url=f"http://{address}/v1", api_key="none")
+    name = client.models.list().data[0].id
+    asked = {"model": name, "max_tokens": 12, "temperature": 0}
+    assert client.completions.create(prompt=PROMPT, **asked).choices[0].text == expected
+    messages = [{"role": "user", "content": PROMPT}]
+    answer = client.chat.completions.create(messages=messages, logprobs=True, top_logprobs=2, **asked)
+    assert answer.choices[0].message.content == expected
+    assert [row.token for row in answer.choices[0].logprobs.content] == list(expected)
+    stream = client.chat.completions.create(messages=messages, stream=True, **asked)
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in stream) == expected
+    with pytest.raises(openai.BadRequestError, match="at most 64 tokens"):
+        client.completions.create(prompt=PROMPT, model=name, max_tokens=100)
+
+
+def test_the_documented_calls_work(address: str, expected: str) -> None:
+    body = {"prompts": [PROMPT], "tokens_to_generate": 12, "top_k": 1}
+    request = urllib.request.Request(f"http://{address}/api", json.dumps(body).encode(), method="PUT")
+    with urllib.request.urlopen(request, timeout=60) as answer:
+        assert json.load(answer)["text"] == [PROMPT + expected]
+    run = subprocess.run(
+        [sys.executable, "tools/text_generation_cli.py", address],
+        input=f"{PROMPT}\nmany\n3\n{PROMPT}\n900\n\n",
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert run.returncode == 0, run.stderr
+    assert f"Megatron Response: \n{PROMPT}" in run.stdout and "'many' is not a whole number" in run.stdout
+    assert "Error 400" in run.stdout and "at most 64 tokens" in run.stdout

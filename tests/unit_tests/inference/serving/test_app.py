@@ -1,0 +1,257 @@
+"""The routes over a small model: what they answer, what they refuse, and that the engine is left clean."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from megatron.core.inference.sampling_params import SamplingParams
+from tests.unit_tests.inference.small_models import (
+    LLAMA,
+    VOCAB_SIZE,
+    build_engine,
+    build_model,
+    greedy_by_hand,
+    whole_logits,
+)
+from tests.worker_pool import run_ranks
+
+pytest.importorskip("fastapi")
+
+
+class Letters:
+    """A tokenizer of one token a character."""
+
+    eod, bos = 0, 1
+
+    def tokenize(self, text: str) -> list[int]:
+        tokens = [ord(letter) - ord("0") for letter in text]
+        if not all(0 <= token < VOCAB_SIZE for token in tokens):
+            raise ValueError("a letter outside the vocabulary")
+        return tokens
+
+    def detokenize(self, tokens: list[int]) -> str:
+        return "".join(chr(token + ord("0")) for token in tokens)
+
+
+def with_server(check: Callable[[Any, Any, Any], Any], **settings: Any) -> Any:
+    """What `check(client, service, model)` gives, with the engine running beside it; nothing must be left behind."""
+    from fastapi.testclient import TestClient
+
+    from megatron.inference.serving.app import build_app
+    from megatron.inference.serving.loop import EngineLoop
+    from megatron.inference.serving.service import Limits, Service
+
+    model = build_model(**LLAMA)
+    engine = build_engine(model)
+    engine.controller.tokenizer = Letters()
+    loop = EngineLoop(engine, max_waiting=settings.pop("max_waiting", 8), heartbeat=0.2)
+    limits = Limits(body_bytes=20_000, prompts=4)
+    chat = settings.pop("chat", lambda messages: Letters().tokenize(messages[-1]["content"]))
+    service = Service(loop, Letters(), "small", chat, settings.pop("api_key", None), limits)
+    thread = threading.Thread(target=loop.run)
+    if settings.pop("starts", True):
+        thread.start()
+    try:
+        with TestClient(build_app(service), raise_server_exceptions=False) as client:
+            return check(client, service, model)
+    finally:
+        loop.stop()
+        if thread.ident is not None:
+            thread.join()
+            allocator = engine.context.chunk_allocator
+            free = allocator.chunk_count_avail + engine.context.prefix_cache.num_spare
+            assert free == allocator.chunk_count_total - 1 and not loop._listeners
+
+
+PROMPTS = ["3141592653", "K", "abc"[::-1].upper()]
+
+
+def texts_of(model: Any, prompts: list[str], count: int) -> list[str]:
+    letters = Letters()
+    return [letters.detokenize(greedy_by_hand(model, letters.tokenize(prompt), count)) for prompt in prompts]
+
+
+def legacy_answers(client: Any, service: Any, model: Any) -> None:
+    body = {"prompts": PROMPTS, "tokens_to_generate": 6, "top_k": 1, "logprobs": True}
+    answer = client.put("/api", json=body)
+    assert answer.status_code == 200
+    found, letters = answer.json(), Letters()
+    assert found["text"] == [prompt + text for prompt, text in zip(PROMPTS, texts_of(model, PROMPTS, 6))]
+    assert found["tokens"] == [letters.tokenize(text) for text in found["text"]]
+    assert found["segments"] == [list(text) for text in found["text"]]
+    for tokens, values in zip(found["tokens"], found["logprobs"]):
+        table = whole_logits(model, tokens).log_softmax(-1)[:-1]
+        expected = table.gather(1, torch.tensor(tokens[1:])[:, None])[:, 0]
+        torch.testing.assert_close(torch.tensor(values), expected, atol=1e-4, rtol=0)
+    scored = client.put("/api", json={"prompts": ["314"], "tokens_to_generate": 0, "logprobs": True}).json()
+    assert scored["text"] == ["314"] and len(scored["logprobs"][0]) == 2
+    sampled = {"prompts": ["31"] * 2, "tokens_to_generate": 8, "random_seed": 3, "top_p": 0.9}
+    first, second = (client.put("/api", json=sampled).json()["text"] for _ in range(2))
+    assert first == second and first[0] != first[1]
+
+
+BAD_LEGACY = [
+    ({}, 400, "prompts is missing"),
+    ({"prompts": ["1"], "max_len": 3}, 400, "tokens_to_generate"),
+    ({"sentences": ["1"], "prompts": ["1"]}, 400, "use prompts"),
+    ({"prompts": "1"}, 400, "list of texts"),
+    ({"prompts": []}, 400, "empty"),
+    ({"prompts": ["1"] * 5}, 400, "at most 4"),
+    ({"prompts": ["1"], "tokens_to_generate": -1}, 200, "tokens_to_generate"),
+    ({"prompts": ["1"], "tokens_to_generate": True}, 200, "tokens_to_generate"),
+    ({"prompts": ["1"], "tokens_to_generate": 0}, 200, "logprobs"),
+    ({"prompts": ["1"], "temperature": 0}, 200, "temperature"),
+    ({"prompts": ["1"], "top_k": 1001}, 200, "top_k"),
+    ({"prompts": ["1"], "top_p": 1}, 200, "top_p"),
+    ({"prompts": ["1"], "top_p": 0.5, "top_k": 2}, 200, "exclude"),
+    ({"prompts": ["1"], "top_p_decay": 0.5}, 200, "top_p_decay"),
+    ({"prompts": ["1"], "top_p": 0.5, "top_p_bound": 0.6}, 200, "top_p_bound"),
+    ({"prompts": [""]}, 200, "add_BOS"),
+    ({"prompts": ["1"], "random_seed": -2}, 200, "random_seed"),
+    ({"prompts": ["1", "2"], "beam_width": 2}, 200, "beam_width"),
+    ({"prompts": ["1"], "beam_width": 2}, 200, "not built"),
+    ({"prompts": ["~"]}, 400, "cannot be tokenized"),
+    ({"prompts": ["1"], "tokens_to_generate": 1000}, 400, "at most 48 tokens"),
+    ([1], 400, "prompts is missing"),
+]
+
+
+def legacy_refusals(client: Any, service: Any, model: Any) -> None:
+    for body, status, words in BAD_LEGACY:
+        answer = client.put("/api", json=body)
+        assert answer.status_code == status and words in answer.json(), (body, answer.text)
+    assert client.put("/api", content=b"{").status_code == 400
+    assert client.put("/api", content=b"\xff\xfe").status_code == 400
+    assert client.put("/api", content=b"[" * 19_000).status_code == 400
+    assert client.put("/api", content=b"[" * 30_000).status_code == 413
+    assert client.post("/api", json={}).status_code == 405
+
+
+def completions(client: Any, service: Any, model: Any) -> None:
+    (text,) = texts_of(model, ["31415"], 6)
+    body = {"prompt": "31415", "max_tokens": 6, "temperature": 0}
+    for route in ("/completions", "/v1/completions"):
+        assert client.post(route, json=body).json()["choices"][0]["text"] == text
+        assert client.post(route, json=body | {"echo": True}).json()["choices"][0]["text"] == "31415" + text
+        stopped = client.post(route, json=body | {"stop": text[2:4]}).json()["choices"][0]["text"]
+        assert stopped == text[: text.index(text[2:4])]
+    scored = client.post("/completions", json={"prompt": "314", "max_tokens": 0, "echo": True, "logprobs": 2}).json()
+    told = scored["choices"][0]["logprobs"]
+    assert told["tokens"] == list("314") and told["text_offset"] == [0, 1, 2]
+    assert told["token_logprobs"][0] is None and len(told["top_logprobs"][1]) == 2
+    many = client.post("/v1/completions", json=body | {"prompt": ["31", "314"], "n": 2, "logprobs": 1}).json()
+    assert [choice["index"] for choice in many["choices"]] == [0, 1, 2, 3]
+    assert many["choices"][0]["text"] == many["choices"][1]["text"] == texts_of(model, ["31"], 6)[0]
+    assert many["usage"] == {"prompt_tokens": 10, "completion_tokens": 24, "total_tokens": 34}
+    assert many["choices"][0]["finish_reason"] == "length"
+    assert len(many["choices"][2]["logprobs"]["top_logprobs"]) == 6
+
+
+def streams(client: Any, service: Any, model: Any) -> None:
+    (text,) = texts_of(model, ["31415"], 6)
+    chat = {"messages": [{"role": "user", "content": "31415"}], "max_tokens": 6, "temperature": 0, "stream": True}
+    lines = [line for line in client.post("/v1/chat/completions", json=chat).text.split("\n\n") if line]
+    assert lines[-1] == "data: [DONE]"
+    chunks = [json.loads(line.removeprefix("data: ")) for line in lines[:-1]]
+    assert chunks[0]["choices"][0]["delta"]["role"] == "assistant" and len(chunks) == 6
+    assert "".join(chunk["choices"][0]["delta"]["content"] for chunk in chunks) == text
+    assert chunks[-1]["choices"][0]["finish_reason"] == "length"
+    body = {"prompt": "31415", "max_tokens": 6, "temperature": 0, "stream": True, "stop": text[3:5], "n": 2}
+    body["stream_options"] = {"include_usage": True}
+    lines = [line for line in client.post("/v1/completions", json=body).text.split("\n\n") if line]
+    chunks = [json.loads(line.removeprefix("data: ")) for line in lines[:-1]]
+    for index in range(2):
+        pieces = [choice["text"] for chunk in chunks for choice in chunk["choices"] if choice["index"] == index]
+        assert "".join(pieces) == text[: text.index(text[3:5])]
+    assert chunks[-1]["usage"]["prompt_tokens"] == 10
+
+
+BAD_OPENAI = [
+    ({"prompt": "31", "temperature": -1}, "temperature"),
+    ({"prompt": "31", "max_tokens": -1}, "max_tokens"),
+    ({"prompt": "31", "max_tokens": 4000}, "at most 48 tokens"),
+    ({"prompt": "31", "unknown": 1}, "unknown"),
+    ({"prompt": ""}, "empty"),
+    ({"prompt": []}, "empty"),
+    ({"prompt": [VOCAB_SIZE]}, "vocabulary"),
+    ({"prompt": "31", "n": 100}, "n"),
+    ({"prompt": "31", "top_p": "x"}, "top_p"),
+    ({}, "prompt"),
+]
+
+
+def openai_refusals(client: Any, service: Any, model: Any) -> None:
+    for body, words in BAD_OPENAI:
+        answer = client.post("/v1/completions", json=body)
+        assert answer.status_code == 400 and words in answer.json()["error"]["message"], (body, answer.text)
+    assert client.post("/v1/completions", content=b'{"prompt": "31", "temperature": NaN}').status_code == 400
+    assert client.post("/v1/completions", json={"prompt": "31", "model": "other"}).status_code == 404
+    chat = {"messages": [{"role": "user", "content": "31"}]}
+    assert client.post("/v1/chat/completions", json=chat | {"top_logprobs": 2}).status_code == 400
+    assert client.post("/v1/chat/completions", json={"messages": []}).status_code == 400
+    service.chat_template = None
+    assert "no chat template" in client.post("/v1/chat/completions", json=chat).json()["error"]["message"]
+    assert client.get("/v1/models").json()["data"][0]["id"] == "small"
+    assert client.get("/health").json() == {"status": "ok"}
+    assert "megatron_requests_rejected_total 0" in client.get("/metrics").text
+
+
+@pytest.mark.parametrize(
+    "check", [legacy_answers, legacy_refusals, completions, streams, openai_refusals], ids=lambda check: check.__name__
+)
+def test_routes(check: Any) -> None:
+    run_ranks(1, with_server, check)
+
+
+def keyed(client: Any, service: Any, model: Any) -> None:
+    assert client.get("/health").status_code == 200
+    for headers in ({}, {"Authorization": "Bearer wrong"}):
+        assert client.get("/v1/models", headers=headers).status_code == 401
+        assert client.put("/api", json={"prompts": ["1"]}, headers=headers).status_code == 401
+    assert client.get("/v1/models", headers={"Authorization": "Bearer secret"}).status_code == 200
+
+
+def ask_for_a_key() -> None:
+    with_server(keyed, api_key="secret")
+
+
+def test_a_key_is_asked_for() -> None:
+    run_ranks(1, ask_for_a_key)
+
+
+def overloaded(client: Any, service: Any, model: Any) -> None:
+    for _ in range(2):
+        service.loop.submit([1, 2], SamplingParams(), lambda progress: None)
+    answer = client.put("/api", json={"prompts": ["1"], "tokens_to_generate": 5})
+    assert answer.status_code == 503 and answer.headers["retry-after"] == "1"
+    service.loop.failure = RuntimeError("a rank died")
+    assert client.get("/health").status_code == 503
+    assert "a rank died" in client.post("/v1/completions", json={"prompt": "1"}).json()["error"]["message"]
+
+
+def overload() -> None:
+    with_server(overloaded, max_waiting=2, starts=False)
+
+
+def test_too_many_and_a_dead_engine_are_told() -> None:
+    run_ranks(1, overload)
+
+
+def cancels(client: Any, service: Any, model: Any) -> None:
+    heard: list[Any] = []
+    number = service.loop.submit([1, 2], SamplingParams(num_tokens_to_generate=40), heard.append)
+    service.loop.cancel(number)
+    while not heard or heard[-1].reason is None:
+        time.sleep(0.01)
+    assert heard[-1].reason.value in ("cancelled", "length")
+
+
+def test_a_cancelled_request_leaves_nothing() -> None:
+    run_ranks(1, with_server, cancels)

@@ -1,0 +1,146 @@
+"""Serve a trained GPT over HTTP, from a checkpoint of any layout or a Hugging Face directory (`--load hf:DIR`).
+
+    python tools/run_text_generation_server.py --load checkpoints --use-checkpoint-args \
+        --tokenizer-type GPT2BPETokenizer --vocab-file vocab.json --merge-file merges.txt --port 5000
+
+    curl localhost:5000/api -X PUT -H "Content-Type: application/json" \
+        -d '{"prompts": ["Call me"], "tokens_to_generate": 20}'
+
+Under torchrun the model is spread by --tensor-model-parallel-size and --pipeline-model-parallel-size. See
+docs/inference.md for the routes.
+"""
+
+import argparse
+import os
+import socket
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for the program beside this folder
+
+from megatron.core.inference.contexts import DynamicInferenceContext
+from megatron.core.inference.engines import DynamicInferenceEngine
+from megatron.core.inference.model_inference_wrappers.gpt.gpt_inference_wrapper import GPTInferenceWrapper
+from megatron.core.inference.model_inference_wrappers.inference_wrapper_config import InferenceWrapperConfig
+from megatron.core.inference.text_generation_controllers.text_generation_controller import TextGenerationController
+from megatron.inference.serving.loop import EngineLoop
+from megatron.inference.serving.service import Limits, Service
+from megatron.training import get_args, get_model, get_tokenizer, initialize_megatron, print_rank_0
+from megatron.training.checkpoint.load import load_run
+from megatron.training.errors import exit_at_once_on_error
+from pretrain_gpt import model_provider
+
+
+def add_server_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    group = parser.add_argument_group("text generation server")
+    group.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 is all of them")
+    group.add_argument("--port", type=int, default=5000, help="port to listen on")
+    group.add_argument("--model-name", help="name that clients call the model by; default: the checkpoint's folder")
+    group.add_argument("--api-key-env", metavar="NAME", help="environment variable with the key that clients must send")
+    group.add_argument("--cache-gb", type=float, default=1.0, help="GiB for keys and values on each rank")
+    group.add_argument("--cache-chunk-size", type=int, default=64, help="tokens of a chunk of the cache")
+    group.add_argument("--max-running", type=int, default=64, help="requests that run at once")
+    group.add_argument("--max-waiting", type=int, default=256, help="requests that wait; more are answered with 503")
+    group.add_argument("--max-tokens", type=int, help="new tokens a client may ask for; default: what fits")
+    group.add_argument("--max-body-mb", type=float, default=4.0, help="MiB of a request's body")
+    parser.set_defaults(exit_on_missing_checkpoint=True, no_load_optim=True, no_load_rng=True, micro_batch_size=1)
+    return parser
+
+
+def check(args: argparse.Namespace) -> None:
+    """Raises ValueError: the layout cannot be served; the same on all ranks."""
+    if args.virtual_pipeline_model_parallel_size:
+        raise ValueError("a server runs no interleaved pipeline: leave --num-layers-per-virtual-pipeline-stage out")
+    if args.context_parallel_size > 1:
+        raise ValueError("--context-parallel-size above 1 is not served; a checkpoint loads into any other layout")
+    if args.data_parallel_size > 1:
+        raise ValueError(
+            f"{args.world_size} ranks hold {args.data_parallel_size} copies of the model: give as many as "
+            "--tensor-model-parallel-size x --pipeline-model-parallel-size"
+        )
+    if args.multi_latent_attention:
+        raise ValueError("--multi-latent-attention is not served yet; tools/generate_text.py continues prompts")
+    if args.api_key_env and not os.environ.get(args.api_key_env):
+        raise ValueError(f"--api-key-env {args.api_key_env}: there is no such environment variable, or it is empty")
+
+
+def build_engine(args: argparse.Namespace, model: list[torch.nn.Module], tokenizer: Any) -> DynamicInferenceEngine:
+    """An engine over the model of this rank."""
+    tp, pp = args.tensor_model_parallel_size, args.pipeline_model_parallel_size
+    context = DynamicInferenceContext(
+        params_dtype=args.params_dtype,
+        num_layers=-(-args.num_layers // pp),
+        kv_channels=args.kv_channels,
+        num_attention_heads=args.num_query_groups if args.group_query_attention else args.num_attention_heads,
+        max_sequence_length=args.max_position_embeddings,
+        buffer_size_gb=args.cache_gb,
+        buffer_guaranteed_fraction=0.1,
+        chunk_size_tokens=args.cache_chunk_size,
+        max_requests_override=args.max_running,
+        max_tokens_override=max(args.max_running, 2048),
+        tensor_model_parallel_size=tp,
+        token_multiple=tp if args.sequence_parallel else 1,
+    )
+    config = InferenceWrapperConfig(args.hidden_size, args.params_dtype, -1, args.padded_vocab_size)
+    wrapper = GPTInferenceWrapper(model, config, context)
+    return DynamicInferenceEngine(
+        TextGenerationController(wrapper, tokenizer), context, int(tokenizer.eod), random_seed=args.seed
+    )
+
+
+def start_http(args: argparse.Namespace, loop: EngineLoop, tokenizer: Any) -> Any:
+    """The web server, in a thread of its own; it is listening when this returns.
+
+    Raises:
+        OSError: the port is taken.
+    """
+    import uvicorn
+
+    from megatron.inference.serving.app import build_app
+
+    listener = socket.socket()
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((args.host, args.port))
+    except OSError as error:
+        raise OSError(f"--host {args.host} --port {args.port} cannot be listened on: {error.strerror}") from None
+    service = Service(
+        loop,
+        tokenizer,
+        args.model_name or Path(str(args.load)).name or "model",
+        getattr(tokenizer, "chat_tokens", None),
+        os.environ[args.api_key_env] if args.api_key_env else None,
+        Limits(body_bytes=int(args.max_body_mb * 2**20), tokens_to_generate=args.max_tokens),
+    )
+    server = uvicorn.Server(uvicorn.Config(build_app(service), log_level="warning"))
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
+    server.install_signal_handlers = lambda: None  # type: ignore[attr-defined]
+    thread.start()
+    port = listener.getsockname()[1]
+    print_rank_0(f"serving {service.model_name} at http://{args.host}:{port}")
+    return server
+
+
+def serve() -> None:
+    initialize_megatron(add_server_arguments)
+    args, tokenizer = get_args(), get_tokenizer()
+    check(args)
+    model = get_model(model_provider, wrap_with_ddp=False)
+    load_run(args, model, None, None)
+    loop = EngineLoop(build_engine(args, model, tokenizer), args.max_waiting)
+    if torch.distributed.get_rank() == 0:
+        start_http(args, loop, tokenizer)
+    try:
+        loop.run()
+    except KeyboardInterrupt:
+        print_rank_0("stopped")
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    with exit_at_once_on_error():
+        serve()
