@@ -15,7 +15,7 @@ from megatron.core.inference.text_generation_controllers.text_generation_control
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
-from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
 VOCAB_SIZE, PADDED_VOCAB_SIZE, MAX_LENGTH = 50, 64, 48
 
@@ -26,6 +26,20 @@ LLAMA = {
     "gated_linear_unit": True,
     "add_bias_linear": False,
 }
+LATENT = {
+    "multi_latent_attention": True,
+    "position_embedding_type": "rope",
+    "normalization": "RMSNorm",
+    "add_bias_linear": False,
+    "qk_layernorm": True,
+    "q_lora_rank": 16,
+    "kv_lora_rank": 12,
+    "qk_head_dim": 8,
+    "qk_pos_emb_head_dim": 4,
+    "v_head_dim": 6,
+    "rotary_scaling_factor": 4.0,
+    "max_position_embeddings": 16,
+}
 
 
 def build_model(tp: int = 1, pp: int = 1, sp: bool = False, **settings: Any) -> GPTModel:
@@ -33,7 +47,8 @@ def build_model(tp: int = 1, pp: int = 1, sp: bool = False, **settings: Any) -> 
     parallel_state.initialize_model_parallel(tp, pp)
     model_parallel_cuda_manual_seed(123)
     positions = settings.pop("position_embedding_type", "learned_absolute")
-    config = TransformerConfig(
+    config_class = MLATransformerConfig if settings.get("multi_latent_attention") else TransformerConfig
+    config = config_class(
         num_layers=4,
         hidden_size=32,
         num_attention_heads=4,
@@ -46,7 +61,12 @@ def build_model(tp: int = 1, pp: int = 1, sp: bool = False, **settings: Any) -> 
     )
     return GPTModel(
         config,
-        get_gpt_layer_local_spec(num_experts=config.num_moe_experts, normalization=config.normalization),
+        get_gpt_layer_local_spec(
+            num_experts=config.num_moe_experts,
+            qk_layernorm=config.qk_layernorm,
+            multi_latent_attention=config.multi_latent_attention,
+            normalization=config.normalization,
+        ),
         PADDED_VOCAB_SIZE,
         MAX_LENGTH,
         pre_process=parallel_state.is_pipeline_first_stage(),

@@ -13,6 +13,7 @@ from megatron.core.inference.engines import DynamicInferenceEngine
 from megatron.core.inference.inference_request import FinishReason, Status
 from megatron.core.inference.sampling_params import SamplingParams
 from tests.unit_tests.inference.small_models import (
+    LATENT,
     LLAMA,
     VOCAB_SIZE,
     build_engine,
@@ -69,6 +70,14 @@ CONTEXTS = {
 @pytest.mark.parametrize("context", CONTEXTS.values(), ids=CONTEXTS)
 def test_greedy_text_is_that_of_the_whole_model(kind: str, context: dict) -> None:
     assert run_ranks(1, continuations, (), SETTINGS[kind], GREEDY, PROMPTS, context)[0] == expected(kind)
+
+
+@pytest.mark.parametrize("layout, context", [((), "prompts in pieces"), ((2, 2, True), "many chunks")], ids=str)
+def test_latents_are_kept_instead_of_keys_and_values(layout: tuple, context: str) -> None:
+    wanted = run_ranks(1, by_hand, LATENT, PROMPTS, 20)[0]
+    ranks = 4 if layout else 1
+    for found in run_ranks(ranks, continuations, layout, LATENT, GREEDY, PROMPTS, CONTEXTS[context]):
+        assert found == wanted
 
 
 @pytest.mark.parametrize("layout", [(2, 1), (2, 1, True), (1, 2), (2, 2, True)], ids=str)
