@@ -275,6 +275,10 @@ def require_router_fits(config: TransformerConfig) -> None:
     if not config.num_moe_experts:
         return
     require(not config.add_bias_linear, "num_moe_experts needs add_bias_linear to be off")
+    require(
+        0 < config.moe_router_topk <= config.num_moe_experts,
+        f"{shown(config, 'moe_router_topk')} must be at least 1 and at most {shown(config, 'num_moe_experts')}",
+    )
     if config.moe_router_enable_expert_bias:
         require(
             config.moe_router_score_function == "sigmoid",
@@ -312,6 +316,13 @@ def derive_router_groups(config: TransformerConfig) -> None:
         config.moe_router_group_topk <= (config.moe_router_num_groups or 0),
         f"{shown(config, 'moe_router_group_topk')} must not exceed {shown(config, 'moe_router_num_groups')}",
     )
+    if config.num_moe_experts:
+        reachable = config.num_moe_experts // (config.moe_router_num_groups or 1) * config.moe_router_group_topk
+        require(
+            config.moe_router_group_topk <= config.moe_router_topk <= reachable,
+            f"{shown(config, 'moe_router_topk')} must be at least {shown(config, 'moe_router_group_topk')} and at most "
+            f"{reachable}, the experts of so many groups",
+        )
 
 
 def require_fp8_for_router_padding(config: TransformerConfig) -> None:

@@ -246,6 +246,16 @@ BEHIND_UNBUILT: list[tuple[Any, dict[str, Any], str]] = [
         "needs moe_router_score_function 'sigmoid'",
     ),
     (
+        rules.require_router_fits,
+        {"num_moe_experts": 2, "add_bias_linear": False, "moe_router_topk": 3},
+        r"moe_router_topk \(3\) must be at least 1 and at most num_moe_experts \(2\)",
+    ),
+    (
+        rules.derive_router_groups,
+        {"moe_router_group_topk": 1, "moe_router_num_groups": 2, "num_moe_experts": 4, "moe_router_topk": 3},
+        "at most 2, the experts of so many groups",
+    ),
+    (
         rules.derive_router_groups,
         {"moe_router_topk_limited_devices": 1, "moe_router_group_topk": 1},
         "say the same",
