@@ -105,5 +105,5 @@ def test_matrix_has_every_triple_of_what_divides_the_work() -> None:
 
 def test_a_flag_that_is_not_built_yet_leaves_its_value_out() -> None:
     assert axes.is_built("--tensor-model-parallel-size 2")
-    assert not axes.is_built("--multi-latent-attention")
+    assert not axes.is_built("--use-legacy-models")
     assert not axes.is_built("--a-flag-that-does-not-exist")

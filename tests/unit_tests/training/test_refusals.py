@@ -303,6 +303,25 @@ REFUSED: list[tuple[Any, str, str, str]] = [
     (model.derive_kv_channels, "--hidden-size 65", r"--hidden-size \(65\) must be divisible", SMALL_GPT),
     (model.require_heads_fit, "--group-query-attention --num-query-groups 3", "must be divisible", SMALL_GPT),
     (model.require_heads_fit, "--num-query-groups 2", "needs --group-query-attention", SMALL_GPT),
+    (model.require_latent_settings, "--kv-lora-rank 8", "only --multi-latent-attention reads that", SMALL_GPT),
+    (
+        model.require_latent_settings,
+        "--multi-latent-attention --group-query-attention --num-query-groups 2",
+        "has no groups of heads",
+        SMALL_GPT,
+    ),
+    (
+        model.require_latent_settings,
+        "--multi-latent-attention --position-embedding-type rope --use-rope-scaling",
+        "--use-rope-scaling would do nothing",
+        SMALL_GPT,
+    ),
+    (
+        model.require_further_prediction_fits,
+        "--mtp-loss-scaling-factor 0.3",
+        "needs --mtp-num-layers",
+        SMALL_GPT,
+    ),
     (model.require_one_activation, "--swiglu --squared-relu", "exclude each other", SMALL_GPT),
     (
         model.imply_rope,
@@ -769,7 +788,7 @@ UNBUILT: list[tuple[Any, dict[str, Any], str]] = [
     (
         model.require_further_prediction_fits,
         {"mtp_num_layers": 1},
-        "needs --context-parallel-size 1 and --position-embedding-type",
+        "needs --position-embedding-type rope, yarn, none, found learned_absolute",
     ),
     (runtime.require_graphs_fit, {"external_cuda_graph": True}, "needs --te-rng-tracker"),
     (
