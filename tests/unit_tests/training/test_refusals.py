@@ -824,6 +824,12 @@ def test_every_rule_that_refuses_is_tested() -> None:
         "require_load_for_checkpoint_args",  # test_checkpoint_arguments.py
         "require_what_an_encoder_can_do",  # functional_tests/test_pretrain_bert.py
         "require_positions_of_family",  # functional_tests/test_pretrain_t5.py
+        "require_masked_samples",  # test_family_rules.py
+        "require_buckets_of_distances",  # test_family_rules.py
+        "require_spec",  # functional_tests/test_mamba.py, and so are the next three
+        "require_fitting_layers",
+        "require_shareable_heads",
+        "require_what_a_recurrence_can_do",
         "require_compiler",  # test_compilation_without_a_compiler, which changes the environment
         "require_valid_library_configs",  # the rows with "library"
     }
