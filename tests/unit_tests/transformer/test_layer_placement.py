@@ -22,6 +22,7 @@ def config(num_layers: int, pp: int, vpp: int | None = None, **kwargs: object) -
         "pipeline_model_parallel_layout": None,
         "pipeline_schedule": "auto",
         "pipeline_model_parallel_split_rank": None,
+        "mtp_num_layers": None,
     }
     return SimpleNamespace(
         num_layers=num_layers,
