@@ -8,6 +8,8 @@ vocabularies that is the same. gigatoken is faster again and used only when aske
 from __future__ import annotations
 
 import importlib.util
+import re
+from collections.abc import Iterator
 from typing import Any, Literal, Protocol
 
 import numpy
@@ -38,18 +40,79 @@ def tokenizers_engine(tokenizer: Any) -> Engine:
 
 def tiktoken_engine(ranks: dict[bytes, int], pattern: str) -> Engine:
     """tiktoken's engine: `ranks` are the ids of the tokens' bytes, in the order of their merges."""
-    try:
-        import tiktoken
-    except ImportError as error:
-        raise RuntimeError("tiktoken's engine needs the package tiktoken: pip install tiktoken") from error
     # With no special token at all its search for them matches everywhere, which costs a third of the speed.
-    special = {_NEVER_IN_A_TEXT: max(ranks.values()) + 1}
-    encoding = tiktoken.Encoding("vocabulary", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
+    encoding = _tiktoken_encoding(ranks, pattern, {_NEVER_IN_A_TEXT: max(ranks.values()) + 1})
 
     def encode(texts: list[str]) -> tuple[numpy.ndarray, numpy.ndarray]:
         return _join([encoding.encode_to_numpy(text, disallowed_special=()) for text in texts])
 
     return encode
+
+
+def _tiktoken_encoding(ranks: dict[bytes, int], pattern: str, special_tokens: dict[str, int]) -> Any:
+    try:
+        import tiktoken
+    except ImportError as error:
+        raise RuntimeError("tiktoken's engine needs the package tiktoken: pip install tiktoken") from error
+    return tiktoken.Encoding("vocabulary", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special_tokens)
+
+
+# Unicode's White_Space, which \s means to tiktoken; Python's has four control characters more.
+_SPACES = "\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
+_CUT, _NEXT_TEXT = "\U0010ffff", "\U0010fffe"  # no characters, by definition
+_BEFORE_LAST_SPACE = rf"(?=[{_SPACES}][^{_SPACES}{_CUT}{_NEXT_TEXT}])"
+_AFTER_BLANK, _AFTER_NEWLINE = (re.compile(space + _BEFORE_LAST_SPACE) for space in " \n")
+_AFTER_OTHER = re.compile(rf"([^\S \n]){_BEFORE_LAST_SPACE}")
+_PATTERN_OF_CUT_TEXT = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+"
+_JOINED_CHARACTERS = 1 << 20
+
+
+def gpt2_tiktoken_engine(ranks: dict[bytes, int]) -> Engine:
+    """As `tiktoken_engine` with `GPT2_PATTERN`, about 1.5 times as fast.
+
+    What is slow in that pattern is its look ahead, by which the last of several white spaces goes to the next word.
+    Here texts are cut before that one, and a pattern without look ahead splits the same words. Many texts become one
+    text; they and the cuts are divided by special tokens, at which the engine divides before all else.
+    """
+    exact = tiktoken_engine(ranks, GPT2_PATTERN)
+    first_free = max(ranks.values()) + 1
+    special = {_CUT: first_free, _NEXT_TEXT: first_free + 1}
+    encoding = _tiktoken_encoding(ranks, _PATTERN_OF_CUT_TEXT, special)
+
+    def encode_joined(texts: list[str]) -> tuple[numpy.ndarray, numpy.ndarray]:
+        joined = _NEXT_TEXT.join(texts)
+        if _CUT in joined or joined.count(_NEXT_TEXT) >= len(texts):  # a text has them itself
+            return exact(texts)
+        joined = _AFTER_BLANK.sub(" " + _CUT, joined)
+        joined = _AFTER_NEWLINE.sub("\n" + _CUT, joined)
+        joined = _AFTER_OTHER.sub(r"\1" + _CUT, joined)
+        ids = encoding.encode_to_numpy(joined, allowed_special="all")
+        ids = ids[ids != special[_CUT]]
+        ends = numpy.flatnonzero(ids == special[_NEXT_TEXT])
+        lengths = numpy.diff(ends, prepend=-1, append=len(ids)) - 1
+        return ids[ids != special[_NEXT_TEXT]], lengths
+
+    def encode(texts: list[str]) -> tuple[numpy.ndarray, numpy.ndarray]:
+        parts = [encode_joined(part) for part in _parts_of(texts)]
+        if len(parts) == 1:
+            return parts[0]
+        return _join([ids for ids, _ in parts])[0], _join([lengths for _, lengths in parts])[0].astype(numpy.int64)
+
+    return encode
+
+
+def _parts_of(texts: list[str]) -> Iterator[list[str]]:
+    """Some texts at a time, of bounded size together."""
+    part: list[str] = []
+    size = 0
+    for text in texts:
+        if part and size + len(text) > _JOINED_CHARACTERS:
+            yield part
+            part, size = [], 0
+        part.append(text)
+        size += len(text)
+    if part:
+        yield part
 
 
 def has_tiktoken() -> bool:

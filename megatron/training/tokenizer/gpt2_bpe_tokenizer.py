@@ -12,14 +12,13 @@ import numpy
 
 from megatron.training.tokenizer.base import VocabularyTokenizer
 from megatron.training.tokenizer.bpe_engines import (
-    GPT2_PATTERN,
     Engine,
     EngineName,
     byte_alphabet,
     gigatoken_engine,
+    gpt2_tiktoken_engine,
     has_tiktoken,
     tiktoken_agrees,
-    tiktoken_engine,
     tokenizers_engine,
 )
 
@@ -77,7 +76,7 @@ class GPT2BPETokenizer(VocabularyTokenizer):
         """Made when the first batch comes: training reads ids and never needs it."""
         ranks = self._tiktoken_ranks() if self._engine_name in ("auto", "tiktoken") else None
         if ranks is not None and (self._engine_name == "tiktoken" or has_tiktoken()):
-            return tiktoken_engine(ranks, GPT2_PATTERN)
+            return gpt2_tiktoken_engine(ranks)
         match self._engine_name:
             case "gigatoken":
                 return gigatoken_engine(self._tokenizer)
