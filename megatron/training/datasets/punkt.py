@@ -33,9 +33,12 @@ _TOKEN = re.compile(
     rf"{_RUN}|(?=[^(\"`{{\[:;&#*@)}}\]\-,])\S+?(?=\s|$|{_CLOSING}|{_RUN}|,(?=$|\s|{_CLOSING}|{_RUN}))|\S"
 )
 _AFTER_A_SENTENCE = re.compile(r"[\"')\]}‘’“”«»]+?(?:\s+|(?=--)|$)", re.MULTILINE)
+_CLOSING_QUOTES = frozenset("\"')]}‘’“”«»")  # what _AFTER_A_SENTENCE begins with
 _NUMBER = re.compile(r"^-?[.,]?\d[\d,.\-]*\.?$")
 _INITIAL = re.compile(r"[^\W\d]\.$")
 _ELLIPSIS = re.compile(r"\.\.+$")
+_LONGEST_PLAIN_WORD = 24
+_LONGEST_REMEMBERED, _MOST_REMEMBERED = 64, 1 << 16  # characters, contexts: some 10 MB
 _PUNCTUATION = frozenset(";:,.!?")
 
 
@@ -61,7 +64,10 @@ class PunktSplitter:
 
     def __init__(self, parameters: PunktParameters, keep_newlines: bool = False) -> None:
         self.parameters = parameters
+        self.keep_newlines = keep_newlines
         self._possible_end = _POSSIBLE_END_KEEPING_SPACE if keep_newlines else _POSSIBLE_END
+        self._doubtful = parameters.abbreviations | {first for first, _ in parameters.collocations}
+        self._decided: dict[str, bool] = {}
 
     def split(self, text: str) -> list[str]:
         """The sentences of `text`, without those that are empty."""
@@ -76,7 +82,8 @@ class PunktSplitter:
             moved = 0
             if i + 1 < len(spans):
                 next_begin, next_end = spans[i + 1]
-                if match := _AFTER_A_SENTENCE.match(text[next_begin:next_end]):
+                may_move = text[next_begin : next_begin + 1] in _CLOSING_QUOTES
+                if may_move and (match := _AFTER_A_SENTENCE.match(text[next_begin:next_end])):
                     end = next_begin + len(match.group().rstrip())
                     moved = match.end()
             yield begin, end
@@ -84,27 +91,53 @@ class PunktSplitter:
     def _spans(self, text: str) -> Iterator[tuple[int, int]]:
         start = 0
         for match, context in self._last_of_each_word(text):
-            if self._has_boundary(context):
+            if context is None or self._has_boundary(context):
                 yield start, match.end()
                 start = match.start("next") if match.group("next") else match.end()
         yield start, max(start, len(text.rstrip()))
 
-    def _last_of_each_word(self, text: str) -> Iterator[tuple[re.Match[str], str]]:
-        """The last possible end in each word, with the word and what follows it."""
+    def _last_of_each_word(self, text: str) -> Iterator[tuple[re.Match[str], str | None]]:
+        """The last possible end in each word, with the word and what follows it; None: it is an end for sure."""
         word = (0, 0)
         pending: re.Match[str] | None = None
         for match in self._possible_end.finditer(text):
-            space = _last_space(text, word[1], match.start())
+            end = match.start()
+            plain = self._plain_word(text, word[1], match)
+            space = end - plain - 1 if plain else _last_space(text, word[1], end)
             begin = space + 1 if space > word[1] else word[0]
             if pending is not None and word[1] <= begin:
                 yield pending, text[word[0] : word[1]] + pending.group() + pending.group("after")
-            pending, word = match, (begin, match.start())
+            pending, word = match, (begin, end)
+            if plain:
+                yield match, None
+                pending = None
         if pending is not None:
             yield pending, text[word[0] : word[1]] + pending.group() + pending.group("after")
 
+    def _plain_word(self, text: str, start: int, match: re.Match[str]) -> int:
+        """Length of the word before a possible end, if it is one that no rule takes exception to; else 0.
+
+        Such a word stands between white spaces, has two or more letters and nothing else, and is neither an
+        abbreviation nor one that some word goes with. Half of all sentences end so.
+        """
+        end = match.start()
+        if self.keep_newlines or match.group("next") is None:
+            return 0
+        before = text[max(start, end - _LONGEST_PLAIN_WORD) : end]
+        word = before.rpartition(" ")[2].rpartition("\n")[2]
+        is_plain = 1 < len(word) < len(before) and word.isalpha() and word.isascii()
+        return len(word) if is_plain and word.lower() not in self._doubtful else 0
+
     def _has_boundary(self, context: str) -> bool:
+        if (decided := self._decided.get(context)) is not None:
+            return decided
         tokens = [token for line in context.split("\n") for token in _TOKEN.findall(line)]
-        return any(self._ends_sentence(token, following) for token, following in zip(tokens, tokens[1:]))
+        decided = any(self._ends_sentence(token, following) for token, following in zip(tokens, tokens[1:]))
+        if len(context) < _LONGEST_REMEMBERED:
+            if len(self._decided) == _MOST_REMEMBERED:
+                self._decided.clear()
+            self._decided[context] = decided
+        return decided
 
     def _ends_sentence(self, token: str, following: str) -> bool:
         if token in ("?", "!"):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -10,9 +9,7 @@ from typing import Any
 import numpy
 
 from megatron.training.tokenizer.base import VocabularyTokenizer
-from megatron.training.tokenizer.bpe_engines import Engine, tokenizers_engine
-
-_KNOWN_CHARACTERS = 1 << 21  # of the words whose ids are remembered: some 50 MB
+from megatron.training.tokenizer.word_memory import WordMemory
 
 
 class BertWordPieceTokenizer(VocabularyTokenizer):
@@ -33,9 +30,8 @@ class BertWordPieceTokenizer(VocabularyTokenizer):
         super().__init__(vocab_file, lower_case=lower_case, vocab_extra_ids=vocab_extra_ids)
         vocab = _read_vocabulary(vocab_file)
         self._tokenizer = _make(vocab, lower_case)
-        self._engine: Engine = tokenizers_engine(self._tokenizer)
-        self._known: dict[str, tuple[int, ...]] = {}
-        self._known_characters = 0
+        # all steps stop at white space and at ASCII signs
+        self._words = WordMemory(self.tokenize_batch, self._tokenize_runs)
         ids = {name: vocab[f"[{name.upper()}]"] for name in ("cls", "sep", "pad", "mask")}
         self._set_vocabulary(dict(vocab), **ids)
         bos, eos = self._add_token("[BOS]"), self._add_token("[EOS]")
@@ -49,24 +45,15 @@ class BertWordPieceTokenizer(VocabularyTokenizer):
         return [found.ids for found in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
 
     def tokenize_flat(self, texts: list[str]) -> tuple[numpy.ndarray, numpy.ndarray]:
-        # All steps stop at white space, so the ids of a text are those of its words; most words come again and again.
-        words_of = [text.replace("\n", " ").split(" ") for text in texts]
-        self._learn(set(itertools.chain.from_iterable(words_of)) - self._known.keys())
-        encoded = [list(itertools.chain.from_iterable(map(self._known.__getitem__, words))) for words in words_of]
-        lengths = numpy.fromiter(map(len, encoded), numpy.int64, len(encoded))
-        ids = numpy.fromiter(itertools.chain.from_iterable(encoded), numpy.uint32, int(lengths.sum()))
-        if self._known_characters > _KNOWN_CHARACTERS:
-            self._known.clear()
-            self._known_characters = 0
-        return ids, lengths
+        return self._words.tokenize(texts)
 
-    def _learn(self, words: set[str]) -> None:
-        """Remember the ids of new words."""
-        chosen = list(words)
-        ids, lengths = self._engine(chosen)
-        parts = numpy.split(ids, numpy.cumsum(lengths)[:-1]) if chosen else []
-        self._known.update((word, tuple(part.tolist())) for word, part in zip(chosen, parts))
-        self._known_characters += sum(map(len, chosen))
+    def _tokenize_runs(self, runs: list[str]) -> list[list[int]]:
+        """Ids of runs of ASCII letters and digits, and of ASCII signs: as one text, each of them is a word of it."""
+        found = self._tokenizer.encode(" ".join(runs), add_special_tokens=False)
+        ids: list[list[int]] = [[] for _ in runs]
+        for word, token in zip(found.word_ids, found.ids):
+            ids[word].append(token)
+        return ids
 
     def detokenize(self, ids: numpy.ndarray | Iterable[int]) -> str:
         return " ".join(self._inv_vocab[int(token)] for token in ids).replace(" ##", "")

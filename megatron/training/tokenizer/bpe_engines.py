@@ -59,7 +59,7 @@ def _tiktoken_encoding(ranks: dict[bytes, int], pattern: str, special_tokens: di
 
 # Unicode's White_Space, which \s means to tiktoken; Python's has four control characters more.
 _SPACES = "\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
-_CUT, _NEXT_TEXT = "\U0010ffff", "\U0010fffe"  # no characters, by definition
+_CUT, _NEXT_TEXT = "\x01", "\x02"  # a text that has them is encoded the slow way
 _BEFORE_LAST_SPACE = rf"(?=[{_SPACES}][^{_SPACES}{_CUT}{_NEXT_TEXT}])"
 _AFTER_BLANK, _AFTER_NEWLINE = (re.compile(space + _BEFORE_LAST_SPACE) for space in " \n")
 _AFTER_OTHER = re.compile(rf"([^\S \n]){_BEFORE_LAST_SPACE}")
@@ -68,7 +68,7 @@ _JOINED_CHARACTERS = 1 << 20
 
 
 def gpt2_tiktoken_engine(ranks: dict[bytes, int]) -> Engine:
-    """As `tiktoken_engine` with `GPT2_PATTERN`, about 1.5 times as fast.
+    """As `tiktoken_engine` with `GPT2_PATTERN`, faster by a third to a half.
 
     What is slow in that pattern is its look ahead, by which the last of several white spaces goes to the next word.
     Here texts are cut before that one, and a pattern without look ahead splits the same words. Many texts become one
