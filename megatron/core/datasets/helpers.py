@@ -46,7 +46,7 @@ def build_sample_index(
             starts += lengths[places]
             rows[:, 1] = starts
             row += len(rows)
-    if row <= num_samples:
+    if row <= num_samples and len(document_index):
         last = len(document_index) - 1
         index[row:] = last, int(sequence_lengths[document_index[last]]) - extra
     index[0] = 0

@@ -79,6 +79,10 @@ class DocumentEncoder:
         self.skip_bad_lines = skip_bad_lines
         self.scratch = scratch
 
+    def load(self) -> None:
+        """Load all that tokenizing needs, which else happens at the first block."""
+        self.tokenizer.tokenize_flat([])
+
     def encode(self, block: Block) -> EncodedBlock:
         """The tokens of all documents of a block."""
         if isinstance(block, LongLine):

@@ -31,6 +31,7 @@ def encode_in_order(
             yield block, encoder.encode(block)
         return
     # fork: a worker starts at once with the tokenizer that is loaded already
+    encoder.load()
     context = multiprocessing.get_context("fork")
     pool = ProcessPoolExecutor(workers, context, _start_worker, (encoder, os.getpid()))
     try:

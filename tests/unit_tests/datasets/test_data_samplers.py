@@ -9,8 +9,11 @@ import pytest
 import torch
 
 from megatron.core import parallel_state
+from megatron.core.datasets.blended_dataset import BlendedDataset
+from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.gpt_dataset import GPTDataset
 from megatron.core.datasets.utils import Split
+from megatron.core.num_microbatches_calculator import build_num_microbatches_calculator
 from megatron.training import setup
 from megatron.training.datasets.data_samplers import (
     MegatronPretrainingRandomSampler,
@@ -158,3 +161,57 @@ def test_external_loaders_are_read_as_they_are() -> None:
     assert run_ranks(1, iterate_external, [{"tokens": 1}, {"tokens": 2}]) == [[{"tokens": 1}, {"tokens": 2}]]
     with pytest.raises(AssertionError, match="external is for programs .* this one returns a TensorDataset"):
         run_ranks(1, iterate_external, torch.utils.data.TensorDataset(torch.ones(3)))
+
+
+# -- stopped and resumed at every step ---------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def blend(tmp_path_factory: pytest.TempPathFactory) -> BlendedDataset:
+    """Samples of two sets of documents, several times each."""
+    folder = tmp_path_factory.mktemp("blend")
+    prefixes = [write_dataset(folder / name, random_documents(80, seed=i)) for i, name in enumerate("ab")]
+    config = gpt_config(blend=(prefixes, [0.3, 0.7]), split="1,0,0", create_attention_mask=False)
+    return BlendedMegatronDatasetBuilder(GPTDataset, [256, 0, 0], lambda: True, config).build()[0]
+
+
+def ramp_up(micro: int, ranks: int, consumed: int, num_samples: int) -> list[int]:
+    """Sizes of the global batches from `consumed` samples on: 16, then 16 more after every 48 samples, up to 48."""
+    sizes = []
+    calculator = build_num_microbatches_calculator(0, [16, 16, 96], 48, micro, ranks)
+    while consumed < num_samples:
+        calculator.update(consumed, consistency_check=True)
+        sizes.append(calculator.get() * micro * ranks)
+        consumed += sizes[-1]
+    return sizes
+
+
+def batch_hashes(dataset: BlendedDataset, micro: int, ranks: int, consumed: int, num_samples: int) -> list[str]:
+    """What all ranks read together, of each global batch of a run that continues after `consumed` samples."""
+    loaders = [
+        iter(
+            build_pretraining_data_loader(
+                dataset, consumed, micro_batch_size=micro, data_parallel_rank=rank, data_parallel_size=ranks
+            )
+        )
+        for rank in range(ranks)
+    ]
+    hashes = []
+    for size in ramp_up(micro, ranks, consumed, num_samples):
+        parts = [next(loader) for _ in range(size // (micro * ranks)) for loader in loaders]
+        read = [torch.cat([part[name] for part in parts]).numpy().tobytes() for name in ("tokens", "labels")]
+        hashes.append(hashlib.sha256(b"".join(read)).hexdigest())
+    return hashes
+
+
+@pytest.mark.parametrize("micro", [1, 4])
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_same_batches_stopped_at_any_step(blend: BlendedDataset, micro: int, ranks: int) -> None:
+    """A run of one rank without a stop is the measure; whoever continues it, at whatever step, reads its batches."""
+    num_samples = 256
+    sizes = ramp_up(1, 1, 0, num_samples)
+    assert sizes == [16, 16, 16, 32, 32, 48, 48, 48] and len(blend) >= num_samples
+    whole = batch_hashes(blend, 1, 1, 0, num_samples)
+    assert len(set(whole)) == len(sizes)
+    for step, consumed in enumerate(itertools.accumulate(sizes[:-1], initial=0)):
+        assert batch_hashes(blend, micro, ranks, consumed, num_samples) == whole[step:]

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron.core.datasets.gpt_sample_index import build_indices, plan_samples, shuffle_dtype
-from megatron.core.datasets.helpers import build_blending_indices
+from megatron.core.datasets.helpers import build_blending_indices, build_sample_index
 
 LENGTHS = [5, 3, 9, 4, 7, 2, 6, 8]
 
@@ -198,3 +198,9 @@ def test_long_blend_equals_slow_reference(weights: list[float]) -> None:
 def test_exhaustive_blend_equals_slow_reference(sizes: list[int]) -> None:
     shares = (numpy.array(sizes) / sum(sizes)).tolist()
     assert blend(shares, sum(sizes), sizes) == slow_blend(shares, sum(sizes), sizes)
+
+
+def test_no_documents_and_no_samples() -> None:
+    """The test split of a few documents, where no test samples are asked for."""
+    index = build_sample_index(numpy.array([5, 6], numpy.int32), numpy.empty(0, numpy.int32), 4, 0)
+    assert index.tolist() == [[0, 0]]

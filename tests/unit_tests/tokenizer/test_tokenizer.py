@@ -1,4 +1,5 @@
 import json
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -7,7 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron.training.tokenizer import build_tokenizer, vocab_size_with_padding
+from megatron.training.tokenizer import bpe_engines, build_tokenizer, vocab_size_with_padding, word_memory
+from megatron.training.tokenizer.bert_tokenizer import BertWordPieceTokenizer
+from megatron.training.tokenizer.bpe_engines import has_tiktoken
+from megatron.training.tokenizer.gpt2_bpe_tokenizer import GPT2BPETokenizer
 from megatron.training.tokenizer.tokenizer import _NullTokenizer
 from tests.unit_tests.tokenizer.vocabularies import SENTENCES, write_bpe, write_sentencepiece
 
@@ -103,6 +107,34 @@ def test_bpe_round_trip_and_offsets(bpe, text: str) -> None:
         position += len(bpe.inv_vocab[token])
     assert position == len(positions)
     assert bpe.offsets([*ids, bpe.eod], text) == [*offsets, len(text)]
+
+
+# White space of all kinds (four are white space for Python only), what stands for cuts inside, words and signs.
+SPACES = "\t\n\x0b\x0c\r\x1c\x1d\x1e\x1f\x85\xa0\u1680\u2003\u2028\u2029\u202f\u205f\u3000   \n\n"
+MIXED = st.text(alphabet=st.sampled_from(SPACES + "ab'std1²é.,你🎉\u200b\ufeff\x01\x02"), max_size=16)
+
+
+@pytest.mark.skipif(not has_tiktoken(), reason="tiktoken is not installed")
+@settings(max_examples=300, deadline=None)
+@given(texts=st.lists(MIXED, max_size=6))
+def test_many_texts_in_one_call_of_tiktoken(bpe, bpe_files: tuple[str, str], texts: list[str]) -> None:
+    fast = _tiktoken_of(bpe_files)
+    ids, lengths = fast.tokenize_flat(texts)
+    expected = [bpe.tokenize(text) for text in texts]
+    assert ids.tolist() == sum(expected, []) and lengths.tolist() == list(map(len, expected))
+
+
+@cache
+def _tiktoken_of(bpe_files: tuple[str, str]) -> GPT2BPETokenizer:
+    return GPT2BPETokenizer(*bpe_files, engine="tiktoken")
+
+
+def test_parts_of_many_texts(bpe_files: tuple[str, str], bpe, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bpe_engines, "_JOINED_CHARACTERS", 5)
+    texts = ["a  b", "", "more than five", "", "c", "d\n", " e"]
+    ids, lengths = GPT2BPETokenizer(*bpe_files).tokenize_flat(texts)
+    expected = [bpe.tokenize(text) for text in texts]
+    assert ids.tolist() == sum(expected, []) and lengths.tolist() == list(map(len, expected))
 
 
 def test_bpe_end_of_text_is_never_found_in_a_text(bpe) -> None:
@@ -224,6 +256,40 @@ def test_bad_sentencepiece_model(tmp_path: Path) -> None:
 
 
 # -- HuggingFaceTokenizer ------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def wordpiece_files(tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = tmp_path_factory.mktemp("bert") / "vocab.txt"
+    tokens = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcB1.,'-#é你", "##a", "##b", "ab", "##ab1", "cab"]
+    path.write_text("\n".join(tokens) + "\n", encoding="utf-8")
+    return str(path)
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    texts=st.lists(
+        st.text(alphabet=st.sampled_from(SPACES + "aabbcB1.,'-#é\u0301你ß\x00\x02\x7f"), max_size=16), max_size=6
+    ),
+    lower=st.booleans(),
+)
+def test_wordpiece_of_remembered_words(wordpiece_files: str, texts: list[str], lower: bool) -> None:
+    tokenizer = _wordpiece(wordpiece_files, lower)
+    expected = tokenizer.tokenize_batch(texts)
+    ids, lengths = tokenizer.tokenize_flat(texts)
+    assert ids.tolist() == sum(expected, []) and lengths.tolist() == list(map(len, expected))
+
+
+@cache
+def _wordpiece(vocab_file: str, lower: bool) -> BertWordPieceTokenizer:
+    return BertWordPieceTokenizer(vocab_file, lower)
+
+
+def test_wordpiece_forgets(wordpiece_files: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(word_memory, "_REMEMBERED_CHARACTERS", 3)
+    tokenizer = BertWordPieceTokenizer(wordpiece_files)
+    for text in ("abab a", "cab é", "a.b cab", "x" * 101 + " " + "a" * 100):
+        assert tokenizer.tokenize_flat([text])[0].tolist() == tokenizer.tokenize(text)
 
 
 @pytest.fixture(scope="module")
