@@ -2,7 +2,8 @@
 
     python benchmarks/data_cpu.py [--only NAME ...] [--output benchmarks/results/data_cpu.json]
 
-sample_index: the index of 10 M documents with 1 G tokens, beside a C loop compiled here; blend: 10 M samples of 32
+sample_index: the index of 10 M documents with 1 G tokens, beside a C loop compiled here; masked_sample_index: that of
+BERT and T5, likewise; blend: 10 M samples of 32
 datasets; cold_start: a fresh process that opens 1000 prefixes with warm caches, up to its first batch; loader: tokens
 that GPTDataset gives through the data loader out of the page cache; training: the share of a training step that
 waits for data. Times are CPU seconds of the measuring process unless a name says otherwise.
@@ -38,6 +39,8 @@ from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegat
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from megatron.core.datasets.helpers import build_blending_indices, build_sample_index
 from megatron.core.datasets.indexed_dataset_builder import IndexedDatasetBuilder
+from megatron.core.datasets.masked_sample_index import SentenceGrouping, build_masked_sample_index
+from megatron.core.datasets.mersenne_twister import mt19937_64
 from megatron.training.datasets.data_samplers import build_pretraining_data_loader
 from megatron.training.tokenizer.null_tokenizer import NullTokenizer
 
@@ -63,6 +66,39 @@ int64_t walk(const int32_t *lengths, const int32_t *documents, int64_t num_docum
 """
 
 
+C_MASKED_LOOP = """
+#include <stdint.h>
+int64_t cut(const int64_t *starts, int64_t num_documents, const int32_t *lengths, int64_t num_samples, int32_t full,
+            int32_t ratio, int32_t minimum, const uint32_t *draws, const uint64_t *picks, uint32_t *index) {
+    int64_t row = 0, drawn = 0;
+    while (row < num_samples) {
+        for (int64_t d = 0; d < num_documents; ++d) {
+            int64_t begin = starts[d], end = starts[d + 1], first = begin, length = 0, is_long = 0;
+            if (end - begin < minimum) continue;
+            for (int64_t i = begin; i < end; ++i) is_long |= lengths[i] > 512;
+            if (is_long && end - begin > 1) continue;
+            uint32_t draw = draws[drawn++], target = draw % ratio ? full : 2 + draw % (full - 1);
+            for (int64_t i = begin; i < end; ++i) {
+                length += lengths[i];
+                if ((length >= target && i < end - 2 && i + 1 - first >= minimum) || i == end - 1) {
+                    index[3 * row] = first; index[3 * row + 1] = i + 1; index[3 * row++ + 2] = target;
+                    first = i + 1; length = 0; draw = draws[drawn++];
+                    target = draw % ratio ? full : 2 + draw % (full - 1);
+                }
+            }
+        }
+    }
+    for (int64_t i = row - 1, k = 0; i > 0; --i, ++k) {
+        int64_t j = picks[k] % (i + 1);
+        for (int c = 0; c < 3; ++c) {
+            uint32_t kept = index[3 * i + c]; index[3 * i + c] = index[3 * j + c]; index[3 * j + c] = kept;
+        }
+    }
+    return row;
+}
+"""
+
+
 def cpu_seconds(work: Callable[[], Any], rounds: int = 3) -> tuple[float, Any]:
     """(best of some rounds, the result)."""
     best, result = float("inf"), None
@@ -73,14 +109,21 @@ def cpu_seconds(work: Callable[[], Any], rounds: int = 3) -> tuple[float, Any]:
     return best, result
 
 
-def compiled_loop(folder: Path) -> Any:
-    """The C loop as a function, None without a compiler."""
+def compiled(folder: Path, source: str, name: str) -> Any:
+    """A function in C, None without a compiler."""
     compiler = shutil.which("cc") or shutil.which("gcc")
     if compiler is None:
         return None
-    (folder / "walk.c").write_text(C_LOOP)
-    subprocess.run([compiler, "-O3", "-shared", "-fPIC", "-o", folder / "walk.so", folder / "walk.c"], check=True)
-    return ctypes.CDLL(str(folder / "walk.so")).walk
+    (folder / f"{name}.c").write_text(source)
+    library = folder / f"{name}.so"
+    subprocess.run([compiler, "-O3", "-shared", "-fPIC", "-o", library, folder / f"{name}.c"], check=True)
+    function = getattr(ctypes.CDLL(str(library)), name)
+    function.restype = ctypes.c_int64
+    return function
+
+
+def pointer_to(array: numpy.ndarray | None) -> Any:
+    return None if array is None else array.ctypes.data_as(ctypes.c_void_p)
 
 
 def sample_index(folder: Path) -> dict[str, Any]:
@@ -88,7 +131,7 @@ def sample_index(folder: Path) -> dict[str, Any]:
     rng = numpy.random.default_rng(0)
     lengths = rng.integers(1, 200, 10_000_000, dtype=numpy.int32)
     documents = rng.permutation(len(lengths)).astype(numpy.int32)
-    num_tokens, walk, result = int(lengths.sum(dtype=numpy.int64)), compiled_loop(folder), {}
+    num_tokens, walk, result = int(lengths.sum(dtype=numpy.int64)), compiled(folder, C_LOOP, "walk"), {}
     for sequence_length in (1024, 4096):
         num_samples = (num_tokens - 1) // sequence_length
 
@@ -103,13 +146,38 @@ def sample_index(folder: Path) -> dict[str, Any]:
         row = {"seconds": seconds, "result_bytes": index.nbytes, "peak_over_result": peak / index.nbytes}
         if walk is not None:
             expected = numpy.empty_like(index)
-            pointers = [array.ctypes.data_as(ctypes.c_void_p) for array in (lengths, documents, expected)]
+            pointers = [pointer_to(array) for array in (lengths, documents, expected)]
             sizes = [ctypes.c_int64(n) for n in (len(documents), sequence_length, num_samples)]
             row["c_seconds"], _ = cpu_seconds(lambda p=pointers, s=sizes: walk(p[0], p[1], *s, p[2]))
             assert numpy.array_equal(index, expected)
             row["times_c"] = seconds / row["c_seconds"]
         result[f"sequence_length_{sequence_length}"] = row
     return {"documents": len(documents), "tokens": num_tokens, **result}
+
+
+def masked_sample_index(folder: Path) -> dict[str, Any]:
+    """BERT's and T5's: 200 000 documents of 20 sentences of 25 tokens on average; C gets its random numbers ready."""
+    rng = numpy.random.default_rng(2)
+    counts = rng.integers(1, 40, 200_000)
+    starts = numpy.concatenate([[0], numpy.cumsum(counts)])
+    lengths = rng.integers(1, 50, int(starts[-1]), dtype=numpy.int32)
+    grouping = SentenceGrouping(509, 0.1, 2, 1234)
+    seconds, index = cpu_seconds(lambda: build_masked_sample_index(starts, lengths, 1, grouping), rounds=2)
+    result = {"documents": len(counts), "sentences": len(lengths), "samples": len(index), "seconds": seconds}
+    cut = compiled(folder, C_MASKED_LOOP, "cut")
+    if cut is None:
+        return result
+    draws = numpy.random.RandomState(1234).randint(0, 1 << 32, size=2 * len(lengths), dtype=numpy.uint32)
+    picks, expected = mt19937_64(1235, len(index)), numpy.empty_like(index)
+    sizes = [ctypes.c_int64(len(counts)), ctypes.c_int64(1), ctypes.c_int32(509), ctypes.c_int32(10), ctypes.c_int32(2)]
+
+    def in_c() -> int:
+        arrays = [pointer_to(array) for array in (starts, lengths, draws, picks, expected)]
+        return cut(arrays[0], sizes[0], arrays[1], *sizes[1:], *arrays[2:])
+
+    c_seconds, rows = cpu_seconds(in_c)
+    assert rows == len(index) and numpy.array_equal(index, expected)
+    return result | {"c_seconds": c_seconds, "times_c": seconds / c_seconds}
 
 
 def blend(folder: Path) -> dict[str, Any]:
@@ -226,6 +294,7 @@ def training(folder: Path) -> dict[str, Any]:
 
 MEASUREMENTS: dict[str, Callable[[Path], dict[str, Any]]] = {
     "sample_index": sample_index,
+    "masked_sample_index": masked_sample_index,
     "blend": blend,
     "cold_start": cold_start,
     "loader": loader,

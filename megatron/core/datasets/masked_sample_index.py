@@ -6,6 +6,8 @@ the model also sees short inputs (Devlin et al., arXiv:1810.04805, A.2). All epo
 
 from __future__ import annotations
 
+from array import array
+from bisect import bisect_left
 from dataclasses import dataclass
 
 import numpy
@@ -48,9 +50,9 @@ class _Targets:
         if not self._ratio:
             return self._length
         if not self._drawn:
-            self._drawn = self._generator.randint(0, 1 << 32, size=_DRAWS, dtype=numpy.uint32)[::-1].tolist()
-        x = self._drawn.pop()
-        return 2 + x % (self._length - 1) if x % self._ratio == 0 else self._length
+            x = self._generator.randint(0, 1 << 32, size=_DRAWS, dtype=numpy.uint32)[::-1]
+            self._drawn = numpy.where(x % self._ratio, self._length, 2 + x % (self._length - 1)).tolist()
+        return self._drawn.pop()
 
 
 def build_masked_sample_index(
@@ -73,12 +75,13 @@ def build_masked_sample_index(
         ValueError: no document gives a sample.
     """
     documents = _usable_documents(document_starts, sentence_lengths, grouping)
-    targets = _Targets(grouping)
-    rows: list[tuple[int, int, int]] = []
-    while len(rows) < num_samples:
+    tokens_before = array("q", numpy.cumsum(sentence_lengths, dtype=numpy.int64).tobytes())
+    tokens_before.insert(0, 0)
+    targets, rows = _Targets(grouping), array("Q")
+    while len(rows) < 3 * num_samples:
         before = len(rows)
-        for start, lengths in documents:
-            _cut_document(start, lengths, targets, grouping.min_num_sentences, rows)
+        for start, end in documents:
+            _cut_document(start, end, tokens_before, targets, grouping.min_num_sentences, rows)
         if len(rows) == before:
             raise ValueError(
                 f"no document has at least {grouping.min_num_sentences} sentence(s), none longer than {LONG_SENTENCE} "
@@ -91,31 +94,31 @@ def build_masked_sample_index(
 
 def _usable_documents(
     starts: numpy.ndarray, lengths: numpy.ndarray, grouping: SentenceGrouping
-) -> list[tuple[int, list[int]]]:
-    """(first sentence, sentence lengths) of the documents that give samples."""
-    documents = []
-    for start, end in zip(starts[:-1].tolist(), starts[1:].tolist()):
-        count = end - start
-        if count < max(grouping.min_num_sentences, 1):
-            continue
-        of_document = lengths[start:end].tolist()
-        if count == 1 or max(of_document) <= LONG_SENTENCE:
-            documents.append((start, of_document))
-    return documents
+) -> list[tuple[int, int]]:
+    """First sentence, and the one after the last, of the documents that give samples."""
+    begins, ends = starts[:-1].astype(numpy.int64), starts[1:].astype(numpy.int64)
+    num_long = numpy.concatenate([[0], numpy.cumsum(lengths > LONG_SENTENCE)])
+    has_no_long = num_long[begins] == num_long[ends]
+    count = ends - begins
+    usable = (count >= max(grouping.min_num_sentences, 1)) & ((count == 1) | has_no_long)
+    return list(zip(begins[usable].tolist(), ends[usable].tolist()))
 
 
 def _cut_document(
-    start: int, lengths: list[int], targets: _Targets, min_num_sentences: int, rows: list[tuple[int, int, int]]
+    first: int, end: int, tokens_before: array[int], targets: _Targets, min_num_sentences: int, rows: array[int]
 ) -> None:
     """Append the samples of one document. The last one takes what is left, never a single sentence on its own."""
-    first, length, target = 0, 0, targets.next()
-    last = len(lengths) - 1
-    for i, tokens in enumerate(lengths):
-        length += tokens
-        full = length >= target and i < last - 1 and i + 1 - first >= min_num_sentences
-        if full or i == last:
-            rows.append((start + first, start + i + 1, target))
-            first, length, target = i + 1, 0, targets.next()
+    target = targets.next()
+    while True:
+        # the sentence after the first one that reaches the target: looked up, since most sentences do not
+        stop = bisect_left(tokens_before, tokens_before[first] + target, first + 1, end)
+        stop = max(stop, first + min_num_sentences)
+        if stop >= end - 1:
+            break
+        rows.extend((first, stop, target))
+        first, target = stop, targets.next()
+    rows.extend((first, end, target))
+    targets.next()  # that of a sample after the last one, which the rule draws too
 
 
 def shuffled_order(count: int, seed: int) -> list[int]:
