@@ -4,8 +4,9 @@
         --bert-vocab-file bert-vocab.txt --nltk-data nltk_data
 
 "preprocess" is the whole program as a process of its own: start, JSON, queues, tokens, writing. The engines alone get
-the texts ready-made in memory, without their start. The peers in Python read a share of the documents, spread over all.
-CPU time counts all processes, so that other load on the machine disturbs little; wall time is not used.
+the texts ready-made in memory, without their start. The peers in Python read a share of the documents, spread over all;
+gpt3-tokenizer and transformers' WordPiece are as published, the others leaner ones written here.
+CPU time counts all processes, so that other load on the machine disturbs little; wall time is only written down.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import json
 import os
 import platform
 import re
-import resource
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -32,10 +33,10 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from megatron.training.datasets.punkt import read_parameters
-from megatron.training.tokenizer.bpe_engines import byte_alphabet
+from megatron.training.tokenizer.bpe_engines import GPT2_PATTERN, Engine, byte_alphabet, tiktoken_engine
 from megatron.training.tokenizer.gpt2_bpe_tokenizer import GPT2BPETokenizer, read_merges
 
-PACKAGES = ("tokenizers", "tiktoken", "gigatoken", "nltk", "numpy", "regex")
+PACKAGES = ("transformers", "tokenizers", "tiktoken", "gigatoken", "nltk", "numpy", "regex")
 
 
 class PlainBpe:
@@ -103,22 +104,36 @@ def cpu_seconds(work: Callable[[], Any]) -> float:
     return time.process_time() - start
 
 
-def encode_each(tokenizer: GPT2BPETokenizer, texts: list[str]) -> None:
-    """One call of the engine for each text."""
+def encode_blocks(engine: Engine, texts: list[str]) -> None:
+    """As many texts in a call as the program has in a block."""
+    block: list[str] = []
     for text in texts:
-        tokenizer.tokenize_flat([text])
+        block.append(text)
+        if sum(map(len, block)) > 1 << 19:
+            engine(block)
+            block = []
+    engine(block)
 
 
-def program_cpu_seconds(flags: list[str]) -> tuple[float, str]:
-    """CPU time of the program with all its processes, and a hash of the token file."""
+PROGRAM = """
+import json, resource, sys, time
+begin = time.monotonic()
+sys.path.insert(0, {root!r})
+from tools.preprocess_data import main
+main()
+used = [sum(resource.getrusage(who)[:2]) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+print(json.dumps({{"parent_cpu_s": used[0], "workers_cpu_s": used[1], "wall_s": time.monotonic() - begin}}))
+"""
+
+
+def run_program(flags: list[str]) -> dict[str, Any]:
+    """CPU time of the program and of its workers, wall time, and a hash of the token file."""
     with tempfile.TemporaryDirectory() as folder:
-        before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        command = [sys.executable, str(ROOT / "tools/preprocess_data.py"), "--output-prefix", f"{folder}/out", *flags]
-        subprocess.run(command, check=True, stderr=subprocess.DEVNULL)
-        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        command = [sys.executable, "-c", PROGRAM.format(root=str(ROOT)), "--output-prefix", f"{folder}/out", *flags]
+        ended = subprocess.run(command, check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
         (tokens,) = Path(folder).glob("*.bin")
         digest = hashlib.sha256(tokens.read_bytes()).hexdigest()[:16]
-    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime, digest
+    return {name: round(value, 3) for name, value in json.loads(ended.stdout).items()} | {"digest": digest}
 
 
 def nltk_splitter(folder: str) -> Any:
@@ -134,6 +149,39 @@ def nltk_splitter(folder: str) -> Any:
     return splitter
 
 
+def python_peers(args: argparse.Namespace) -> dict[str, Callable[[list[str]], Any]]:
+    """What reads a share of the documents: interpreted tokenizers, and `tokenizers` as it is usually called."""
+    from transformers.models.bert.tokenization_bert_legacy import BertTokenizerLegacy
+
+    plain, reference = PlainBpe(*args.bpe_files), GPT2BPETokenizer(*args.bpe_files, "tokenizers")
+    word_piece, splitter = PlainWordPiece(args.bert_vocab_file), nltk_splitter(args.nltk_data)
+    legacy = BertTokenizerLegacy(args.bert_vocab_file)
+    peers: dict[str, Callable[[list[str]], Any]] = {
+        "BPE in Python, words to ids": lambda texts: [plain(text) for text in texts],
+        "tokenizers encode_batch": lambda texts: reference._tokenizer.encode_batch(texts),
+        "NLTK Punkt, lean WordPiece in Python": lambda texts: [
+            word_piece(sentence) for text in texts for sentence in splitter.tokenize(text)
+        ],
+        "NLTK Punkt, transformers' WordPiece in Python": lambda texts: [
+            legacy.convert_tokens_to_ids(legacy.tokenize(sentence))
+            for text in texts
+            for sentence in splitter.tokenize(text)
+        ],
+    }
+    if args.gpt3_tokenizer:
+        sys.path.insert(0, args.gpt3_tokenizer)
+        import gpt3_tokenizer
+
+        peers["BPE in Python, gpt3-tokenizer 0.1.5"] = lambda texts: [gpt3_tokenizer.encode(text) for text in texts]
+    return peers
+
+
+def medians(rows: list[dict[str, Any]]) -> dict[str, float]:
+    """Of the rounds of each contender."""
+    names = dict.fromkeys(row["name"] for row in rows)
+    return {name: statistics.median(row["mb_per_cpu_s"] for row in rows if row["name"] == name) for name in names}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--text", type=Path, required=True, help="JSON lines with real text")
@@ -141,11 +189,13 @@ def main() -> None:
     parser.add_argument("--merge-file", required=True, help="GPT-2's merges.txt")
     parser.add_argument("--bert-vocab-file", required=True, help="BERT's vocab.txt")
     parser.add_argument("--nltk-data", required=True, help="folder with tokenizers/punkt_tab")
-    parser.add_argument("--share", type=int, default=20, help="slow peers read every so many-th document")
-    parser.add_argument("--rounds", type=int, default=3, help="the best round of the fast ones counts")
+    parser.add_argument("--gpt3-tokenizer", help="folder with the unpacked PyPI package gpt3-tokenizer, one more peer")
+    parser.add_argument("--share", type=int, default=40, help="slow peers read every so many-th document")
+    parser.add_argument("--rounds", type=int, default=3, help="of all; what is compared takes turns")
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks/results/tokenize_cpu.json")
     args = parser.parse_args()
     os.environ |= {"TOKENIZERS_PARALLELISM": "false", "NLTK_DATA": args.nltk_data}
+    args.bpe_files = files = (args.vocab_file, args.merge_file)
 
     texts = [json.loads(line)["text"] for line in args.text.open(encoding="utf-8")]
     few = texts[:: args.share]
@@ -156,46 +206,47 @@ def main() -> None:
         rows.append({"name": name, "mb_per_cpu_s": round(num_bytes / seconds / 1e6, 2), "bytes": num_bytes, **more})
         print(rows[-1], flush=True)
 
-    files = ["--vocab-file", args.vocab_file, "--merge-file", args.merge_file]
-    bpe = ["--input", str(args.text), "--append-eod", "--tokenizer-type", "GPT2BPETokenizer", *files]
-    engines = {name: GPT2BPETokenizer(args.vocab_file, args.merge_file, name) for name in ("tiktoken", "gigatoken")}
-    reference = GPT2BPETokenizer(args.vocab_file, args.merge_file, "tokenizers")
-    for engine in engines.values():
-        engine.tokenize_flat(["start"])
-    for _ in range(args.rounds):  # what is compared takes turns
-        for name, engine in engines.items():
-            add(f"{name} alone", size, cpu_seconds(partial(encode_each, engine, texts)))
-        for name, workers in (("tiktoken", 1), ("tiktoken", 2), ("gigatoken", 1), ("gigatoken", 2)):
-            flags = [*bpe, "--tokenizer-engine", name, "--workers", str(workers)]
-            seconds, digest = program_cpu_seconds(flags)
-            add(f"preprocess, {name}, {workers} workers", size, seconds, digest=digest)
-    plain = PlainBpe(args.vocab_file, args.merge_file)
-    add("BPE in Python, cache of words", few_size, cpu_seconds(lambda: [plain(text) for text in few]))
-    add("tokenizers encode_batch", few_size, cpu_seconds(lambda: reference._tokenizer.encode_batch(few)))
-    word_piece, splitter = PlainWordPiece(args.bert_vocab_file), nltk_splitter(args.nltk_data)
-    slow = cpu_seconds(lambda: [word_piece(sentence) for text in few for sentence in splitter.tokenize(text)])
-    add("NLTK Punkt, WordPiece in Python", few_size, slow)
-    with tempfile.TemporaryDirectory() as folder:
-        copy = Path(folder) / "few.jsonl"
-        copy.write_text("".join(json.dumps({"text": text}) + "\n" for text in few), encoding="utf-8")
-        bert = [
-            "--input",
-            str(copy),
-            "--tokenizer-type",
-            "BertWordPieceLowerCase",
-            "--vocab-file",
-            args.bert_vocab_file,
-        ]
-        add(
-            "preprocess, WordPiece by sentences",
-            few_size,
-            program_cpu_seconds([*bert, "--workers", "1", "--split-sentences"])[0],
-        )
+    def add_program(name: str, flags: list[str]) -> None:
+        found = run_program(flags)
+        add(name, size, found["parent_cpu_s"] + found["workers_cpu_s"], **found)
 
-    versions = {name: metadata.version(name) for name in PACKAGES}
-    machine = {"python": platform.python_version(), "machine": platform.machine(), "cores": os.cpu_count()}
-    digests = {row["digest"] for row in rows if "digest" in row}
-    result = {"machine": machine, "versions": versions, "same_bytes_from_all": len(digests) == 1, "rows": rows}
+    with tempfile.TemporaryDirectory() as folder:
+        link = Path(folder) / "text.jsonl"  # its sentences are written beside it
+        link.symlink_to(args.text.resolve())
+        bpe = ["--append-eod", "--tokenizer-type", "GPT2BPETokenizer"]
+        bpe += ["--vocab-file", args.vocab_file, "--merge-file", args.merge_file, "--input", str(link)]
+        bert = ["--tokenizer-type", "BertWordPieceLowerCase", "--vocab-file", args.bert_vocab_file, "--split-sentences"]
+        bert += ["--input", str(link), "--workers", "1"]
+        peers = python_peers(args)
+        engines = {
+            "tiktoken, GPT-2's pattern": tiktoken_engine(
+                GPT2BPETokenizer(*files)._tiktoken_ranks() or {}, GPT2_PATTERN
+            ),
+            "tiktoken, as used": GPT2BPETokenizer(*files, "tiktoken").tokenize_flat,
+            "gigatoken": GPT2BPETokenizer(*files, "gigatoken").tokenize_flat,
+        }
+        for engine in engines.values():
+            engine(["start"])
+        for _ in range(args.rounds):
+            for name, engine in engines.items():
+                add(f"{name} alone", size, cpu_seconds(partial(encode_blocks, engine, texts)))
+            for name, workers in (("tiktoken", 1), ("tiktoken", 2), ("gigatoken", 1), ("gigatoken", 2)):
+                flags = [*bpe, "--tokenizer-engine", name, "--workers", str(workers)]
+                add_program(f"preprocess, {name}, {workers} workers", flags)
+            add_program("preprocess, WordPiece by sentences", bert)
+            Path(folder, "text_ss.jsonl").unlink()
+            for name, peer in peers.items():
+                add(name, few_size, cpu_seconds(partial(peer, few)))
+
+    digests = {row["digest"] for row in rows if row["name"].startswith(("preprocess, t", "preprocess, g"))}
+    result = {
+        "machine": {"python": platform.python_version(), "machine": platform.machine(), "cores": os.cpu_count()},
+        "load": os.getloadavg(),
+        "versions": {name: metadata.version(name) for name in PACKAGES},
+        "same_bytes_from_all": len(digests) == 1,
+        "medians": medians(rows),
+        "rows": rows,
+    }
     args.output.write_text(json.dumps(result, indent=1) + "\n")
 
 

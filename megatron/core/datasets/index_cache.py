@@ -115,18 +115,19 @@ class IndexCache:
         Raises:
             OSError, ValueError, EOFError: they cannot be read or are not the arrays wanted; the message says why.
         """
-        if self.path(DESCRIPTION).read_text(encoding="utf-8") != self.description:
+        prefix = str(self.path(""))  # once: paths as objects cost more than what they lead to
+        if _content_of(prefix + DESCRIPTION) != self.description.encode("utf-8"):
             raise ValueError("it describes another index")
-        paths = {name: self.path(f"{name}.npy") for name in array_names}
-        self._require_manifest(paths)
+        paths = {name: f"{prefix}{name}.npy" for name in array_names}
+        self._require_manifest(prefix + MANIFEST, paths)
         arrays = {name: _map_array(path) for name, path in paths.items()}
         if problem := check(arrays):
             raise ValueError(problem)
         return arrays
 
-    def _require_manifest(self, paths: dict[str, Path]) -> None:
+    def _require_manifest(self, path: str, paths: dict[str, str]) -> None:
         try:
-            manifest = json.loads(self.path(MANIFEST).read_bytes())
+            manifest = json.loads(_content_of(path))
         except FileNotFoundError:
             return
         for name, num_bytes in manifest["arrays"].items():
@@ -207,29 +208,36 @@ class _Finder:
             return None
 
 
+_NPY_START = 128  # bytes that numpy.save writes before an array of one or two dimensions
 _NPY_1 = b"\x93NUMPY\x01\x00"
 _NPY_HEADER = re.compile(rb"\{'descr': '([<|][iu]\d)', 'fortran_order': False, 'shape': \((\d+), ?(\d+)?\), \} *\n")
 
 
-def _map_array(path: Path) -> numpy.ndarray:
+def _map_array(path: str) -> numpy.ndarray:
     """The array of an `.npy` file, memory-mapped.
 
     What `numpy.save` writes for our arrays is read here: a run opens thousands of them, and numpy takes half a
     millisecond for the header of each, and more for each use of the kind of array that it returns.
     """
-    with open(path, "rb") as file:
-        start = file.read(10)
-        size = int.from_bytes(start[8:], "little")
-        header = _NPY_HEADER.fullmatch(file.read(size)) if start.startswith(_NPY_1) else None
-        if header is None:
+    with open(path, "rb", buffering=0) as file:
+        start = file.read(_NPY_START)
+        size = int.from_bytes(start[8:10], "little")
+        header = _NPY_HEADER.fullmatch(start, 10, 10 + size) if start.startswith(_NPY_1) else None
+        if header is None or 10 + size > len(start):
             return numpy.load(path, mmap_mode="r", allow_pickle=False)
         content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     dtype = numpy.dtype(header[1].decode())
     shape = tuple(int(number) for number in header.groups()[1:] if number is not None)
     num_bytes = math.prod(shape) * dtype.itemsize
     if len(content) < 10 + size + num_bytes:
-        raise ValueError(f"{path.name} is cut off: it has {len(content)} bytes, {10 + size + num_bytes} are needed")
+        name = os.path.basename(path)
+        raise ValueError(f"{name} is cut off: it has {len(content)} bytes, {10 + size + num_bytes} are needed")
     return numpy.frombuffer(content, dtype, math.prod(shape), 10 + size).reshape(shape)
+
+
+def _content_of(path: str) -> bytes:
+    with open(path, "rb", buffering=0) as file:
+        return file.read()
 
 
 @contextmanager
