@@ -182,6 +182,20 @@ def medians(rows: list[dict[str, Any]]) -> dict[str, float]:
     return {name: statistics.median(row["mb_per_cpu_s"] for row in rows if row["name"] == name) for name in names}
 
 
+def write_result(path: Path, rows: list[dict[str, Any]]) -> None:
+    """The rounds so far, with where and what they were read on."""
+    digests = {row["digest"] for row in rows if row["name"].startswith(("preprocess, t", "preprocess, g"))}
+    result = {
+        "machine": {"python": platform.python_version(), "machine": platform.machine(), "cores": os.cpu_count()},
+        "load": os.getloadavg(),
+        "versions": {name: metadata.version(name) for name in PACKAGES},
+        "same_bytes_from_all": len(digests) == 1,
+        "medians": medians(rows),
+        "rows": rows,
+    }
+    path.write_text(json.dumps(result, indent=1) + "\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--text", type=Path, required=True, help="JSON lines with real text")
@@ -237,17 +251,7 @@ def main() -> None:
             Path(folder, "text_ss.jsonl").unlink()
             for name, peer in peers.items():
                 add(name, few_size, cpu_seconds(partial(peer, few)))
-
-    digests = {row["digest"] for row in rows if row["name"].startswith(("preprocess, t", "preprocess, g"))}
-    result = {
-        "machine": {"python": platform.python_version(), "machine": platform.machine(), "cores": os.cpu_count()},
-        "load": os.getloadavg(),
-        "versions": {name: metadata.version(name) for name in PACKAGES},
-        "same_bytes_from_all": len(digests) == 1,
-        "medians": medians(rows),
-        "rows": rows,
-    }
-    args.output.write_text(json.dumps(result, indent=1) + "\n")
+            write_result(args.output, rows)
 
 
 if __name__ == "__main__":
