@@ -17,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron.training.tokenizer import build_tokenizer
+from megatron.training.tokenizer.bert_tokenizer import BertWordPieceTokenizer
 from megatron.training.tokenizer.gpt2_bpe_tokenizer import GPT2BPETokenizer
 from megatron.training.tokenizer.tik_tokenizer import PATTERNS, TikTokenizer
 from tests.real_inputs import CACHE, real_input, tiktoken_vocabulary
@@ -160,10 +161,11 @@ def test_remembered_words_have_the_ids_of_the_whole_text(batch: list[str]) -> No
 
 
 def test_remembered_words_are_forgotten_when_they_are_many(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("megatron.training.tokenizer.bert_tokenizer._KNOWN_CHARACTERS", 100)
-    ours = tokenizer("BertWordPieceLowerCase")
+    monkeypatch.setattr("megatron.training.tokenizer.word_memory._REMEMBERED_CHARACTERS", 100)
+    ours = BertWordPieceTokenizer(real_input("bert-vocab.txt"))
     for text in texts()[-3:]:
-        assert ours.tokenize_flat([text])[0].tolist() == ours.tokenize(text) and not ours._known
+        assert ours.tokenize_flat([text])[0].tolist() == ours.tokenize(text)
+        assert len(ours._words._places) > 100 and all(word in text + "\x02" for word in ours._words._places)
 
 
 def test_wordpiece_special_tokens() -> None:
