@@ -81,6 +81,7 @@ def settings(**changes: Any) -> SimpleNamespace:
         "micro_batch_size": MICRO_BATCH,
         "seq_length": LENGTH,
         "reset_attention_mask": False,
+        "mtp_num_layers": None,
         "create_attention_mask_in_dataloader": True,
         "attention_backend": SimpleNamespace(name="auto"),
     }
