@@ -43,6 +43,7 @@ SIZES = {
     "bert": {"base": EncoderSize(12, 768, 12, 3072)},
     "t5": {"small": EncoderSize(8, 512, 6, 1024)},  # T5 v1.1 small: heads of 64
 }
+VOCAB = {"bert": BERT_VOCAB, "t5": T5_VOCAB}
 TOKENS = {"bert": LENGTH * BATCH, "t5": (LENGTH + DECODER_LENGTH) * BATCH}
 HEAD_WIDTH = 64
 

@@ -319,7 +319,12 @@ def main() -> None:
             results.append({"size": asdict(shape), "type": number_type, **result})
             gc.collect()
     if args.output:
-        settings = {"sequence": LENGTH, "microbatch": BATCH, "vocabulary": VOCAB, "rounds": args.rounds}
+        settings = {
+            "sequence": LENGTH,
+            "microbatch": BATCH,
+            "vocabulary": encoder_contenders.VOCAB.get(args.model, VOCAB),
+            "rounds": args.rounds,
+        }
         settings |= {"allocator": args.allocator, "model": args.model}
         args.output.parent.mkdir(parents=True, exist_ok=True)
         args.output.write_text(json.dumps({"machine": machine(), "settings": settings, "results": results}, indent=1))
