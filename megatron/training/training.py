@@ -210,6 +210,7 @@ def train(run: Run, more_actions: Sequence[Action] = ()) -> None:
     for chunk in run.model:
         chunk.train()
     actions = periodic_actions(run, more_actions)
+    run.checkpoints.prepare(args, run.model, run.optimizer)
     finite, timeline = _finite_check(run), Timeline(args.timeline, args.timeline_step)
     if args.manual_gc:
         gc.disable()

@@ -7,6 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import nn
+
 from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.collective import on_first_rank
 from megatron.core.dist_checkpointing.core import CheckpointingException
@@ -40,6 +43,11 @@ class CheckpointContext:
         if self._saver is None:
             self._saver = BackgroundSaver(WRITERS[args.async_strategy], bool(args.use_persistent_ckpt_worker))
         return self._saver
+
+    def prepare(self, args: argparse.Namespace, model: list[nn.Module], optimizer: Any) -> None:
+        """Make the memory for copies of the state before the first save needs it, with `--async-save`."""
+        if args.async_save and args.save:
+            self.saver(args).prepare(bytes_of_share(args, model, optimizer))
 
     def schedule(self, request: AsyncRequest, directory: Path | None) -> None:
         """Start writing what was copied; `directory` is removed if that fails."""
@@ -90,6 +98,22 @@ class CheckpointContext:
             return False
         self._checked.add(what)
         return True
+
+
+def held(param: Any) -> int:
+    """Elements of a parameter that lie on this rank."""
+    return (param.to_local() if hasattr(param, "to_local") else param).numel()
+
+
+def bytes_of_share(args: argparse.Namespace, model: list[nn.Module], optimizer: Any) -> int:
+    """About how much this rank writes: its share of the weights, main weights and two moments."""
+    replicas = parallel_state.get_data_parallel_world_size(with_context_parallel=True)
+    share = replicas if args.ckpt_fully_parallel_save else 1
+    weights = sum(held(param) * param.element_size() for chunk in model for param in chunk.parameters())
+    main = sum(held(param) for group in optimizer.param_groups for param in group["params"]) * 4
+    copies = 3 if args.use_distributed_optimizer or args.params_dtype != torch.float32 else 2
+    state = copies * main if args.use_distributed_optimizer else copies * main // share
+    return int((weights // share + state) * 1.05) + (1 << 20)
 
 
 _default: CheckpointContext | None = None

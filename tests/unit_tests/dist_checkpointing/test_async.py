@@ -144,6 +144,18 @@ def test_memory_is_bounded_by_one_save(tmp_path: Path) -> None:
     saver.close()
 
 
+def test_memory_can_be_made_before_it_is_needed(tmp_path: Path) -> None:
+    saver = BackgroundSaver("thread")
+    saver.prepare(100_000)
+    staged = saver.stage([plan("a", 1, 50_000)], tmp_path)
+    assert saver._buffer is not None and saver._buffer.size == 25 * 4096, "nothing had to grow"
+    staged.write()
+    saver.stage([plan("b", 2, 200_000)], tmp_path).write()
+    assert (tmp_path / "a").read_bytes() == b"head" + bytes([1] * 50_000)
+    assert (tmp_path / "b").read_bytes() == b"head" + bytes([2] * 200_000)
+    saver.close()
+
+
 def test_every_kind_of_segment_is_copied() -> None:
     buffer = StagingBuffer()
     tensors = [torch.arange(6).reshape(2, 3).t(), torch.tensor(1.5, dtype=torch.bfloat16), torch.zeros(0)]

@@ -14,6 +14,8 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ from ..durable import FileRecord, process
 from .file_plan import FilePlan, segment_size
 
 _PAGE = mmap.PAGESIZE
+_COPIERS = min(4, os.cpu_count() or 1)
 
 StagedFile = tuple[str, int, int]
 """(file name, offset in the buffer, number of bytes)."""
@@ -41,14 +44,19 @@ class StagingBuffer:
         self._tensor = torch.empty(0, dtype=torch.uint8)
 
     def reserve(self, size: int) -> None:
-        """Make room for `size` bytes. The pages are made at once, not one by one while the copy waits for them."""
+        """Make room for `size` bytes. All pages are made here, not one by one while a copy waits for them; other
+        threads run meanwhile.
+
+        Raises:
+            OSError: there is not as much memory.
+        """
         if size <= self.size:
             return
         size = -(-size // _PAGE) * _PAGE
-        os.ftruncate(self.descriptor, size)
-        flags = mmap.MAP_SHARED | getattr(mmap, "MAP_POPULATE", 0)
-        self._memory = mmap.mmap(self.descriptor, size, flags=flags)
+        os.posix_fallocate(self.descriptor, 0, size)
+        self._memory = mmap.mmap(self.descriptor, size)
         self._tensor = torch.frombuffer(self._memory, dtype=torch.uint8)
+        self._tensor.numpy()[self.size :: _PAGE] = 0  # maps the pages, too
         self.size = size
 
     def copy_in(self, plans: Iterable[FilePlan]) -> list[StagedFile]:
@@ -59,12 +67,16 @@ class StagingBuffer:
             starts.append(position)
             position += -(-plan.num_bytes // _PAGE) * _PAGE
         self.reserve(max(position, _PAGE))
-        for plan, start in zip(plans, starts):
-            at = start
-            for segment in plan.segments:
-                self._copy_segment(segment, at)
-                at += segment_size(segment)
+        with ThreadPoolExecutor(_COPIERS) as pool:
+            jobs = [pool.submit(self._copy_file, plan, start) for plan, start in zip(plans, starts)]
+        for job in jobs:
+            job.result()
         return [(plan.name, start, plan.num_bytes) for plan, start in zip(plans, starts)]
+
+    def _copy_file(self, plan: FilePlan, at: int) -> None:
+        for segment in plan.segments:
+            self._copy_segment(segment, at)
+            at += segment_size(segment)
 
     def _copy_segment(self, segment: bytes | torch.Tensor, at: int) -> None:
         size = segment_size(segment)
@@ -172,10 +184,24 @@ class BackgroundSaver:
         self._free.set()
         self._buffer: StagingBuffer | None = None
         self._writer: Any = None
+        self._preparation: threading.Thread | None = None
+
+    def prepare(self, size: int) -> None:
+        """Make the memory for saves of about `size` bytes, in the background, before the first one needs it."""
+        if self._buffer is None:
+            self._buffer = StagingBuffer()
+            self._preparation = threading.Thread(target=self._reserve, args=(size,), name="checkpoint memory")
+            self._preparation.start()
+
+    def _reserve(self, size: int) -> None:
+        assert self._buffer is not None
+        with suppress(OSError):  # the save itself will say so
+            self._buffer.reserve(size)
 
     def stage(self, plans: list[FilePlan], directory: Path) -> StagedSave:
         """Copy the content of files, so that the tensors may change; waits for the save before this one."""
         self._free.wait()
+        self._end_preparation()
         if self._buffer is None:
             self._buffer = StagingBuffer()
         files = self._buffer.copy_in(plans)
@@ -196,6 +222,11 @@ class BackgroundSaver:
                 self._drop_writer()
             self._free.set()
 
+    def _end_preparation(self) -> None:
+        if self._preparation is not None:
+            self._preparation.join()
+            self._preparation = None
+
     def _drop_writer(self) -> None:
         if self._writer is not None:
             self._writer.close()
@@ -204,6 +235,7 @@ class BackgroundSaver:
     def close(self) -> None:
         """Wait for the last save; end the process and free the memory."""
         self._free.wait()
+        self._end_preparation()
         self._drop_writer()
         if self._buffer is not None:
             self._buffer.close()

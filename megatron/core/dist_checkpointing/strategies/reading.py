@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import mmap
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,8 +12,19 @@ import torch
 
 from ..core import CheckpointingException
 from ..mapping import ShardedBase, ShardedObject, ShardedTensor
-from .catalog import Catalog, Chunk, Place
-from .resharding import Box, LocalRead, ReadTarget, narrow, plan_local_read
+from .catalog import Catalog, Chunk, Place, StoredTensor
+from .resharding import (
+    Box,
+    CellTarget,
+    LocalRead,
+    ReadTarget,
+    Shape,
+    boxes_of_range,
+    flat_index,
+    narrow,
+    plan_local_read,
+    row_major_strides,
+)
 
 OpenChunk = Callable[[memoryview, torch.dtype, tuple[int, ...]], torch.Tensor]
 """(the bytes of an entry, its type and shape according to the table of contents) -> the tensor, as a view."""
@@ -21,11 +32,25 @@ OpenChunk = Callable[[memoryview, torch.dtype, tuple[int, ...]], torch.Tensor]
 
 @dataclass(frozen=True)
 class ChunkRead:
-    """A part of a stored chunk on its way into a target. `box` is in the coordinates of the stored tensor."""
+    """A copy of a part of a stored chunk to where it belongs."""
 
+    key: str
     chunk: Chunk
-    box: Box
-    target: ReadTarget
+    part: Box
+    """What of the chunk; of a flattened one, in the coordinates of its cell."""
+    destination: torch.Tensor
+    strides: Shape | None = None
+    """Of a part of a flattened chunk: its strides, and the index of its first element in the chunk."""
+    first: int = 0
+
+    def copy(self, chunk: torch.Tensor) -> None:
+        """Copy from the opened chunk."""
+        if self.strides is None:
+            source = narrow(chunk, self.part.moved(self.chunk.box.offsets, -1))
+        else:
+            flat = chunk.reshape(-1)
+            source = flat.as_strided(self.part.sizes, self.strides, flat.storage_offset() + self.first)
+        self.destination.copy_(source)
 
 
 def plan_load(values: list[ShardedBase], catalog: Catalog) -> dict[int, LocalRead]:
@@ -51,7 +76,7 @@ def plan_load(values: list[ShardedBase], catalog: Catalog) -> dict[int, LocalRea
     return plan
 
 
-def plan_reads(catalog: Catalog, targets: Iterable[ReadTarget]) -> list[ChunkRead]:
+def plan_reads(catalog: Catalog, targets: Iterable[ReadTarget | CellTarget]) -> list[ChunkRead]:
     """Which stored chunk fills which part of which target.
 
     Raises:
@@ -59,17 +84,42 @@ def plan_reads(catalog: Catalog, targets: Iterable[ReadTarget]) -> list[ChunkRea
     """
     reads: list[ChunkRead] = []
     for target in targets:
-        covered = 0
-        for chunk in catalog.tensors[target.key].chunks_near(target.box):
-            shared = chunk.box.intersection(target.box)
-            if shared is not None:
-                covered += shared.numel
-                reads.append(ChunkRead(chunk, shared, target))
+        stored = catalog.tensors[target.key]
+        parts = _parts_of_cell(stored, target) if isinstance(target, CellTarget) else _parts_of_box(stored, target)
+        found = list(parts)
+        covered = sum(read.part.numel for read in found)
         if covered != target.box.numel:
             raise CheckpointingException(
                 f"{target.key}: only {covered} of {target.box.numel} elements at {target.box.offsets} exist"
             )
+        reads += found
     return reads
+
+
+def _parts_of_box(stored: StoredTensor, target: ReadTarget) -> Iterator[ChunkRead]:
+    for chunk in stored.chunks_near(target.box):
+        shared = chunk.box.intersection(target.box)
+        if shared is not None:
+            destination = narrow(target.tensor.detach(), shared.moved(target.box.offsets, -1))
+            yield ChunkRead(target.key, chunk, shared, destination)
+
+
+def _parts_of_cell(stored: StoredTensor, target: CellTarget) -> Iterator[ChunkRead]:
+    """Copies out of the ranges of a flattened cell: a range is a union of few boxes of the cell."""
+    strides = row_major_strides(target.cell)
+    lowest = flat_index(target.box.offsets, target.cell)
+    highest = flat_index(tuple(stop - 1 for stop in target.box.stops), target.cell)
+    wanted = Box((*target.position, lowest), (1,) * len(target.position) + (highest + 1 - lowest,))
+    for chunk in stored.chunks_near(wanted):
+        if chunk.box.intersection(wanted) is None:
+            continue
+        start, stop = chunk.box.offsets[-1], chunk.box.stops[-1]
+        for part in boxes_of_range(target.cell, start, stop):
+            shared = part.intersection(target.box)
+            if shared is not None:
+                destination = narrow(target.tensor.detach(), shared.moved(target.box.offsets, -1))
+                first = flat_index(shared.offsets, target.cell) - start
+                yield ChunkRead(target.key, chunk, shared, destination, strides, first)
 
 
 def read_tensors(reads: Iterable[ChunkRead], catalog: Catalog, directory: Path, open_chunk: OpenChunk) -> None:
@@ -83,13 +133,13 @@ def read_tensors(reads: Iterable[ChunkRead], catalog: Catalog, directory: Path, 
         for place in sorted(places, key=lambda p: p.offset):
             data = memoryview(content)[place.offset : place.offset + place.length]
             _will_need(content, place)
-            key, box = places[place][0].target.key, places[place][0].chunk.box
+            key, box = places[place][0].key, places[place][0].chunk.box
             try:
                 source = _open(open_chunk, data, catalog.tensors[key].dtype, box.sizes)
             except CheckpointingException as error:
                 raise CheckpointingException(f"{key} in {directory / name}: {error}") from error
             for read in places[place]:
-                _copy(read, source)
+                read.copy(source)
 
 
 def _open(open_chunk: OpenChunk, data: memoryview, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:
@@ -105,19 +155,6 @@ def _open(open_chunk: OpenChunk, data: memoryview, dtype: torch.dtype, shape: tu
 def _will_need(content: mmap.mmap, place: Place) -> None:
     start = place.offset // mmap.PAGESIZE * mmap.PAGESIZE
     content.madvise(mmap.MADV_WILLNEED, start, place.offset + place.length - start)
-
-
-def _copy(read: ChunkRead, source: torch.Tensor) -> None:
-    source = narrow(source, read.box.moved(read.chunk.box.offsets, -1))
-    destination = narrow(read.target.tensor.detach(), read.box.moved(read.target.box.offsets, -1))
-    destination.copy_(source)
-
-
-def finish_reads(plans: Iterable[LocalRead]) -> None:
-    """Move what was read through buffers to where it belongs."""
-    for plan in plans:
-        for destination, source in plan.copies:
-            destination.detach().copy_(source)
 
 
 def read_bytes(place: Place, directory: Path) -> bytes:

@@ -8,8 +8,8 @@ A checkpoint holds a tensor in one of two shapes:
   (cell elements,).
 
 A local shard is a box of the global tensor or a range of a flattened box. A range of a row-major box is a
-union of few boxes, and what a box shares with a cell is a box again: so each of the four cases is a set of box copies,
-some of them through a contiguous buffer that holds the needed range of a cell.
+union of few boxes, and what a box shares with a cell is a box again: so each of the four cases is a set of copies from
+one strided view to another.
 """
 
 from __future__ import annotations
@@ -75,12 +75,22 @@ class ReadTarget:
 
 
 @dataclass
+class CellTarget:
+    """Where to put the part `box` of a cell of the stored tensor `key`, which is stored flattened. `box` is in the
+    coordinates of the cell, of shape `cell`."""
+
+    key: str
+    position: Shape
+    cell: Shape
+    box: Box
+    tensor: torch.Tensor
+
+
+@dataclass
 class LocalRead:
     """All that has to happen to fill one local shard."""
 
-    targets: list[ReadTarget] = field(default_factory=list)
-    copies: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
-    """(destination, source) to copy after the targets are filled."""
+    targets: list[ReadTarget | CellTarget] = field(default_factory=list)
     zero_first: torch.Tensor | None = None
 
 
@@ -237,18 +247,12 @@ def _add_cells(
     stored_shape: Shape,
     global_shape: Shape,
 ) -> None:
-    """Read `box` of the global tensor through buffers, one for each cell that it touches."""
+    """Read `box` of the global tensor from the cells that it touches."""
     cell = _cell_shape(stored_shape, global_shape)
     grid = [range(off // size, -(-stop // size)) for off, stop, size in zip(box.offsets, box.stops, cell)]
     for position in product(*grid):
         corner = tuple(p * size for p, size in zip(position, cell))
         shared = box.intersection(Box(corner, cell))
         assert shared is not None
-        inside = shared.moved(corner, -1)
-        first = flat_index(inside.offsets, cell)
-        length = flat_index(tuple(size - 1 for size in inside.sizes), cell) + 1
-        buffer = torch.empty(length, dtype=tensor.dtype)
-        stored_box = Box((*position, first), (1,) * len(position) + (length,))
-        plan.targets.append(ReadTarget(tensor.key, stored_box, buffer.view(stored_box.sizes)))
-        source = buffer.as_strided(inside.sizes, row_major_strides(cell))
-        plan.copies.append((narrow(destination, shared.moved(box.offsets, -1)), source))
+        part = narrow(destination, shared.moved(box.offsets, -1))
+        plan.targets.append(CellTarget(tensor.key, position, cell, shared.moved(corner, -1), part))

@@ -22,7 +22,7 @@ from .background import BackgroundSaver
 from .base import AsyncSaveShardedStrategy, LoadShardedStrategy
 from .catalog import Catalog, Entry, ObjectEntry, TensorEntry, catalog_of, raise_if_damaged
 from .file_plan import FilePlan, plan_files, write_plans
-from .reading import finish_reads, plan_load, plan_reads, read_tensors
+from .reading import plan_load, plan_reads, read_tensors
 from .resharding import Shape
 
 
@@ -182,7 +182,6 @@ class ShardedFilesLoadStrategy(LoadShardedStrategy):
                 if local.zero_first is not None:
                     local.zero_first.detach().zero_()
             read_tensors(reads, catalog, directory, self.open_chunk)
-            finish_reads(plan.values())
             contents = self.read_objects(objects, catalog, directory)
         return dict_list_map_outplace(
             lambda v: contents[v.unique_key] if isinstance(v, ShardedObject) else v.data, sharded_state_dict
