@@ -24,11 +24,10 @@ from megatron.core.dist_checkpointing.strategies.catalog import Catalog, Chunk, 
 from megatron.core.dist_checkpointing.strategies.common import TorchCommonLoadStrategy
 from megatron.core.dist_checkpointing.strategies.reading import (
     ChunkRead,
-    finish_reads,
     plan_load,
     plan_reads,
 )
-from megatron.core.dist_checkpointing.strategies.resharding import Box, narrow
+from megatron.core.dist_checkpointing.strategies.resharding import Box
 from megatron.core.dist_checkpointing.strategies.sharded_files import whole_tensor
 
 from .mixer_parts import InParts
@@ -79,7 +78,6 @@ class WholeStateLoadStrategy(LoadShardedStrategy):
                 if local.zero_first is not None:
                     local.zero_first.detach().zero_()
             self._read(reads)
-            finish_reads(plan.values())
         return dict_list_map_outplace(lambda v: v.data if isinstance(v, ShardedTensor) else None, sharded_state_dict)
 
     def _read(self, reads: list[ChunkRead]) -> None:
@@ -89,8 +87,7 @@ class WholeStateLoadStrategy(LoadShardedStrategy):
         for name, parts in by_name.items():
             whole = self.state.read(name)
             for read in parts:
-                source = narrow(whole.reshape(read.chunk.box.sizes), read.box.moved(read.chunk.box.offsets, -1))
-                narrow(read.target.tensor.detach(), read.box.moved(read.target.box.offsets, -1)).copy_(source)
+                read.copy(whole.reshape(read.chunk.box.sizes))
 
     def load_tensors_metadata(self, checkpoint_dir: str | Path, metadata: Any = None) -> dict[str, Any]:
         keys = {stacked_key(name).key for name in self.state}

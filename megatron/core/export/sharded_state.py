@@ -12,7 +12,7 @@ from torch import Tensor
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.dist_checkpointing.serialization import get_default_load_sharded_strategy
-from megatron.core.dist_checkpointing.strategies.reading import finish_reads, plan_reads, read_tensors
+from megatron.core.dist_checkpointing.strategies.reading import plan_reads, read_tensors
 from megatron.core.dist_checkpointing.strategies.resharding import plan_local_read
 from megatron.core.dist_checkpointing.strategies.sharded_files import ShardedFilesLoadStrategy
 
@@ -74,6 +74,5 @@ class ShardedState(WholeState):
         )
         plan = plan_local_read(shard, stored.shape, stored.original_shape)
         read_tensors(plan_reads(self._catalog, plan.targets), self._catalog, self.directory, self._strategy.open_chunk)
-        finish_reads([plan])
         assert shard.data is not None
         return shard.data
