@@ -16,8 +16,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import product
 from math import prod
+from operator import add, sub
 
 import torch
 
@@ -45,18 +47,17 @@ class Box:
     def intersection(self, other: Box) -> Box | None:
         """What two boxes share; None if nothing."""
         starts = tuple(map(max, self.offsets, other.offsets))
-        stops = tuple(map(min, self.stops, other.stops))
-        sizes = tuple(stop - start for start, stop in zip(starts, stops))
-        return None if any(size <= 0 for size in sizes) else Box(starts, sizes)
+        sizes = tuple(map(sub, map(min, self.stops, other.stops), starts))
+        return None if min(sizes, default=1) <= 0 else Box(starts, sizes)
 
-    @property
+    @cached_property
     def stops(self) -> Shape:
         """First coordinate after the box, on every axis."""
-        return tuple(map(sum, zip(self.offsets, self.sizes)))
+        return tuple(map(add, self.offsets, self.sizes))
 
     def moved(self, by: Shape, sign: int = 1) -> Box:
         """The box translated by `sign * by`."""
-        return Box(tuple(o + sign * b for o, b in zip(self.offsets, by)), self.sizes)
+        return Box(tuple(map(add if sign > 0 else sub, self.offsets, by)), self.sizes)
 
     @property
     def numel(self) -> int:
