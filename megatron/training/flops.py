@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from megatron.core.export.weights import is_gated
 from megatron.core.ssm.mamba_hybrid_layer_allocation import Symbols
 from megatron.training.rules.hybrid import layers_of, sizes_of
 
@@ -40,7 +41,7 @@ def num_floating_point_operations(args: Any, batch_size: int) -> float:
     if of_family is not None:
         return batch_size * of_family(args)
     hidden, seq, further = args.hidden_size, args.seq_length, args.mtp_num_layers or 0
-    layers, gated = args.num_layers + further, 1.5 if args.swiglu else 1.0
+    layers, gated = args.num_layers + further, 1.5 if is_gated(vars(args)) else 1.0
     products = _scores_and_context(args) * seq / 2
     attention = 6 * layers * (attention_parameters(args) + products)
     mlp = 12 * hidden * feed_forward_width(args, args.moe_router_topk) * gated
@@ -75,7 +76,7 @@ def _encoder_decoder_operations(args: Any) -> float:
     hidden, width = args.hidden_size, args.kv_channels * args.num_attention_heads
     encoder, decoder = args.encoder_seq_length, args.decoder_seq_length
     projection = 6 * hidden * width  # one of query, key, value and output, for one token
-    mlp = 12 * hidden * args.ffn_hidden_size * (1.5 if args.swiglu else 1.0)
+    mlp = 12 * hidden * args.ffn_hidden_size * (1.5 if is_gated(vars(args)) else 1.0)
     encoder_layer = encoder * (4 * projection + 12 * encoder * width + mlp)
     self_attention = decoder * (4 * projection + 6 * decoder * width)
     cross_attention = 2 * projection * (encoder + decoder) + 12 * decoder * encoder * width
@@ -98,7 +99,7 @@ def _hybrid_operations(args: Any) -> float:
     width = args.kv_channels * args.num_attention_heads
     groups = args.num_query_groups if args.group_query_attention else args.num_attention_heads
     attention = 4 * width * (hidden + hidden * groups / args.num_attention_heads + seq / 2)
-    gated = 1.5 if args.swiglu else 1.0
+    gated = 1.5 if is_gated(vars(args)) else 1.0
     mlp = 4 * hidden * args.ffn_hidden_size * gated
     experts = 4 * hidden * gated * feed_forward_width_of_experts(args)
     sizes = sizes_of(args)
@@ -120,7 +121,7 @@ def _two_encoder_operations(args: Any) -> float:
     """FLOPs of one query and its passage, each as long as a sequence; there are no logits, and attention counts
     whole."""
     hidden, width, seq = args.hidden_size, args.kv_channels * args.num_attention_heads, args.seq_length
-    mlp = 12 * hidden * args.ffn_hidden_size * (1.5 if args.swiglu else 1.0)
+    mlp = 12 * hidden * args.ffn_hidden_size * (1.5 if is_gated(vars(args)) else 1.0)
     return 2 * args.num_layers * seq * (24 * hidden * width + 12 * seq * width + mlp)
 
 

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from torch.nn.functional import relu, silu
+from torch.nn.functional import gelu, relu, silu
 
 from megatron.core.distributed.distributed_data_parallel_config import DistributedDataParallelConfig
 from megatron.core.distributed.torch_fully_sharded_data_parallel_config import TorchFullyShardedDataParallelConfig
@@ -89,6 +89,8 @@ def activation_values(args: argparse.Namespace) -> dict[str, Any]:
             "gated_linear_unit": True,
             "bias_activation_fusion": args.bias_swiglu_fusion,
         }
+    if args.geglu:
+        return {"activation_func": gelu, "gated_linear_unit": True, "bias_activation_fusion": True}
     if args.squared_relu:
         return {"activation_func": squared_relu, "bias_activation_fusion": False}
     return {"bias_activation_fusion": args.bias_gelu_fusion}

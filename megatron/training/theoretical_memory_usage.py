@@ -6,6 +6,7 @@ from argparse import Namespace
 from dataclasses import dataclass
 from typing import Any
 
+from megatron.core.export.weights import is_gated
 from megatron.training.flops import attention_parameters, feed_forward_width
 
 _MEGABYTE = 1 << 20
@@ -72,7 +73,7 @@ def count_parameters(args: Any) -> ParameterCounts:
 
 def _layers_and_norm(args: Any) -> float:
     h, layers = args.hidden_size, args.num_layers + (args.mtp_num_layers or 0)
-    width = feed_forward_width(args, args.num_experts or 0) * (1.5 if args.swiglu else 1.0)
+    width = feed_forward_width(args, args.num_experts or 0) * (1.5 if is_gated(vars(args)) else 1.0)
     return 2 * h * (width + 2 * layers) + layers * attention_parameters(args) + 2 * h
 
 

@@ -30,6 +30,11 @@ class HeadShape(Protocol):
     def kv_channels(self) -> int | None: ...
 
 
+def is_gated(settings: Mapping[str, Any]) -> bool:
+    """Whether a second projection gates the first one of a feed-forward block, by the names of the programs' flags."""
+    return bool(settings.get("swiglu") or settings.get("geglu"))
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModelShape:
     """What decides which parameters a model has, and how their rows are grouped."""
@@ -49,12 +54,14 @@ class ModelShape:
     """The output weight is the embedding's."""
     num_tokentypes: int = 0
     binary_head: bool = False
+    num_experts: int | None = None
 
     @classmethod
     def of_config(cls, config: TransformerConfig, **others: Any) -> ModelShape:
         """Of a library configuration; `others` are what that does not know."""
         values = {f.name: getattr(config, f.name) for f in fields(cls) if hasattr(config, f.name)}
-        return cls(**{**values, "gated": config.gated_linear_unit, **others})
+        found = {**values, "gated": config.gated_linear_unit, "num_experts": config.num_moe_experts}
+        return cls(**{**found, **others})
 
     @classmethod
     def of_settings(cls, settings: Mapping[str, Any]) -> ModelShape:
@@ -74,11 +81,12 @@ class ModelShape:
             kv_channels=settings.get("kv_channels") or hidden // heads,
             add_bias_linear=biased,
             add_qkv_bias=biased or bool(settings.get("add_qkv_bias")),
-            gated=bool(settings.get("swiglu")),
+            gated=is_gated(settings),
             qk_layernorm=bool(settings.get("qk_layernorm")),
             tied=not settings.get("untie_embeddings_and_output_weights"),
             num_tokentypes=2 if settings.get("bert_binary_head") else 0,
             binary_head=bool(settings.get("bert_binary_head")),
+            num_experts=settings.get("num_experts"),
         )
 
 

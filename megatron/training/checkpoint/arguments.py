@@ -93,6 +93,14 @@ ALWAYS_HERE = (
     "decoder_num_layers",
     "relative_attention_num_buckets",
     "relative_attention_max_distance",
+    "geglu",
+    "softmax_scale",
+    "moe_router_score_function",
+    "moe_router_topk_scaling_factor",
+    "moe_router_enable_expert_bias",
+    "moe_router_num_groups",
+    "moe_router_group_topk",
+    "moe_apply_probs_on_input",
 )
 """Likewise, in addition to the public list: weights trained with them are wrong without them."""
 

@@ -65,9 +65,9 @@ FLAG_GROUPS: tuple[FlagGroup, ...] = (
         {
             TransformerConfig: """
                 num_layers hidden_size ffn_hidden_size num_attention_heads attention_backend kv_channels
-                num_query_groups rotary_interleaved no_rope_freq mrope_section normalization layernorm_epsilon
-                layernorm_zero_centered_gamma apply_residual_connection_post_layernorm multi_latent_attention
-                mtp_num_layers mtp_loss_scaling_factor window_size
+                num_query_groups softmax_scale rotary_interleaved no_rope_freq mrope_section normalization
+                layernorm_epsilon layernorm_zero_centered_gamma apply_residual_connection_post_layernorm
+                multi_latent_attention mtp_num_layers mtp_loss_scaling_factor window_size
                 yarn_rotary_scaling_factor yarn_original_max_position_embeddings yarn_beta_fast yarn_beta_slow
                 yarn_mscale yarn_mscale_all_dim
             """

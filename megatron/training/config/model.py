@@ -46,6 +46,8 @@ class NetworkSizeConfig:
     """Activation relu(x)^2 in the feed-forward block."""
     swiglu: bool = False
     """Activation silu, gated by a second projection."""
+    geglu: bool = False
+    """Activation gelu in its tanh form, gated by a second projection, as in T5 1.1."""
     bert_binary_head: bool = True
     """Give BERT its classifier of sentence pairs."""
     untie_embeddings_and_output_weights: bool = False

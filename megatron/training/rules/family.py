@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 from megatron.training.capabilities import program_of
+from megatron.training.rules.data import TOKENIZERS_WITH_SENTINELS
 from megatron.training.settings import refuse_unless
 
 ENCODER_FAMILIES = ("bert", "t5", "ict", "retrieval")
@@ -90,7 +91,8 @@ def derive_two_stacks(args: argparse.Namespace) -> None:
         args.decoder_seq_length, "pretrain_t5.py needs --decoder-seq-length, the tokens that the decoder takes"
     )
     refuse_unless(
-        args.vocab_extra_ids > 0, "pretrain_t5.py needs --vocab-extra-ids (100, say): a sentinel for each run"
+        args.vocab_extra_ids > 0 or args.tokenizer_type not in TOKENIZERS_WITH_SENTINELS,
+        "pretrain_t5.py needs --vocab-extra-ids (100, say): a sentinel for each run",
     )
     for name in _NOT_FOR_TWO_STACKS:
         refuse_unless(

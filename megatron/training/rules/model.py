@@ -6,6 +6,7 @@ import argparse
 import importlib.util
 
 from megatron.core.device import device_type
+from megatron.core.export.weights import is_gated
 from megatron.core.transformer.enums import AttnBackend
 from megatron.training.rules.data import copy_alias
 from megatron.training.settings import refuse_unless, warn, was_given
@@ -36,10 +37,10 @@ def require_model_sizes(args: argparse.Namespace) -> None:
 
 
 def derive_ffn_hidden_size(args: argparse.Namespace) -> None:
-    """Four times the hidden size; with SwiGLU, whose third matrix costs as much, two thirds of that."""
+    """Four times the hidden size; gated, with a third matrix that costs as much, two thirds of that."""
     if args.ffn_hidden_size is None:
         full = 4 * args.hidden_size
-        args.ffn_hidden_size = int(full * 2 / 3 / 64) * 64 if args.swiglu else full
+        args.ffn_hidden_size = int(full * 2 / 3 / 64) * 64 if is_gated(vars(args)) else full
 
 
 def derive_kv_channels(args: argparse.Namespace) -> None:
@@ -82,7 +83,8 @@ def require_heads_fit(args: argparse.Namespace) -> None:
 
 def require_one_activation(args: argparse.Namespace) -> None:
     """A feed-forward block has one activation."""
-    refuse_unless(not (args.swiglu and args.squared_relu), "--swiglu and --squared-relu exclude each other")
+    chosen = [f"--{name.replace('_', '-')}" for name in ("swiglu", "geglu", "squared_relu") if getattr(args, name)]
+    refuse_unless(len(chosen) < 2, f"{' and '.join(chosen)} exclude each other")
 
 
 def drop_gelu_fusion_where_it_cannot_be(args: argparse.Namespace) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable
+from itertools import count, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,10 @@ class HuggingFaceTokenizer(VocabularyTokenizer):
         special_ids = {name: token for name, token in ids.items() if token is not None}
         if "eos" in special_ids:
             special_ids["eod"] = special_ids["eos"]
-        self._set_vocabulary(self._tokenizer.get_vocab(), **special_ids)
+        vocabulary = self._tokenizer.get_vocab()
+        self._set_vocabulary(vocabulary, **special_ids)
+        names = takewhile(vocabulary.__contains__, map("<extra_id_{}>".format, count()))
+        self._sentinel_ids = [vocabulary[name] for name in names] or None
 
     def tokenize(self, text: str, **options: Any) -> list[int]:
         return self._tokenizer(text, verbose=False, **options).input_ids
