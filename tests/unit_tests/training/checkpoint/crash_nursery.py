@@ -7,8 +7,10 @@ import hashlib
 import io
 import multiprocessing
 import os
+import re
 import resource
 import signal
+import sys
 import time
 from dataclasses import dataclass
 from datetime import timedelta
@@ -36,6 +38,13 @@ class Habit:
     persistent: bool = False
     limit: int | None = None
     """Largest file that may be written, in bytes: what a full disk does to a write, without the disk."""
+    die_before: str | None = None
+    """Every rank kills itself in its second save, before an operation like this (regular expression of what and where)
+    on files of the folder."""
+    die_at: int = 1
+    """Before which of such operations."""
+    survivor: int | None = None
+    """The rank that does not, which then loses the others."""
 
     @property
     def flags(self) -> dict[str, Any]:
@@ -81,6 +90,23 @@ def continued(plan: Plan, folder: str, flags: dict[str, Any]) -> tuple[int, str,
     return (*loaded, digest(run))
 
 
+FILE_OPERATIONS = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir")
+"""What the interpreter reports to audit hooks; `os.open` is `open` there, `os.replace` is `os.rename`."""
+
+
+def die_before_operation(what: str, number: int, folder: str) -> None:
+    """Let this process end as if killed, just before its operation `number` (from 1) of a kind on files there."""
+    left = [number]
+
+    def count(event: str, values: tuple[Any, ...]) -> None:
+        if event in FILE_OPERATIONS and folder in str(values[0]) and re.search(what, f"{event} {values[0]}"):
+            left[0] -= 1
+            if not left[0]:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(count)
+
+
 def save_for_ever(habit: Habit, folder: str, rank: int, store: str) -> None:
     """Train a step and save, until somebody ends this."""
     torch.set_num_threads(1)
@@ -101,6 +127,12 @@ def save_for_ever(habit: Habit, folder: str, rank: int, store: str) -> None:
             resource.setrlimit(resource.RLIMIT_FSIZE, (habit.limit, NO_LIMIT))
         while True:
             run.train(1)
+            if habit.die_before is not None and run.state.iteration > 1:
+                run.checkpoints.finish(blocking=True)
+                if run.state.iteration > 2:
+                    os._exit(0)
+                if rank != habit.survivor:
+                    die_before_operation(habit.die_before, habit.die_at, folder)
             try:
                 run.save(folder, **habit.flags)
             except CheckpointingException:  # there was no room for it
@@ -163,6 +195,14 @@ class Nursery:
         assert self.pipe.recv() == "ended"
         latest = latest_iteration(folder)
         return latest, latest > later_than
+
+    def run_and_wait(self, habit: Habit, folder: Path) -> int:
+        """Let a run save until it has killed itself; the iteration that the tracker names then."""
+        self.rounds += 1
+        self.pipe.send((habit, str(folder), str(folder.parent / f"store{self.rounds}")))
+        self.pipe.recv()
+        assert self.pipe.recv() == "ended"
+        return latest_iteration(folder)
 
     def close(self) -> None:
         self.pipe.send(None)

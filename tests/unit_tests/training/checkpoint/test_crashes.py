@@ -1,7 +1,8 @@
 """Whatever instant a run dies at, and whoever dies: the checkpoint that the tracker names is whole, it is the one that
 was saved, and training goes on from it bit for bit.
 
-The instants are random, over many saves. `CRASH_TABLE=file.json` keeps what was done and found.
+Runs die before chosen operations on files, and (slow) before every one and at random instants over many saves.
+`CRASH_TABLE=file.json` keeps what was done and found.
 """
 
 from __future__ import annotations
@@ -53,6 +54,76 @@ def reference_of(plan: Plan, steps: int) -> list[list[str]]:
     return run_ranks(plan.size, uninterrupted, plan, steps, timeout=600)
 
 
+def check_what_is_left(habit: Habit, folder: Path, latest: int, reference: list[list[str]]) -> None:
+    """The latest checkpoint is what an uninterrupted run had, and goes on like it; whatever looks whole is whole."""
+    flags = {**habit.flags, "exit_on_missing_checkpoint": True}
+    found = run_ranks(habit.plan.size, continued, habit.plan, str(folder), flags)
+    for rank, (iteration, loaded, later) in enumerate(found):
+        assert iteration == latest, "the tracker names a checkpoint that does not verify"
+        assert loaded == reference[rank][iteration], f"iteration {iteration} holds something else"
+        assert later == reference[rank][iteration + 1], "training does not go on as it would have"
+    for whole in saved_iterations(folder):
+        directory = folder / f"iter_{whole:07d}"
+        manifest = read_manifest(directory)
+        assert manifest is not None and damaged_files(directory, manifest) == [], "a partial file looks whole"
+
+
+def keep(name: str, records: list[Record]) -> None:
+    """Write down what was done, if that is asked for."""
+    table = os.environ.get("CRASH_TABLE")
+    if table:
+        path = Path(table)
+        known = json.loads(path.read_text()) if path.exists() else {}
+        path.write_text(json.dumps({**known, name: records}, indent=1) + "\n")
+
+
+# ---- before operations on files ----
+
+INSTANTS = {
+    "a part of the data": ("torch_dist", r"open .*__0_\d+\.distcp", None),
+    "the table of contents, one rank": ("torch_dist", r"open .*/\.metadata", 1),
+    "the manifest": ("torch_dist", r"open .*manifest\.json", None),
+    "the last file, in the background": ("torch_dist in the background", r"open .*/metadata\.json", None),
+    "the new name": ("torch_dist", r"os\.rename .*/iter_0000002\.tmp", None),
+    "the tracker, in the background": ("torch_dist in the background", r"os\.rename .*latest_checkpointed", None),
+}
+"""What is about to happen: (habit, operation, the rank that lives on)."""
+
+
+@pytest.mark.parametrize("instant", INSTANTS)
+def test_death_before(instant: str, tmp_path: Path, nursery: Nursery) -> None:
+    name, operation, survivor = INSTANTS[instant]
+    habit = replace(HABITS[name], die_before=operation, survivor=survivor)
+    folder = tmp_path / "saved"
+    assert nursery.run_and_wait(habit, folder) == 1, "it lived until the next checkpoint was the latest"
+    assert any(folder.glob("iter_0000002*")), "it died before it wrote anything"
+    check_what_is_left(habit, folder, 1, reference_of(habit.plan, 3))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(7200)
+@pytest.mark.parametrize("name", [name for name in HABITS if HABITS[name].limit is None])
+def test_death_before_every_operation(name: str, tmp_path: Path, nursery: Nursery) -> None:
+    records: list[Record] = []
+    size = HABITS[name].plan.size
+    for survivor in (None, 1) if size > 1 else (None,):
+        for number in range(1, 100):
+            habit = replace(HABITS[name], die_before="", die_at=number, survivor=survivor)
+            folder = tmp_path / f"{survivor}-{number}"
+            latest = nursery.run_and_wait(habit, folder)
+            check_what_is_left(habit, folder, latest, reference_of(habit.plan, 4))
+            victims = [rank for rank in range(size) if rank != survivor]
+            records.append({"killed": victims, "of": size, "before operation": number, "iteration": latest})
+            shutil.rmtree(folder)
+            if latest == 2:  # it was the latest already, or no operation was left
+                break
+        assert {record["iteration"] for record in records} == {1, 2}
+    keep(f"{name}, before each operation", records)
+
+
+# ---- at random instants ----
+
+
 def crash(nursery: Nursery, habit: Habit, folder: Path, rounds: int, seed: int, most_steps: int) -> list[Record]:
     """Kill a run `rounds` times; after each, what is left must be what an uninterrupted run had."""
     chance = random.Random(seed)
@@ -66,15 +137,7 @@ def crash(nursery: Nursery, habit: Habit, folder: Path, rounds: int, seed: int, 
         assert progressed, "the run saved nothing"
         assert latest + 1 < most_steps, "the reference is too short for this machine"
         partial = len(list(folder.glob("iter_*.tmp-*")))
-        flags = {**habit.flags, "exit_on_missing_checkpoint": True}
-        for rank, (iteration, loaded, later) in enumerate(run_ranks(size, continued, habit.plan, str(folder), flags)):
-            assert iteration == latest, "the tracker names a checkpoint that does not verify"
-            assert loaded == reference[rank][iteration], f"iteration {iteration} holds something else"
-            assert later == reference[rank][iteration + 1], "training does not go on as it would have"
-        for whole in saved_iterations(folder):
-            directory = folder / f"iter_{whole:07d}"
-            manifest = read_manifest(directory)
-            assert manifest is not None and damaged_files(directory, manifest) == [], "a partial file looks whole"
+        check_what_is_left(habit, folder, latest, reference)
         records.append(
             {
                 "killed": victims,
@@ -87,23 +150,12 @@ def crash(nursery: Nursery, habit: Habit, folder: Path, rounds: int, seed: int, 
     return records
 
 
-@pytest.mark.parametrize("name", HABITS)
-def test_kills_at_random_instants(tmp_path: Path, nursery: Nursery, name: str) -> None:
-    folder = tmp_path / "saved"
-    crash(nursery, HABITS[name], folder, rounds=3, seed=len(name), most_steps=50)
-
-
 @pytest.mark.slow
 @pytest.mark.timeout(7200)
 @pytest.mark.parametrize("name", HABITS)
 def test_many_kills_at_random_instants(tmp_path: Path, nursery: Nursery, name: str) -> None:
     folder = tmp_path / "saved"
-    records = crash(nursery, HABITS[name], folder, rounds=20, seed=100 + len(name), most_steps=600)
-    table = os.environ.get("CRASH_TABLE")
-    if table:
-        path = Path(table)
-        known = json.loads(path.read_text()) if path.exists() else {}
-        path.write_text(json.dumps({**known, name: records}, indent=1) + "\n")
+    keep(name, crash(nursery, HABITS[name], folder, rounds=20, seed=100 + len(name), most_steps=600))
 
 
 # ---- a disk that is really full ----
