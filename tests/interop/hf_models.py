@@ -21,7 +21,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 transformers = pytest.importorskip("transformers")
 
 LAYERS, HIDDEN, HEADS, GROUPS, FFN, VOCAB, LENGTH, BASE = 4, 64, 8, 4, 96, 101, 48, 5000.0
-BATCH = 2
+BATCH, DECODER_LENGTH = 2, 24
 
 _LLAMA = {
     "num_hidden_layers": LAYERS,
@@ -54,6 +54,20 @@ _GPT2 = {
     "bos_token_id": 0,
     "eos_token_id": 1,
 }
+_T5 = {
+    "num_layers": LAYERS,
+    "num_decoder_layers": LAYERS - 2,
+    "d_model": HIDDEN,
+    "d_kv": 12,
+    "d_ff": FFN,
+    "num_heads": HEADS,
+    "vocab_size": VOCAB,
+    "n_positions": LENGTH,
+    "relative_attention_max_distance": 30,
+    "feed_forward_proj": "gated-gelu",
+    "tie_word_embeddings": False,
+    "dropout_rate": 0.0,
+}
 _ORIGINAL = "original_max_position_embeddings"
 
 
@@ -62,6 +76,7 @@ def _rope(kind: str, factor: float, **others: float) -> dict[str, Any]:
 
 
 _WINDOW = {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 0}
+_EXPERTS = {**_LLAMA, "head_dim": 16, "num_experts": 4, "moe_intermediate_size": 48}
 
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     # name: (beginning of their classes' names, settings)
@@ -76,9 +91,23 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2": ("Qwen2", _LLAMA),
     "qwen2-window": ("Qwen2", {**_LLAMA, "tie_word_embeddings": True, **_WINDOW}),
     "qwen3": ("Qwen3", {**_LLAMA, "head_dim": 16}),
+    "mixtral": ("Mixtral", {**_LLAMA, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 8}),
+    "qwen3-moe": ("Qwen3Moe", {**_EXPERTS, "num_experts_per_tok": 2, "norm_topk_prob": True}),
+    "qwen3-moe-softmax-first": ("Qwen3Moe", {**_EXPERTS, "num_experts_per_tok": 3, "norm_topk_prob": False}),
     "bert": ("Bert", _BERT),
     "megatron-bert": ("MegatronBert", _BERT),
+    "t5": ("T5", _T5),
 }
+_HEADS = {"Bert": "ForPreTraining", "MegatronBert": "ForPreTraining", "GPT2": "LMHeadModel"}
+_HEADS["T5"] = "ForConditionalGeneration"
+
+
+WITH_EXPERTS = [case for case in CASES if "mixtral" in case or "moe" in case]
+
+
+def closeness(case: str) -> dict[str, float]:
+    """How equal scores are. A T5 does not scale those of its attention: a sharper softmax, which passes on rounding."""
+    return {"rtol": 1e-5, "atol": 1e-4 if case == "t5" else 2e-5}
 
 
 def is_bert(case: str) -> bool:
@@ -86,14 +115,21 @@ def is_bert(case: str) -> bool:
     return case.endswith("bert")
 
 
+def family_of(case: str) -> str:
+    """Which program trains it: gpt, bert or t5."""
+    return "bert" if is_bert(case) else case if case == "t5" else "gpt"
+
+
 def make(case: str, directory: Path) -> Any:
     """A random model, saved to `directory`."""
     torch.manual_seed(0)
     family, settings = CASES[case]
-    head = "ForPreTraining" if is_bert(case) else "LMHeadModel" if family == "GPT2" else "ForCausalLM"
+    head = _HEADS.get(family, "ForCausalLM")
     config = getattr(transformers, f"{family}Config")(**settings)
     config._attn_implementation = "eager"
     model = getattr(transformers, f"{family}{head}")(config).eval()
+    if case == "t5":  # made with the embedding as output weight, which version 1.1 has not
+        model.lm_head.weight = nn.Parameter(HIDDEN**-0.5 * torch.randn(VOCAB, HIDDEN))
     with torch.no_grad():  # biases and norms start as zeros and ones, which would hide a mistake
         for param in model.parameters():
             param.add_(0.1 * torch.randn(param.shape))
@@ -104,6 +140,8 @@ def make(case: str, directory: Path) -> Any:
 def inputs(case: str) -> dict[str, Tensor]:
     """A batch for either side."""
     ids = torch.randint(0, VOCAB, (BATCH, LENGTH), generator=torch.Generator().manual_seed(1))
+    if case == "t5":
+        return {"input_ids": ids, "decoder_input_ids": ids[:, :DECODER_LENGTH].flip(0)}
     if not is_bert(case):
         return {"input_ids": ids}
     real = (torch.arange(LENGTH)[None] < torch.tensor([LENGTH, 20])[:, None]).long()
@@ -125,13 +163,16 @@ def their_scores(model: Any, batch: dict[str, Tensor]) -> list[Tensor]:
 
 def start(flags: list[str], case: str) -> list[nn.Module]:
     """This rank's model as a program with these flags builds and loads it."""
-    import pretrain_bert
-    import pretrain_gpt
+    from importlib import import_module
+
     from megatron.training import get_args, get_model, initialize_megatron
     from megatron.training.checkpoint.load import load_run
 
-    program = pretrain_bert if is_bert(case) else pretrain_gpt
-    family = {"model_family": "bert"} if is_bert(case) else {}
+    program = import_module(f"pretrain_{family_of(case)}")
+    family = {} if family_of(case) == "gpt" else {"model_family": family_of(case)}
+    if case == "t5":
+        flags = [*flags, "--decoder-seq-length", str(DECODER_LENGTH)]
+        flags += ["--pipeline-model-parallel-split-rank", "1"] if "--pipeline-model-parallel-size" in flags else []
     common = ["--micro-batch-size", "1", "--tokenizer-type", "NullTokenizer", "--vocab-size", str(VOCAB - 1)]
     before, sys.argv = sys.argv, ["test", *common, "--attention-dropout", "0", "--hidden-dropout", "0", *flags]
     try:
@@ -157,6 +198,8 @@ def our_scores(model: list[nn.Module], batch: dict[str, Tensor]) -> list[Tensor]
         return [logits] if real is None else [logits[real > 0], order]
 
     def forward_step(data_iterator: object, chunk: nn.Module) -> tuple[Any, Any]:
+        if "decoder_input_ids" in batch:
+            return chunk(ids, batch["decoder_input_ids"], None, None, None), pick
         if real is None:
             return chunk(ids, positions, None), pick
         return chunk(ids, real, tokentype_ids=batch["token_type_ids"]), pick
@@ -169,6 +212,7 @@ def our_scores(model: list[nn.Module], batch: dict[str, Tensor]) -> list[Tensor]
             num_microbatches=1,
             seq_length=ids.size(1),
             micro_batch_size=ids.size(0),
+            decoder_seq_length=DECODER_LENGTH if "decoder_input_ids" in batch else None,
             forward_only=True,
             collect_non_loss_data=True,
         )

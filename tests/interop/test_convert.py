@@ -22,15 +22,27 @@ from megatron.core.export.meta_llama import weights as meta_weights
 from megatron.core.export.partition import cut
 from megatron.core.export.rank_files import RankFilesState
 from tests.functional_tests.program import ROOT
-from tests.interop.hf_models import CASES, HEADS, VOCAB, inputs, is_bert, make, our_scores, start, their_scores
+from tests.interop.hf_models import (
+    CASES,
+    HEADS,
+    VOCAB,
+    WITH_EXPERTS,
+    closeness,
+    family_of,
+    inputs,
+    make,
+    our_scores,
+    start,
+    their_scores,
+)
+from tests.interop.test_hf_directories import COPIES
 from tests.worker_pool import RankFailure, run_ranks
 from tools.checkpoint.convert import main
 
 
 def convert(case: str, loader: str, saver: str, source: Path, out: Path, *options: str) -> Path:
     """Run the tool."""
-    kind = "BERT" if is_bert(case) else "GPT"
-    words = ["--model-type", kind, "--loader", loader, "--saver", saver]
+    words = ["--model-type", family_of(case).upper(), "--loader", loader, "--saver", saver]
     main([*words, "--load-dir", str(source), "--save-dir", str(out), *options])
     return out
 
@@ -56,20 +68,34 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 def assert_same_bits(directory: Path, out: Path) -> None:
     before, after = load_file(directory / "model.safetensors"), load_file(out / "model.safetensors")
-    assert before.keys() - after.keys() <= {"cls.predictions.decoder.bias"}
+    assert before.keys() - after.keys() <= COPIES
     assert after.keys() <= before.keys()
     assert all(torch.equal(tensor, before[name]) for name, tensor in after.items())
+
+
+def target(case: str, tp: int, pp: int, ep: int = 1) -> list[str]:
+    """A layout that the model fits in format `torch`."""
+    experts = ["--target-expert-parallel-size", str(ep)] if case in WITH_EXPERTS else []
+    return [*layout(tp, 1 if case == "t5" else pp), *experts]
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_a_chain_of_conversions_returns_the_bits(case: str, made: Any, tmp_path: Path) -> None:
     source = made(case)[0]
-    one = convert(case, "hf", "core", source, tmp_path / "1", *layout(2, 2))
-    two = convert(case, "core", "core", one, tmp_path / "2", "--ckpt-format", "torch_dist", *layout(1, 1))
+    loader = "mixtral_hf" if case == "mixtral" else "hf"
+    one = convert(case, loader, "core", source, tmp_path / "1", *target(case, 2, 2, 2))
+    two = convert(case, "core", "core", one, tmp_path / "2", "--ckpt-format", "torch_dist", *target(case, 1, 1))
     three = convert(
-        case, "mcore", "core", two, tmp_path / "3", *layout(4, 1), "--saver-transformer-impl", "transformer_engine"
+        case,
+        "mcore",
+        "core",
+        two,
+        tmp_path / "3",
+        *target(case, 4, 1, 4),
+        "--saver-transformer-impl",
+        "transformer_engine",
     )
-    four = convert(case, "core", "core", three, tmp_path / "4", "--ckpt-format", "safetensors", *layout(2, 4))
+    four = convert(case, "core", "core", three, tmp_path / "4", "--ckpt-format", "safetensors", *target(case, 2, 4))
     if case in ("gpt2", "llama", "bert", "megatron-bert"):  # what the older classes have
         four = convert(case, "core", "megatron", four, tmp_path / "5", *layout(2, 2))
     out = convert(case, "legacy", "hf", four, tmp_path / "out")
@@ -81,19 +107,31 @@ def scores_of(case: str, flags: list[str]) -> list[Tensor] | None:
 
 
 @pytest.mark.parametrize(
-    ("case", "tp", "pp", "kind"),
-    [("llama", 2, 1, "torch"), ("gpt2", 1, 2, "torch"), ("gpt2", 2, 1, "torch_dist"), ("bert", 1, 2, "torch")],
+    ("case", "tp", "pp", "ep", "kind"),
+    [
+        ("llama", 2, 1, 1, "torch"),
+        ("gpt2", 1, 2, 1, "torch"),
+        ("gpt2", 2, 1, 1, "torch_dist"),
+        ("bert", 1, 2, 1, "torch"),
+        ("mixtral", 1, 1, 2, "torch"),
+        ("qwen3-moe", 1, 2, 1, "torch"),
+        ("qwen3-moe", 1, 1, 2, "torch_dist"),
+        ("t5", 2, 1, 1, "torch"),
+        ("t5", 1, 2, 1, "safetensors"),
+    ],
 )
 def test_what_was_converted_computes_the_same(
-    case: str, tp: int, pp: int, kind: str, made: Any, tmp_path: Path
+    case: str, tp: int, pp: int, ep: int, kind: str, made: Any, tmp_path: Path
 ) -> None:
     source, expected = made(case)
-    out = convert(case, "hf", "core", source, tmp_path / "out", *layout(tp, pp), "--ckpt-format", kind)
+    sizes = layout(tp, pp) if kind != "torch" else target(case, tp, pp, ep)
+    out = convert(case, "hf", "core", source, tmp_path / "out", *sizes, "--ckpt-format", kind)
     flags = ["--load", str(out), "--use-checkpoint-args", "--ckpt-format", kind, "--no-load-optim", "--no-load-rng"]
-    flags += ["--tensor-model-parallel-size", str(tp), "--pipeline-model-parallel-size", str(pp)]
+    flags += ["--tensor-model-parallel-size", str(tp)] + ["--pipeline-model-parallel-size", str(pp)] * (pp > 1)
+    flags += ["--expert-model-parallel-size", str(ep)] * (ep > 1)
     results = run_ranks(2, scores_of, case, flags, timeout=120)
     for found, wanted in zip(results[-1] or [], expected, strict=True):
-        torch.testing.assert_close(found, wanted, rtol=1e-5, atol=2e-5)
+        torch.testing.assert_close(found, wanted, **closeness(case))
 
 
 # --- older classes --------------------------------------------------------------------------------------
@@ -165,7 +203,7 @@ def test_training_takes_the_weights_of_the_older_classes(made: Any, tmp_path: Pa
     flags = ["--load", str(out), "--use-checkpoint-args", "--ckpt-format", "torch", "--finetune"]
     results = run_ranks(2, scores_of, "megatron-bert", [*flags, "--tensor-model-parallel-size", "2"], timeout=120)
     for found, wanted in zip(results[-1] or [], expected, strict=True):
-        torch.testing.assert_close(found, wanted, rtol=1e-5, atol=2e-5)
+        torch.testing.assert_close(found, wanted, **closeness("megatron-bert"))
 
 
 # --- Meta -----------------------------------------------------------------------------------------------
@@ -200,8 +238,10 @@ def test_directories_of_meta(by_words: bool, made: Any, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--loader", "mixtral_hf", "--saver", "core"], "mixtral_hf is not built yet"),
-        (["--loader", "zebra", "--saver", "core"], "choose from core, legacy, llama_mistral, hf"),
+        (["--loader", "llava", "--saver", "core"], "llava is not built yet"),
+        (["--loader", "mixtral_hf", "--saver", "core"], "--loader mixtral_hf is for a mixtral, "),
+        (["--loader", "hf", "--saver", "core", "--target-expert-parallel-size", "2"], "the model has no experts"),
+        (["--loader", "zebra", "--saver", "core"], "choose from core, legacy, llama_mistral, mixtral_hf, hf"),
         (["--loader", "hf", "--saver", "core", *layout(3, 1)], "4 query groups cannot be divided over 3"),
         (["--loader", "hf", "--saver", "core", *layout(1, 3)], "4 layers cannot be divided over 3"),
         (["--loader", "hf", "--saver", "core", "--target-expert-parallel-size", "2"], "experts"),

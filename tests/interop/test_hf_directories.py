@@ -17,9 +17,11 @@ from torch import Tensor
 from megatron.core.export import HFFolder, HFState, ModelShape, family_of_settings, write_hf_folder
 from tests.functional_tests.program import run_program
 from tests.interop import hf_models
-from tests.interop.hf_models import CASES, inputs, make, our_scores, start, their_scores
+from tests.interop.hf_models import CASES, closeness, inputs, make, our_scores, start, their_scores
 from tests.worker_pool import run_ranks
 
+COPIES = {"cls.predictions.decoder.bias", "encoder.embed_tokens.weight", "decoder.embed_tokens.weight"}
+"""Tensors that they store twice."""
 LAYOUTS = {
     "TP1": [],
     "TP2": ["--tensor-model-parallel-size", "2", "--sequence-parallel"],
@@ -56,14 +58,31 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Any:
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("case", CASES)
 def test_scores_agree_and_the_bits_return(case: str, layout: str, made: Any, tmp_path: Path) -> None:
+    check_scores_and_bits(case, LAYOUTS[layout], 1 if layout == "TP1" else 2, made, tmp_path)
+
+
+EXPERTS = {
+    "one after the other": "--expert-model-parallel-size 2",
+    "stacked": "--expert-model-parallel-size 2 --moe-grouped-gemm --moe-token-dispatcher-type alltoall",
+    "whole ones": "--tensor-model-parallel-size 2 --sequence-parallel --expert-tensor-parallel-size 1 "
+    "--expert-model-parallel-size 2",
+}
+
+
+@pytest.mark.parametrize("how", EXPERTS)
+def test_experts_on_several_ranks(how: str, made: Any, tmp_path: Path) -> None:
+    check_scores_and_bits("mixtral", EXPERTS[how].split(), 2, made, tmp_path)
+
+
+def check_scores_and_bits(case: str, flags: list[str], size: int, made: Any, tmp_path: Path) -> None:
+    """The same scores with these flags, and the same bits when the model is written again."""
     directory, expected = made(case)
-    size = 1 if layout == "TP1" else 2
-    results = run_ranks(size, through_ours, case, LAYOUTS[layout], directory, tmp_path / "out", timeout=120)
+    results = run_ranks(size, through_ours, case, flags, directory, tmp_path / "out", timeout=120)
     assert results[-1] is not None
     for found, wanted in zip(results[-1], expected, strict=True):
-        torch.testing.assert_close(found, wanted, rtol=1e-5, atol=2e-5)
+        torch.testing.assert_close(found, wanted, **closeness(case))
     before, after = load_file(directory / "model.safetensors"), load_file(tmp_path / "out" / "model.safetensors")
-    assert before.keys() - after.keys() <= {"cls.predictions.decoder.bias"}  # the same as cls.predictions.bias
+    assert before.keys() - after.keys() <= COPIES
     assert after.keys() <= before.keys()
     assert all(torch.equal(tensor, before[name]) for name, tensor in after.items())
     model_class = type(hf_models.transformers.AutoConfig.from_pretrained(directory))
@@ -71,7 +90,7 @@ def test_scores_agree_and_the_bits_return(case: str, layout: str, made: Any, tmp
     assert type(again) is model_class
 
 
-@pytest.mark.parametrize("case", ["gpt2", "qwen3", "llama-yarn", "bert"])
+@pytest.mark.parametrize("case", ["gpt2", "qwen3", "llama-yarn", "bert", "mixtral", "t5"])
 def test_what_we_wrote_computes_the_same_there(case: str, made: Any, tmp_path: Path) -> None:
     directory, expected = made(case)
     run_ranks(1, through_ours, case, [], directory, tmp_path / "out", timeout=120)

@@ -87,6 +87,14 @@ def test_verify_against_hf(folders: dict[str, Path], tmp_path: Path) -> None:
     assert status == 1 and "DIFFERENT: logits" in printed, printed
 
 
+@pytest.mark.parametrize("case", ["mixtral", "t5"])
+def test_verify_kinds_against_hf(case: str, tmp_path: Path) -> None:
+    make(case, tmp_path / "hf")
+    convert(case, "hf", "core", tmp_path / "hf", tmp_path / "own", *layout(2, 1))
+    [(status, printed)] = run_ranks(1, verified, str(tmp_path / "own"), tmp_path / "hf", timeout=200)
+    assert status == 0 and "OK: logits" in printed, printed
+
+
 # --- real weights ---------------------------------------------------------------------------------------
 
 

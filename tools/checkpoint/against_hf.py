@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,7 @@ def compare_with_hf(checkpoint: str, directory: Path) -> tuple[float, str]:
     name = (folder.config.get("architectures") or [folder.family.architecture])[0]
     theirs = getattr(transformers, name).from_pretrained(directory, dtype=torch.float32, attn_implementation="eager")
     with torch.no_grad():
-        output = theirs.eval()(ids)
+        output = theirs.eval()(ids, decoder_input_ids=ids.flip(0)) if family == "t5" else theirs.eval()(ids)
     expected, what = _scores(output)
     del theirs
     found = our_scores(source, ids, folder.family, words, what)
@@ -72,7 +73,9 @@ def our_scores(source: Source, ids: Tensor, theirs: Family, words: int, what: st
     block = model.encoder if family == "bert" else model.decoder
     block.register_forward_hook(lambda module, inputs, output: hidden.append(output))
     with torch.no_grad():
-        if family == "bert":
+        if family == "t5":
+            logits = model(ids, ids.flip(0), None, None, None)
+        elif family == "bert":
             types = torch.zeros_like(ids) if source.settings["bert_binary_head"] else None
             logits, _ = model(ids, torch.ones_like(ids), tokentype_ids=types)
         else:
@@ -85,11 +88,8 @@ def our_scores(source: Source, ids: Tensor, theirs: Family, words: int, what: st
 
 def build(source: Source, family: str, words: int) -> Any:
     """An empty model of the source's settings, on this process."""
-    import pretrain_bert
-    import pretrain_gpt
-    import pretrain_mamba
-
     flags = "--micro-batch-size 1 --tokenizer-type NullTokenizer --attention-dropout 0 --hidden-dropout 0"
+    flags += f" --decoder-seq-length {LENGTH}" if family == "t5" else ""
     args = parse_args(argv=[*flags.split(), "--vocab-size", str(words - 1)])
     apply_checkpoint_args(args, source.settings)
     rows = source.state.meta(OF_VOCABULARY[0]).size(0)
@@ -98,7 +98,7 @@ def build(source: Source, family: str, words: int) -> Any:
     own |= {"bert_binary_head": bool(source.settings.get("bert_binary_head"))} if family == "bert" else {}
     for name, value in own.items():
         args.put(name, value, Origin("program"))
-    program = {"bert": pretrain_bert, "mamba": pretrain_mamba}.get(family, pretrain_gpt)
+    program = import_module(f"pretrain_{family}")
     if family == "mamba":
         args.put("spec", SPEC.split(), Origin("program"))
     initialize_megatron(parsed_args=args, args_defaults={"model_family": family} if family != "gpt" else {})

@@ -5,7 +5,8 @@
         --saver core --target-tensor-parallel-size 2 --save-dir OUT
 
 Loaders: `core` and `legacy` (checkpoints of this program and of Megatron-LM, any format and layout), `llama_mistral`
-(directories of Meta and Hugging Face), `hf` (any family of transformers that is known). Savers: `core`, `legacy`, `hf`.
+(directories of Meta and Hugging Face), `mixtral_hf` (Mixtral's), `hf` (any family of transformers that is known).
+Savers: `core`, `legacy`, `hf`.
 One process, one parameter at a time: the model need not fit into memory.
 """
 
@@ -26,12 +27,13 @@ import torch
 
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.export import NotExpressible
+from megatron.core.export.rank_files import RankSizes
 from megatron.training.checkpoint import conversion
 from megatron.training.checkpoint.conversion import Source, Target
 from tools.checkpoint.bar import bytes_bar
 
 OLD_NAMES = {"megatron": "legacy", "mcore": "core"}
-LOADERS = ("core", "legacy", "llama_mistral", "hf")
+LOADERS = ("core", "legacy", "llama_mistral", "mixtral_hf", "hf")
 SAVERS = ("core", "legacy", "hf")
 MODEL_SIZES = {
     **dict.fromkeys(("llama2-7B", "llama2-13B", "llama2-70B", "llama2-7Bf", "llama2-13Bf", "llama2-70Bf"), "llama"),
@@ -41,8 +43,9 @@ MODEL_SIZES = {
     "qwen2.5": "qwen2",
 }
 """--model-size -> model_type of such a directory."""
+ONE_FAMILY = {"mixtral_hf": "mixtral"}
+"""--loader -> model_type of such a directory."""
 NOT_BUILT = {
-    "mixtral_hf": "mixtures of experts",
     "llava": "vision-language models",
     "hf_llava": "vision-language models",
 }
@@ -66,7 +69,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """The options: those of every conversion, then those of the loader and the saver."""
     as_written = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=as_written, allow_abbrev=False)
-    parser.add_argument("--model-type", choices=["GPT", "BERT"], required=True, help="kind of model")
+    parser.add_argument("--model-type", choices=["GPT", "BERT", "T5"], required=True, help="kind of model")
     parser.add_argument("--loader", type=plug_in(LOADERS), default="legacy", help=f"reads: {', '.join(LOADERS)}")
     parser.add_argument("--saver", type=plug_in(SAVERS), default="legacy", help=f"writes: {', '.join(SAVERS)}")
     parser.add_argument("--load-dir", required=True, help="what to convert")
@@ -128,7 +131,7 @@ def add_layout_options(group: argparse._ArgumentGroup) -> None:
 
 def add_core_saver_options(group: argparse._ArgumentGroup) -> None:
     add_layout_options(group)
-    group.add_argument("--target-expert-parallel-size", type=int, default=1, help="1: there are no experts yet")
+    group.add_argument("--target-expert-parallel-size", type=int, help="default: that of the source, or 1")
     formats = ["torch", "torch_dist", "safetensors"]
     group.add_argument("--ckpt-format", choices=formats, default="torch", help="torch fits the target sizes only")
 
@@ -141,6 +144,7 @@ ADD_LOADER_OPTIONS = {
     "core": add_own_options,
     "legacy": add_own_options,
     "llama_mistral": add_llama_options,
+    "mixtral_hf": add_hf_options,
     "hf": add_hf_options,
 }
 ADD_SAVER_OPTIONS = {"core": add_core_saver_options, "legacy": add_layout_options, "hf": add_hf_saver_options}
@@ -168,8 +172,8 @@ def load_others(args: argparse.Namespace, family: str) -> Source:
     """A directory of Meta or of transformers."""
     if args.bf16 and args.fp16:
         raise CheckpointingException("--bf16 and --fp16 exclude each other")
-    kind = MODEL_SIZES[args.model_size] if args.loader == "llama_mistral" else None
-    if kind and args.checkpoint_type == "meta":
+    kind = MODEL_SIZES[args.model_size] if args.loader == "llama_mistral" else ONE_FAMILY.get(args.loader)
+    if getattr(args, "checkpoint_type", "hf") == "meta":
         if kind != "llama":
             raise CheckpointingException(f"--checkpoint-type meta with --model-size {args.model_size}: use hf")
         source = conversion.load_meta(args.load_dir, family)
@@ -177,7 +181,8 @@ def load_others(args: argparse.Namespace, family: str) -> Source:
         source = conversion.load_hf(args.load_dir, family)
         found = conversion.HFFolder(args.load_dir).config["model_type"]
         if kind and found != kind:
-            raise CheckpointingException(f"--model-size {args.model_size} is a {kind}, {args.load_dir} holds a {found}")
+            asked = f"--model-size {args.model_size}" if args.loader == "llama_mistral" else f"--loader {args.loader}"
+            raise CheckpointingException(f"{asked} is for a {kind}, {args.load_dir} holds a {found}")
     if args.tokenizer_model:
         path = Path(args.tokenizer_model)
         name = "HuggingFaceTokenizer" if path.is_dir() else "Llama2Tokenizer"
@@ -192,18 +197,25 @@ def save(args: argparse.Namespace, source: Source) -> Path:
     with bytes_bar(f"converting to {args.saver}", source.num_bytes) as advance:
         if args.saver == "hf":
             return conversion.save_hf(source, Target(folder, on_progress=advance), args.hf_model_type)
-        if getattr(args, "target_expert_parallel_size", 1) != 1:
-            raise CheckpointingException("--target-expert-parallel-size: mixtures of experts are not built yet")
         target = Target(
             folder,
-            args.target_tensor_parallel_size or source.settings.get("tensor_model_parallel_size") or 1,
-            args.target_pipeline_parallel_size or source.settings.get("pipeline_model_parallel_size") or 1,
+            target_sizes(args, source),
             getattr(args, "make_vocab_size_divisible_by", None) or source.settings["make_vocab_size_divisible_by"],
             getattr(args, "ckpt_format", "torch"),
             args.saver_transformer_impl == "transformer_engine",
             advance,
         )
         return conversion.save_own(source, target, legacy=args.saver == "legacy")
+
+
+def target_sizes(args: argparse.Namespace, source: Source) -> RankSizes:
+    """The layout that is asked for; what is not said is as in the source."""
+    known = source.settings
+    return RankSizes(
+        args.target_tensor_parallel_size or known.get("tensor_model_parallel_size") or 1,
+        args.target_pipeline_parallel_size or known.get("pipeline_model_parallel_size") or 1,
+        getattr(args, "target_expert_parallel_size", None) or known.get("expert_model_parallel_size") or 1,
+    )
 
 
 def main(argv: list[str] | None = None) -> None:

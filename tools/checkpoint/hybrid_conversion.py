@@ -20,6 +20,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from megatron.core.dist_checkpointing.core import CheckpointingException
+from megatron.core.export.rank_files import RankSizes
 from megatron.core.ssm.mamba_sizes import MambaSizes
 from megatron.training.checkpoint import conversion
 from megatron.training.checkpoint.conversion import Source, Target
@@ -80,8 +81,8 @@ def convert(args: argparse.Namespace) -> Path:
         source = replace(source, iteration=0)
     with bytes_bar("re-sharding", source.num_bytes) as advance:
         divisible = source.settings["make_vocab_size_divisible_by"]
-        sizes = (args.target_tp_size, args.target_pp_size)
-        return conversion.save_own(source, Target(Path(args.save_dir), *sizes, divisible, on_progress=advance))
+        sizes = RankSizes(args.target_tp_size, args.target_pp_size)
+        return conversion.save_own(source, Target(Path(args.save_dir), sizes, divisible, on_progress=advance))
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -31,26 +31,23 @@ from megatron.core.dist_checkpointing.strategies.resharding import Box
 from megatron.core.dist_checkpointing.strategies.sharded_files import whole_tensor
 
 from .mixer_parts import InParts
-from .whole_state import DictState, WholeState, sharded_name, stacked_key
+from .whole_state import DictState, Naming, WholeState
 
 
 def catalog_of_state(state: WholeState) -> Catalog:
-    """The tensors as a sharded checkpoint would list them, stacked by layers and singly."""
-    catalog = Catalog()
-    layers: dict[str, dict[int, str]] = defaultdict(dict)
+    """The tensors as a sharded checkpoint would list them, with layers stacked and with layers apart."""
+    catalog, naming = Catalog(), Naming.of(state)
+    stacks: dict[str, dict[tuple[int, ...], str]] = defaultdict(dict)
     for name in state:
-        shape = tuple(state.meta(name).shape)
-        key, layer = stacked_key(name)
-        if layer is not None:
-            layers[key][layer] = name
-            key = sharded_name(name)
-        chunk = Chunk(Box((0,) * len(shape), shape), Place(name, 0, 0))
-        catalog.tensors[key] = StoredTensor(state.meta(name).dtype, shape, None, [chunk])
-    for key, names in layers.items():
+        for stack_layers in (True, False):
+            key, place = naming.place(name, stack_layers)
+            stacks[key][place] = name
+    for key, names in stacks.items():
         first = state.meta(next(iter(names.values())))
-        stack = StoredTensor(first.dtype, (max(names) + 1, *first.shape), None)
-        for layer, name in names.items():
-            box = Box((layer,) + (0,) * first.dim(), (1, *state.meta(name).shape))
+        depths = [max(numbers) + 1 for numbers in zip(*names)]
+        stack = StoredTensor(first.dtype, (*depths, *first.shape), None)
+        for place, name in names.items():
+            box = Box((*place, *(0,) * first.dim()), ((1,) * len(place)) + tuple(state.meta(name).shape))
             stack.chunks.append(Chunk(box, Place(name, 0, 0)))
         catalog.tensors[key] = stack
     return catalog
@@ -90,7 +87,8 @@ class WholeStateLoadStrategy(LoadShardedStrategy):
                 read.copy(whole.reshape(read.chunk.box.sizes))
 
     def load_tensors_metadata(self, checkpoint_dir: str | Path, metadata: Any = None) -> dict[str, Any]:
-        keys = {stacked_key(name).key for name in self.state}
+        naming = Naming.of(self.state)
+        keys = {naming.place(name).key for name in self.state}
         return {
             key: whole_tensor(key, self.catalog.tensors[key].shape, self.catalog.tensors[key].dtype) for key in keys
         }

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 _AXES: tuple[tuple[re.Pattern[str], int], ...] = (
-    (re.compile(r"embedding\.word_embeddings\.weight|output_layer\.(weight|bias)"), 0),
+    (re.compile(r"embedding\.word_embeddings\.weight|(lm_head\.)?output_layer\.(weight|bias)"), 0),
     (re.compile(r".*\.layers\..*\.linear_(qkv|q|kv|fc1)\.(weight|bias)"), 0),
     (re.compile(r".*\.layers\..*\.linear_(proj|fc2)\.weight"), 1),
     (re.compile(r".*\.mixer\.((in_proj|conv1d)\.(weight|bias)|dt_bias|A_log|D|norm\.weight)"), 0),
     (re.compile(r".*\.mixer\.out_proj\.weight"), 1),
+    (re.compile(r".*_relative_pos_emb\.relative_attention_bias\.weight"), 1),
 )
 
 

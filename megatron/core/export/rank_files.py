@@ -10,7 +10,9 @@ import mmap
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +27,8 @@ from megatron.core.dist_checkpointing.safe_load import safe_torch_load
 from .legacy import flatten, from_legacy_name, is_legacy, reorder_rows
 from .mixer_parts import sections_of
 from .partition import cut, join
-from .weights import ModelShape
-from .whole_state import WholeState, plain_name, with_layer_offset
+from .weights import ModelShape, is_gated
+from .whole_state import WholeState, expert_of, plain_name, with_expert_offset, with_layer_offset
 
 MODEL_FNAME = "model_optim_rng.pt"
 _PLACE = re.compile(r"mp_rank_(\d{2})(?:_(\d{3}))?(?:_(\d{3}))?")
@@ -48,30 +50,29 @@ class RankFilesState(WholeState):
 
     def __init__(self, directory: str | Path, block: str = "decoder") -> None:
         self.directory = Path(directory)
-        grid = _grid(self.directory)
-        self.common = _read_file(grid[0][0])
+        places = _places(self.directory)
+        self.common = _read_file(places[min(places)])
         saved = vars(self.common["args"]) if hasattr(self.common.get("args"), "__dict__") else {}
+        grid = _grid(self.directory, places, saved)
         self.version = float(self.common.get("checkpoint_version", 0) or 0)
         self.settings: dict[str, Any] = dict(saved)
         self.legacy = is_legacy(_chunks(self.common)[0])
-        self._gated = bool(saved.get("swiglu"))
+        self._gated = is_gated(saved)
         self._parts: dict[str, list[Tensor]] = defaultdict(list)
-        if saved.get("expert_model_parallel_size", 1) > 1 or saved.get("num_experts"):
-            raise CheckpointingException(f"{directory}: mixtures of experts are not built yet")
-        ranks = len(grid[0])
-        self._heads = saved["num_attention_heads"] // ranks if self.version < 2 else 0
-        stages = [[_chunks(_read_file(path)) for path in stage] for stage in grid]
+        self._heads = saved["num_attention_heads"] // len(grid[0][0]) if self.version < 2 else 0
+        stages = [[[_chunks(_read_file(path)) for path in ranks] for ranks in stage] for stage in grid]
         depth: dict[str, int] = defaultdict(int)  # layers before a chunk, for each block
-        for chunk in range(len(stages[0][0])):
+        for chunk in range(len(stages[0][0][0])):
             for stage in stages:
-                self._add([self._named(rank[chunk], block) for rank in stage], depth)
+                named = [[self._named(rank[chunk], block) for rank in ranks] for ranks in stage]
+                self._add([_with_all_experts(parts) for parts in zip(*named)], depth)
         if not saved.get("untie_embeddings_and_output_weights"):
             self._parts.pop("output_layer.weight", None)  # a copy on the last stage
 
     def _named(self, model: Mapping[str, Any], block: str) -> dict[str, Tensor]:
         flat = flatten(model)
         if not self.legacy:
-            return {plain_name(name): tensor for name, tensor in flat.items()}
+            return {plain_name(name): tensor for name, tensor in _one_by_one(flat).items()}
         try:
             named = {from_legacy_name(name, block): tensor for name, tensor in flat.items()}
         except ValueError as error:
@@ -110,20 +111,69 @@ class RankFilesState(WholeState):
         return sections_of(name, lambda other: self._parts[other][0].shape)
 
 
-def _grid(directory: Path) -> list[list[Path]]:
-    """Files [pipeline rank][tensor rank]."""
-    places: dict[tuple[int, int], Path] = {}
+def _one_by_one(flat: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Parameters by name, where a rank may hold its experts as stacks of matrices."""
+    found: dict[str, Tensor] = {}
+    for name, tensor in flat.items():
+        stack = re.fullmatch(r"(.*\.experts)\.weight([12])", name)
+        if stack is None:
+            found[name] = tensor
+        else:
+            parts = enumerate(tensor)
+            found.update({f"{stack[1]}.local_experts.{i}.linear_fc{stack[2]}.weight": part for i, part in parts})
+    return found
+
+
+def _with_all_experts(parts: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """What the expert parallel ranks of one tensor parallel rank hold together, experts numbered in the whole model."""
+    merged, here = dict(parts[0]), len({expert_of(name) for name in parts[0]} - {None})
+    for number, part in enumerate(parts[1:], 1):
+        of_experts = {name: tensor for name, tensor in part.items() if expert_of(name) is not None}
+        merged.update({with_expert_offset(name, number * here): tensor for name, tensor in of_experts.items()})
+    return merged
+
+
+def _places(directory: Path) -> dict[tuple[int, int, int], Path]:
+    """(first, second number after the tensor rank, or -1; tensor rank) -> file."""
+    places: dict[tuple[int, int, int], Path] = {}
     for folder in sorted(directory.glob("mp_rank_*")):
         match = _PLACE.fullmatch(folder.name)
         if match is not None and (folder / MODEL_FNAME).is_file():
-            places[int(match[2] or 0), int(match[1])] = folder / MODEL_FNAME
-    stages = 1 + max((stage for stage, _ in places), default=-1)
-    ranks = 1 + max((rank for _, rank in places), default=-1)
-    missing = [(stage, rank) for stage in range(stages) for rank in range(ranks) if (stage, rank) not in places]
-    if missing or not places:
-        listed = f": (pipeline, tensor) rank {', '.join(map(str, missing[:5]))} missing" if missing else ""
-        raise CheckpointingException(f"{directory} has no complete set of mp_rank_*/{MODEL_FNAME}{listed}")
-    return [[places[stage, rank] for rank in range(ranks)] for stage in range(stages)]
+            second, third = (-1 if part is None else int(part) for part in (match[2], match[3]))
+            places[second, third, int(match[1])] = folder / MODEL_FNAME
+    if not places:
+        raise CheckpointingException(f"{directory} has no mp_rank_*/{MODEL_FNAME}")
+    return places
+
+
+def _grid(
+    directory: Path, places: Mapping[tuple[int, int, int], Path], saved: Mapping[str, Any]
+) -> list[list[list[Path]]]:
+    """Files [pipeline rank][expert rank][tensor rank].
+
+    A name has the ranks of the axes with several ones, so that its second number may be of a stage or of experts.
+    """
+    of_experts = (saved.get("expert_model_parallel_size") or 1) > 1
+    tensor, of_expert = saved.get("tensor_model_parallel_size"), saved.get("expert_tensor_parallel_size")
+    if of_experts and of_expert not in (None, tensor):
+        raise CheckpointingException(
+            f"{directory}: experts are cut over {of_expert} and other weights over {tensor} tensor parallel ranks; "
+            "only equal numbers can be read from format torch. Save as torch_dist instead"
+        )
+    found: dict[tuple[int, int, int], Path] = {}
+    for (second, third, rank), path in places.items():
+        stage, expert = (0, second) if of_experts and third < 0 else (second, third)
+        found[max(stage, 0), max(expert, 0), rank] = path
+    stages, experts, ranks = (1 + max(numbers) for numbers in zip(*found))
+    wanted = list(product(range(stages), range(experts), range(ranks)))
+    missing = [place for place in wanted if place not in found]
+    if missing:
+        listed = ", ".join(map(str, missing[:5]))
+        raise CheckpointingException(
+            f"{directory} has no complete set of mp_rank_*/{MODEL_FNAME}: "
+            f"(pipeline, expert, tensor) rank {listed} missing"
+        )
+    return [[[found[s, e, r] for r in range(ranks)] for e in range(experts)] for s in range(stages)]
 
 
 def _read_file(path: Path) -> dict[str, Any]:
@@ -150,18 +200,34 @@ def _chunks(content: Mapping[str, Any]) -> list[Mapping[str, Any]]:
 
 def stage_of(name: str, shape: ModelShape, stages: int) -> int:
     """The pipeline stage that holds a parameter, of stages with equal numbers of layers."""
+    if stages == 1:
+        return 0
     match = re.search(r"\blayers\.(\d+)\.", name)
     if match is not None:
         return int(match[1]) // (shape.num_layers // stages)
     return 0 if name.startswith("embedding.") else stages - 1
 
 
+@dataclass(frozen=True)
+class RankSizes:
+    """A layout that files of ranks are for. Experts are cut by `tensor` like everything else."""
+
+    tensor: int = 1
+    pipeline: int = 1
+    expert: int = 1
+
+    def folder(self, tensor_rank: int, stage: int, expert_rank: int) -> str:
+        """Name of the folder of a place in it."""
+        parts = [f"mp_rank_{tensor_rank:02d}"]
+        parts += [f"{stage:03d}"] * (self.pipeline > 1) + [f"{expert_rank:03d}"] * (self.expert > 1)
+        return "_".join(parts)
+
+
 def write_rank_files(
     directory: Path,
     state: WholeState,
     shape: ModelShape,
-    tensor_size: int,
-    pipeline_size: int,
+    sizes: RankSizes,
     common: Mapping[str, Any],
     arrange: Callable[[dict[str, Tensor]], dict[str, Any]] = dict,
     on_progress: Callable[[int], None] = lambda num_bytes: None,
@@ -177,22 +243,17 @@ def write_rank_files(
     Raises:
         CheckpointingException: the model does not divide over the layout.
     """
-    if shape.num_layers % pipeline_size:
-        raise CheckpointingException(f"{shape.num_layers} layers cannot be cut into {pipeline_size} equal stages")
+    if shape.num_layers % sizes.pipeline:
+        raise CheckpointingException(f"{shape.num_layers} layers cannot be cut into {sizes.pipeline} equal stages")
     records: dict[str, FileRecord] = {}
-    per_stage = shape.num_layers // pipeline_size
-    for stage in range(pipeline_size):
-        names = {
-            with_layer_offset(name, -stage * per_stage): name
-            for name in state
-            if stage_of(name, shape, pipeline_size) == stage
-        }
-        if shape.tied and 0 < stage == pipeline_size - 1:
+    for stage, expert_rank in product(range(sizes.pipeline), range(sizes.expert)):
+        names = _names_of(state, shape, sizes, stage, expert_rank)
+        if shape.tied and 0 < stage == sizes.pipeline - 1:
             names[copy_name] = "embedding.word_embeddings.weight"
-        folders = [_place_name(rank, stage, pipeline_size) for rank in range(tensor_size)]
+        folders = [sizes.folder(rank, stage, expert_rank) for rank in range(sizes.tensor)]
         for rank, folder in enumerate(folders):
             (directory / folder).mkdir()
-            _write_holes(directory / folder / MODEL_FNAME, state, names, rank, tensor_size, shape, common, arrange)
+            _write_holes(directory / folder / MODEL_FNAME, state, names, rank, sizes.tensor, shape, common, arrange)
         _fill([directory / folder / MODEL_FNAME for folder in folders], state, names, shape, arrange, on_progress)
         for folder in folders:
             path = directory / folder / MODEL_FNAME
@@ -200,8 +261,15 @@ def write_rank_files(
     write_manifest(directory, records)
 
 
-def _place_name(rank: int, stage: int, stages: int) -> str:
-    return f"mp_rank_{rank:02d}" if stages == 1 else f"mp_rank_{rank:02d}_{stage:03d}"
+def _names_of(state: WholeState, shape: ModelShape, sizes: RankSizes, stage: int, expert_rank: int) -> dict[str, str]:
+    """Name on a rank -> name in the whole model, of what the ranks of a stage and of a share of the experts hold."""
+    layers, experts = shape.num_layers // sizes.pipeline, (shape.num_experts or 0) // sizes.expert
+    names = {}
+    for name in state:
+        expert = expert_of(name)
+        if stage_of(name, shape, sizes.pipeline) == stage and (expert is None or expert // experts == expert_rank):
+            names[with_expert_offset(with_layer_offset(name, -stage * layers), -expert_rank * experts)] = name
+    return names
 
 
 def _write_holes(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,9 +20,12 @@ from megatron.core.dist_checkpointing.serialization import (
 )
 from megatron.core.dist_checkpointing.strategies.catalog import Entry, ObjectEntry, TensorEntry, Written, catalog_of
 from megatron.core.dist_checkpointing.strategies.file_plan import FilePlan, segment_bytes, segment_size, write_plans
+from megatron.core.dist_checkpointing.strategies.resharding import Shape
 from megatron.core.dist_checkpointing.strategies.sharded_files import ShardedFilesSaveStrategy
 
-from .whole_state import WholeState, stacked_key
+from .whole_state import Naming, Stacked, WholeState, layer_of
+
+_WITH_EXTRA_STATE = re.compile(r".*\.layers\.(?!.*\.experts\.).*\.linear_\w+\.weight")
 
 
 def write_sharded_files(
@@ -35,12 +39,13 @@ def write_sharded_files(
     parameter."""
     strategy = get_default_save_sharded_strategy(backend)
     assert isinstance(strategy, ShardedFilesSaveStrategy)
-    depths = _depths(state)
+    naming = Naming.of(state)
+    depths = _depths(state, naming)
     records: dict[str, FileRecord] = {}
     written: list[Written] = []
     for number, names in enumerate(_groups(state)):
         metas = {name: state.meta(name) for name in names}
-        entries = [entry for name, meta in metas.items() for entry in _entries(name, meta, depths)]
+        entries = [entry for name, meta in metas.items() for entry in _entries(naming.place(name), meta, depths)]
         plan = strategy.make_file(f"__0_{number}{strategy.data_suffix}", entries)
         source = {id(meta): name for name, meta in metas.items()}
         records[plan.name] = write_durably(directory / plan.name, _bytes_of(plan, state, source, on_progress))
@@ -66,38 +71,33 @@ def _bytes_of(
             on_progress(segment_size(segment))
 
 
-def _depths(state: WholeState) -> dict[str, int]:
-    """Number of layers under each stacked key."""
-    depths: dict[str, int] = {}
+def _depths(state: WholeState, naming: Naming) -> dict[str, Shape]:
+    """Numbers of layers and experts under each key."""
+    places: dict[str, list[Shape]] = {}
     for name in state:
-        key, layer = stacked_key(name)
-        if layer is not None:
-            depths[key] = max(depths.get(key, 0), layer + 1)
-    return depths
+        key, place = naming.place(name)
+        places.setdefault(key, []).append(place)
+    return {key: tuple(max(numbers) + 1 for numbers in zip(*those)) for key, those in places.items()}
 
 
 def _groups(state: WholeState) -> Iterator[list[str]]:
     """Names that share a file: those of a layer, or a single one."""
     layers: dict[tuple[str, int], list[str]] = {}
     for name in state:
-        _, layer = stacked_key(name)
+        layer = layer_of(name)
         if layer is None:
             yield [name]
         else:
-            layers.setdefault((name.partition(".layers.")[0], layer), []).append(name)
+            layers.setdefault(layer, []).append(name)
     yield from layers.values()
 
 
-def _entries(name: str, whole: Tensor, depths: Mapping[str, int]) -> Iterator[Entry]:
+def _entries(where: Stacked, whole: Tensor, depths: Mapping[str, Shape]) -> Iterator[Entry]:
     """How a parameter is stored, and the empty state of a linear layer."""
-    key, layer = stacked_key(name)
-    shape = tuple(whole.shape)
-    if layer is None:
-        yield TensorEntry(key, (0,) * whole.dim(), shape, shape, None, whole.dtype, whole)
-        return
-    depth = depths[key]
-    offsets, sizes, stack = (layer,) + (0,) * whole.dim(), (1, *shape), (depth, *shape)
-    yield TensorEntry(key, offsets, sizes, stack, None, whole.dtype, whole)
-    if ".linear_" in key and key.endswith(".weight"):  # other releases do not load without it
+    key, place = where
+    depth, shape = depths[key], tuple(whole.shape)
+    offsets, sizes = place + (0,) * whole.dim(), (1,) * len(place) + shape
+    yield TensorEntry(key, offsets, sizes, (*depth, *shape), None, whole.dtype, whole)
+    if _WITH_EXTRA_STATE.fullmatch(key):  # other releases do not load without it
         extra = key.removesuffix("weight") + "_extra_state"
-        yield ObjectEntry(ShardedObject(extra, None, (depth,), (layer,)).unique_key, None)
+        yield ObjectEntry(ShardedObject(extra, None, depth or (1,), place or (0,)).unique_key, None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -16,9 +17,8 @@ from megatron.core.dist_checkpointing.strategies.reading import plan_reads, read
 from megatron.core.dist_checkpointing.strategies.resharding import plan_local_read
 from megatron.core.dist_checkpointing.strategies.sharded_files import ShardedFilesLoadStrategy
 
-from .whole_state import Stacked, WholeState, name_of_layer, plain_name
+from .whole_state import Stacked, WholeState, name_at, stacked_axes
 
-_STACKED = re.compile(r".*?\blayers\.(?!\d)")
 _NOT_OF_MODEL = re.compile(r"(chained_\d+\.)?optimizer\.")
 
 
@@ -39,11 +39,9 @@ class ShardedState(WholeState):
         for key, stored in self._catalog.tensors.items():
             if _NOT_OF_MODEL.match(key):
                 continue
-            if _STACKED.match(key):
-                layers = range(stored.global_shape[0])
-                self._places.update({name_of_layer(key, n): Stacked(key, n) for n in layers})
-            else:
-                self._places[plain_name(key)] = Stacked(key, None)
+            depths = stored.global_shape[: stacked_axes(key)]
+            for place in product(*map(range, depths)):
+                self._places[name_at(key, place)] = Stacked(key, place)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._places)
@@ -52,25 +50,22 @@ class ShardedState(WholeState):
         return name in self._places
 
     def meta(self, name: str) -> Tensor:
-        key, layer = self._places[name]
+        key, place = self._places[name]
         stored = self._catalog.tensors[key]
-        shape = stored.global_shape if layer is None else stored.global_shape[1:]
-        return torch.empty(shape, dtype=stored.dtype, device="meta")
+        return torch.empty(stored.global_shape[len(place) :], dtype=stored.dtype, device="meta")
 
     def read(self, name: str) -> Tensor:
-        key, layer = self._places[name]
+        key, place = self._places[name]
         stored, meta = self._catalog.tensors[key], self.meta(name)
-        whole = stored.global_shape
-        stack = 0 if layer is None else 1
         shard = ShardedTensor(
             key,
             torch.empty(meta.shape, dtype=stored.dtype),
             stored.dtype,
             tuple(meta.shape),
-            whole,
-            (layer,) * stack + (0,) * meta.dim(),  # type: ignore[arg-type]
+            stored.global_shape,
+            place + (0,) * meta.dim(),
             None,
-            prepend_axis_num=stack,
+            prepend_axis_num=len(place),
         )
         plan = plan_local_read(shard, stored.shape, stored.original_shape)
         read_tensors(plan_reads(self._catalog, plan.targets), self._catalog, self.directory, self._strategy.open_chunk)

@@ -1,14 +1,15 @@
 """A model as whole tensors under our names, read one at a time, wherever they come from.
 
-Names are those of the layers of this library (`decoder.layers.3.input_layernorm.weight`), with the layer's number in
-the whole model. The sharded formats name some of them otherwise, and stack the layers (`stacked_key`).
+Names are those of the layers of this library (`decoder.layers.3.input_layernorm.weight`), with the numbers of layer and
+expert in the whole model. The sharded formats name some of them otherwise, and stack layers and experts (`Naming`).
 """
 
 from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -29,7 +30,12 @@ FUSED_NORMS = {
 """Name of a norm in sharded checkpoints -> its name in the model."""
 _NORM_OF_MIXER = re.compile(r"(.*\blayers\.\d+)\.norm\.(\w+)")
 """A state space layer's norm, not that within its mixer."""
+_BEFORE_EXPERTS = "pre_mlp_layernorm."
+"""No single linear layer follows the norm before experts: it keeps its name in sharded checkpoints."""
 _LAYER = re.compile(r"(?P<block>.*?\blayers)\.(?P<number>\d+)\.(?P<rest>.+)")
+_EXPERT = re.compile(r"(?P<head>.*\.experts)\.local_experts\.(?P<number>\d+)\.(?P<rest>.+)")
+_STACK_OF_LAYERS = re.compile(r"(.*?\blayers)\.(?!\d)(.+)")
+_STACK_OF_EXPERTS = re.compile(r"(.*\.experts)\.experts\.(.+)")
 
 
 class WholeState(ABC):
@@ -118,48 +124,96 @@ class Cast(WholeState):
 
 
 class Stacked(NamedTuple):
-    """Where a tensor lies in a sharded checkpoint of equal layers."""
+    """Where a tensor lies in a sharded checkpoint."""
 
     key: str
-    layer: int | None
-    """Place along the first axis; None for a tensor outside of the layers."""
-
-
-def sharded_name(name: str) -> str:
-    """Name in a sharded checkpoint that does not stack layers."""
-    match = _NORM_OF_MIXER.fullmatch(name)
-    if match is not None:
-        return f"{match[1]}.mixer.in_proj.layer_norm_{match[2]}"
-    for fused, plain in FUSED_NORMS.items():
-        head, found, kind = name.rpartition(f".{plain}")
-        if found:
-            return f"{head}.{fused}{kind}"
-    return name
+    place: tuple[int, ...]
+    """Along the first axes: of its layer, of its expert, of both or of neither."""
 
 
 def plain_name(name: str) -> str:
-    """Inverse of `sharded_name`."""
+    """Name in the model of what sharded checkpoints, and Transformer Engine, name otherwise."""
     for fused, plain in FUSED_NORMS.items():
         name = name.replace(f".{fused}", f".{plain}")
     return name.replace(".mixer.in_proj.layer_norm_", ".norm.")
 
 
-def stacked_key(name: str) -> Stacked:
-    """Where a tensor of ours lies in a sharded checkpoint.
+@dataclass(frozen=True)
+class Naming:
+    """How sharded checkpoints name the parameters of a model.
 
-    >>> stacked_key("decoder.layers.3.input_layernorm.weight")
-    Stacked(key='decoder.layers.self_attention.linear_qkv.layer_norm_weight', layer=3)
+    >>> Naming().place("decoder.layers.3.input_layernorm.weight")
+    Stacked(key='decoder.layers.self_attention.linear_qkv.layer_norm_weight', place=(3,))
     """
-    match = _LAYER.fullmatch(sharded_name(name))
-    if match is None:
-        return Stacked(name, None)
-    return Stacked(f"{match['block']}.{match['rest']}", int(match["number"]))
+
+    with_experts: frozenset[str] = frozenset()
+    """Layers that are mixtures of experts, as `decoder.layers.3`."""
+    layers_differ: bool = False
+    """Some layers are such mixtures, some not: then each has keys of its own, and there is no axis for them."""
+
+    @classmethod
+    def of(cls, names: Iterable[str]) -> Naming:
+        """Of the model that has these parameters."""
+        matches = [match for match in map(_LAYER.fullmatch, names) if match is not None]
+        layers = {f"{match['block']}.{match['number']}" for match in matches}
+        mixtures = {f"{m['block']}.{m['number']}" for m in matches if m["rest"].startswith("mlp.router.")}
+        return cls(frozenset(mixtures), bool(mixtures) and mixtures != layers)
+
+    def sharded_name(self, name: str) -> str:
+        """The name that a norm has there, after the linear layer that follows it."""
+        match = _NORM_OF_MIXER.fullmatch(name)
+        if match is not None:
+            return f"{match[1]}.mixer.in_proj.layer_norm_{match[2]}"
+        for fused, plain in FUSED_NORMS.items():
+            head, found, kind = name.rpartition(f".{plain}")
+            if found and not (plain == _BEFORE_EXPERTS and head in self.with_experts):
+                return f"{head}.{fused}{kind}"
+        return name
+
+    def place(self, name: str, stack_layers: bool | None = None) -> Stacked:
+        """Where a tensor lies.
+
+        Args:
+            stack_layers: whether there is an axis for layers; default: if they are equal.
+        """
+        place: tuple[int, ...] = ()
+        name = self.sharded_name(name)
+        expert = _EXPERT.fullmatch(name)
+        if expert is not None:
+            name, place = f"{expert['head']}.experts.{expert['rest']}", (int(expert["number"]),)
+        layer = _LAYER.fullmatch(name)
+        if layer is None or not (not self.layers_differ if stack_layers is None else stack_layers):
+            return Stacked(name, place)
+        return Stacked(f"{layer['block']}.{layer['rest']}", (int(layer["number"]), *place))
 
 
-def name_of_layer(key: str, layer: int) -> str:
-    """Inverse of `stacked_key`."""
-    block, _, rest = key.partition("layers.")
-    return plain_name(f"{block}layers.{layer}.{rest}")
+def stacked_axes(key: str) -> int:
+    """Number of axes that a key of a sharded checkpoint has for layers and experts."""
+    return sum(pattern.fullmatch(key) is not None for pattern in (_STACK_OF_LAYERS, _STACK_OF_EXPERTS))
+
+
+def name_at(key: str, place: tuple[int, ...]) -> str:
+    """Inverse of `Naming.place`."""
+    numbers = list(place)
+    layers = _STACK_OF_LAYERS.fullmatch(key)
+    if layers is not None:
+        key = f"{layers[1]}.{numbers.pop(0)}.{layers[2]}"
+    experts = _STACK_OF_EXPERTS.fullmatch(key)
+    if experts is not None:
+        key = f"{experts[1]}.local_experts.{numbers.pop(0)}.{experts[2]}"
+    return plain_name(key)
+
+
+def layer_of(name: str) -> tuple[str, int] | None:
+    """(block, number) of the layer that a parameter belongs to."""
+    match = _LAYER.fullmatch(name)
+    return None if match is None else (match["block"], int(match["number"]))
+
+
+def expert_of(name: str) -> int | None:
+    """Number of the expert that a parameter belongs to."""
+    match = _EXPERT.fullmatch(name)
+    return None if match is None else int(match["number"])
 
 
 def with_layer_offset(name: str, offset: int) -> str:
@@ -168,3 +222,11 @@ def with_layer_offset(name: str, offset: int) -> str:
     if match is None:
         return name
     return f"{match['block']}.{int(match['number']) + offset}.{match['rest']}"
+
+
+def with_expert_offset(name: str, offset: int) -> str:
+    """The name with its expert counted from another one."""
+    match = _EXPERT.fullmatch(name)
+    if match is None:
+        return name
+    return f"{match['head']}.local_experts.{int(match['number']) + offset}.{match['rest']}"

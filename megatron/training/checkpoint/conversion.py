@@ -20,10 +20,10 @@ from megatron.core.export import HFFolder, HFState, Joined, ModelShape, WholeSta
 from megatron.core.export.hf_folder import write_hf_folder
 from megatron.core.export.legacy import nest, to_legacy_name
 from megatron.core.export.meta_llama import MetaState
-from megatron.core.export.rank_files import RankFilesState, write_rank_files
+from megatron.core.export.rank_files import RankFilesState, RankSizes, write_rank_files
 from megatron.core.export.sharded_files import write_sharded_files
 from megatron.core.export.sharded_state import ShardedState
-from megatron.core.export.whole_state import OF_VOCABULARY, Cast, sharded_name
+from megatron.core.export.whole_state import OF_VOCABULARY, Cast, Naming
 from megatron.training.arguments import parse_args
 from megatron.training.checkpoint.find import SHARDED_FORMATS
 from megatron.training.checkpoint.hf_settings import tokenizer_of
@@ -41,7 +41,8 @@ from megatron.training.checkpoint.state import CHECKPOINT_VERSION, plain_value
 from megatron.training.tokenizer import vocab_size_with_padding
 
 Progress = Callable[[int], None]
-BLOCKS = {"gpt": "decoder", "bert": "encoder", "mamba": "decoder"}
+BLOCKS = {"gpt": "decoder", "bert": "encoder", "t5": "decoder", "mamba": "decoder"}
+"""Where the layers of each kind of model stand; of a T5 the last ones."""
 
 
 @dataclass(frozen=True)
@@ -167,10 +168,9 @@ class Target:
     """Where and for which layout to write."""
 
     folder: Path
-    tensor_size: int = 1
-    pipeline_size: int = 1
+    sizes: RankSizes = RankSizes()
     divisible_by: int = 128
-    """The padded vocabulary is a multiple of this, times `tensor_size`."""
+    """The padded vocabulary is a multiple of this, times the tensor parallel size."""
     format: str = "torch"
     fused_norms: bool = False
     """Name norms as the layers of Transformer Engine do."""
@@ -180,21 +180,24 @@ class Target:
 def padded(source: Source, target: Target) -> Source:
     """With the vocabulary's rows that the layout needs: cut to, or the last one repeated up to them."""
     words = source.words or source.state.meta(OF_VOCABULARY[0]).size(0)
-    rows = vocab_size_with_padding(words, target.divisible_by if source.words else 1, target.tensor_size)
+    rows = vocab_size_with_padding(words, target.divisible_by if source.words else 1, target.sizes.tensor)
     settings = {**source.settings, "padded_vocab_size": rows, "make_vocab_size_divisible_by": target.divisible_by}
     return replace(source, state=WithVocabulary(source.state, rows), settings=settings)
 
 
 def common_state(source: Source, target: Target) -> dict[str, Any]:
     """What a checkpoint has beside parameters: no optimizer, no random numbers."""
+    sizes = target.sizes
     layout = {
-        "tensor_model_parallel_size": target.tensor_size,
-        "pipeline_model_parallel_size": target.pipeline_size,
+        "tensor_model_parallel_size": sizes.tensor,
+        "pipeline_model_parallel_size": sizes.pipeline,
         "virtual_pipeline_model_parallel_size": None,
         "num_layers_per_virtual_pipeline_stage": None,
-        "expert_model_parallel_size": 1,
+        "expert_model_parallel_size": sizes.expert,
+        "expert_tensor_parallel_size": None,
+        **({"moe_grouped_gemm": False} if target.format == "torch" else {}),
         "context_parallel_size": 1,
-        "world_size": target.tensor_size * target.pipeline_size,
+        "world_size": sizes.tensor * sizes.pipeline * sizes.expert,
         "ckpt_format": target.format,
         "no_save_optim": True,
         "no_save_rng": True,
@@ -215,14 +218,20 @@ def common_state(source: Source, target: Target) -> dict[str, Any]:
 def save_own(source: Source, target: Target, legacy: bool = False) -> Path:
     """Write a checkpoint for a layout and make it the latest of its folder; its directory."""
     source = padded(source, target)
-    require_layout(source, target)
+    require_layout(source, target.sizes)
+    if source.settings["model_family"] == "t5" and target.format == "torch" and target.sizes.pipeline > 1:
+        raise CheckpointingException("stages of a T5 fit --ckpt-format torch_dist or safetensors, of any layout")
+    if legacy and source.settings["model_family"] == "t5":
+        raise CheckpointingException("the older classes have no T5 of version 1.1: use --saver core")
+    if legacy and source.shape.num_experts:
+        raise CheckpointingException("the older classes have no mixtures of experts: use --saver core")
     common = common_state(source, target)
     directory = begin_checkpoint(target.folder, source.iteration)
     try:
         if target.format == "torch":
-            sizes = (target.tensor_size, target.pipeline_size)
             arrange, copy = _ARRANGEMENTS["legacy" if legacy else "fused" if target.fused_norms else "plain"]
-            write_rank_files(directory, source.state, source.shape, *sizes, common, arrange, target.on_progress, copy)
+            sizes, progress = target.sizes, target.on_progress
+            write_rank_files(directory, source.state, source.shape, sizes, common, arrange, progress, copy)
         else:
             content = {**common, "content_metadata": {}}
             write_sharded_files(directory, source.state, content, target.format, target.on_progress)
@@ -232,13 +241,16 @@ def save_own(source: Source, target: Target, legacy: bool = False) -> Path:
         raise
 
 
-def require_layout(source: Source, target: Target) -> None:
-    """Raise `CheckpointingException` unless the heads and layers divide over the layout."""
-    shape, tp, pp = source.shape, target.tensor_size, target.pipeline_size
+def require_layout(source: Source, sizes: RankSizes) -> None:
+    """Raise `CheckpointingException` unless the heads, layers and experts divide over the layout."""
+    shape = source.shape
+    if sizes.expert > 1 and not shape.num_experts:
+        raise CheckpointingException(f"--target-expert-parallel-size {sizes.expert}: the model has no experts")
     for size, what, ranks in (
-        (shape.num_query_groups, "query groups", tp),
-        (shape.num_attention_heads, "attention heads", tp),
-        (shape.num_layers, "layers", pp),
+        (shape.num_query_groups, "query groups", sizes.tensor),
+        (shape.num_attention_heads, "attention heads", sizes.tensor),
+        (shape.num_layers, "layers", sizes.pipeline),
+        (shape.num_experts or 0, "experts", sizes.expert),
     ):
         if size % ranks:
             raise CheckpointingException(f"{size} {what} cannot be divided over {ranks} ranks")
@@ -255,7 +267,8 @@ def save_hf(source: Source, target: Target, model_type: str | None = None) -> Pa
 
 
 def _fused(model: dict[str, Tensor]) -> dict[str, Any]:
-    return {sharded_name(name): tensor for name, tensor in model.items()}
+    naming = Naming.of(model)
+    return {naming.sharded_name(name): tensor for name, tensor in model.items()}
 
 
 _HEAD_COPY = "word_embeddings_for_head.weight"

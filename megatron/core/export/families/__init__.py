@@ -10,10 +10,11 @@ from .bert import BERT, MEGATRON_BERT
 from .gpt2 import GPT2
 from .llama import LLAMA, MISTRAL, QWEN2, QWEN3
 from .mamba2 import MAMBA2
+from .mixtral import MIXTRAL, QWEN3_MOE
+from .t5 import T5
 
-FAMILIES: dict[str, Family] = {
-    family.model_type: family for family in (GPT2, LLAMA, MISTRAL, QWEN2, QWEN3, BERT, MEGATRON_BERT, MAMBA2)
-}
+_ALL = (GPT2, LLAMA, MISTRAL, QWEN2, QWEN3, MIXTRAL, QWEN3_MOE, BERT, MEGATRON_BERT, T5, MAMBA2)
+FAMILIES: dict[str, Family] = {family.model_type: family for family in _ALL}
 """`model_type` -> family. Where a model of ours is of several, the first one stands for them."""
 
 

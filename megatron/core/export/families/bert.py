@@ -6,8 +6,9 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
-from ..family import Family, require
+from ..family import Family
 from ..weights import KINDS, ModelShape, Weight, fused_qkv, same
+from .learned_positions import FIXED, read_heads, require_heads
 
 HEADS = ("lm_head.", "binary_head.", "output_layer.", "pooler.")
 
@@ -68,13 +69,11 @@ def _heads(shape: ModelShape) -> Iterator[Weight]:
 
 
 def _read(config: Mapping[str, Any]) -> dict[str, Any]:
-    return {"kv_channels": config["hidden_size"] // config["num_attention_heads"]}
+    return read_heads(config["hidden_size"], config["num_attention_heads"])
 
 
 def _write(settings: Mapping[str, Any]) -> dict[str, Any]:
-    width, heads = settings["hidden_size"], settings["num_attention_heads"]
-    kv = settings.get("kv_channels")
-    require(kv in (None, width // heads), f"kv_channels {kv} is not hidden_size / num_attention_heads")
+    require_heads(settings)
     return {}
 
 
@@ -86,21 +85,10 @@ _BERT = Family(
     root="bert.",
     optional=HEADS,
     fixed={
-        "position_embedding_type": "learned_absolute",
-        "normalization": "LayerNorm",
-        "apply_layernorm_1p": False,
-        "add_bias_linear": True,
-        "swiglu": False,
-        "squared_relu": False,
+        **FIXED,
         "bias_gelu_fusion": False,  # gelu itself, not its tanh form
-        "qk_layernorm": False,
-        "qk_l2_norm": False,
-        "group_query_attention": False,
-        "window_size": None,
         "apply_residual_connection_post_layernorm": True,
-        "untie_embeddings_and_output_weights": False,
         "bert_binary_head": True,
-        "num_experts": None,
     },
     renamed={
         "num_layers": "num_hidden_layers",

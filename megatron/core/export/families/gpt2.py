@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..family import Family, require
+from ..family import Family
 from ..weights import KINDS, HeadShape, ModelShape, Weight, interleave_qkv, same, separate_qkv, transposed
+from .learned_positions import FIXED, read_heads, require_heads
 
 
 def weights(shape: ModelShape) -> Iterator[Weight]:
@@ -48,15 +49,13 @@ def _qkv(shape: HeadShape, ours: str, theirs: str) -> Weight:
 
 
 def _read(config: Mapping[str, Any]) -> dict[str, Any]:
-    width, heads = config["n_embd"], config["n_head"]
-    return {"ffn_hidden_size": config.get("n_inner") or 4 * width, "kv_channels": width // heads}
+    width = config["n_embd"]
+    return {"ffn_hidden_size": config.get("n_inner") or 4 * width, **read_heads(width, config["n_head"])}
 
 
 def _write(settings: Mapping[str, Any]) -> dict[str, Any]:
-    width, heads = settings["hidden_size"], settings["num_attention_heads"]
-    kv = settings.get("kv_channels")
-    require(kv in (None, width // heads), f"kv_channels {kv} is not hidden_size / num_attention_heads")
-    return {"n_inner": settings.get("ffn_hidden_size") or 4 * width}
+    require_heads(settings)
+    return {"n_inner": settings.get("ffn_hidden_size") or 4 * settings["hidden_size"]}
 
 
 GPT2 = Family(
@@ -66,20 +65,9 @@ GPT2 = Family(
     weights=weights,
     root="transformer.",
     fixed={
-        "position_embedding_type": "learned_absolute",
-        "normalization": "LayerNorm",
-        "apply_layernorm_1p": False,
-        "add_bias_linear": True,
-        "swiglu": False,
-        "squared_relu": False,
+        **FIXED,
         "bias_gelu_fusion": True,  # the tanh form of gelu
-        "qk_layernorm": False,
-        "qk_l2_norm": False,
-        "group_query_attention": False,
-        "window_size": None,
         "apply_residual_connection_post_layernorm": False,
-        "untie_embeddings_and_output_weights": False,
-        "num_experts": None,
     },
     renamed={
         "num_layers": "n_layer",

@@ -9,8 +9,19 @@ from ..family import Family, require
 from ..weights import KINDS, ModelShape, Weight, fused_qkv, same, stacked
 from .rope import read_rope, write_rope
 
+FeedForward = Callable[[ModelShape, str, str], Iterator[Weight]]
+"""(shape, beginnings of our and of their names in a layer) -> the rows of its feed-forward block."""
 
-def weights(shape: ModelShape) -> Iterator[Weight]:
+
+def dense(shape: ModelShape, ours: str, theirs: str) -> Iterator[Weight]:
+    """A gated feed-forward block."""
+    for kind in KINDS if shape.add_bias_linear else KINDS[:1]:
+        gate_and_up = (f"{theirs}mlp.gate_proj.{kind}", f"{theirs}mlp.up_proj.{kind}")
+        yield stacked(f"{ours}mlp.linear_fc1.{kind}", *gate_and_up)
+        yield same(f"{ours}mlp.linear_fc2.{kind}", f"{theirs}mlp.down_proj.{kind}")
+
+
+def weights(shape: ModelShape, feed_forward: FeedForward = dense) -> Iterator[Weight]:
     """Key map of `LlamaForCausalLM` and its relatives."""
     of_qkv = KINDS if shape.add_qkv_bias or shape.add_bias_linear else KINDS[:1]
     of_linear = KINDS if shape.add_bias_linear else KINDS[:1]
@@ -27,10 +38,7 @@ def weights(shape: ModelShape) -> Iterator[Weight]:
         for kind in of_linear:
             yield same(f"{ours}self_attention.linear_proj.{kind}", f"{theirs}self_attn.o_proj.{kind}")
         yield same(f"{ours}pre_mlp_layernorm.weight", f"{theirs}post_attention_layernorm.weight")
-        for kind in of_linear:
-            gate_and_up = (f"{theirs}mlp.gate_proj.{kind}", f"{theirs}mlp.up_proj.{kind}")
-            yield stacked(f"{ours}mlp.linear_fc1.{kind}", *gate_and_up)
-            yield same(f"{ours}mlp.linear_fc2.{kind}", f"{theirs}mlp.down_proj.{kind}")
+        yield from feed_forward(shape, ours, theirs)
     yield same("decoder.final_layernorm.weight", "model.norm.weight")
     if not shape.tied:
         yield same("output_layer.weight", "lm_head.weight")
@@ -100,13 +108,13 @@ def _write_llama(settings: Mapping[str, Any]) -> dict[str, Any]:
 # --- Mistral --------------------------------------------------------------------------------------------
 
 
-def _read_mistral(config: Mapping[str, Any]) -> dict[str, Any]:
+def read_mistral(config: Mapping[str, Any]) -> dict[str, Any]:
     window = window_of(config.get("sliding_window"))
     biases = {"add_bias_linear": False, "add_qkv_bias": False}
     return {**_read_common(config), **biases, "window_size": window, "qk_layernorm": False}
 
 
-def _write_mistral(settings: Mapping[str, Any]) -> dict[str, Any]:
+def write_mistral(settings: Mapping[str, Any]) -> dict[str, Any]:
     require(_biases(settings) == (False, False), "linear layers have biases")
     require(not settings.get("qk_layernorm"), "qk_layernorm is set")
     return {**_write_common(settings), "sliding_window": _window(settings)}
@@ -161,24 +169,25 @@ def _write_qwen2(settings: Mapping[str, Any]) -> dict[str, Any]:
     return {**_write_common(settings), **_write_qwen_window(settings)}
 
 
-def _read_qwen3(config: Mapping[str, Any]) -> dict[str, Any]:
+def read_qwen3(config: Mapping[str, Any]) -> dict[str, Any]:
     biases = {"add_bias_linear": False, "add_qkv_bias": False}
     return {**_read_common(config), **biases, "window_size": _read_qwen_window(config), "qk_layernorm": True}
 
 
-def _write_qwen3(settings: Mapping[str, Any]) -> dict[str, Any]:
+def write_qwen3(settings: Mapping[str, Any]) -> dict[str, Any]:
     require(_biases(settings) == (False, False), "linear layers have biases")
     require(settings.get("qk_layernorm"), "qk_layernorm is not set")
     return {**_write_common(settings), **_write_qwen_window(settings)}
 
 
-def _relative(
+def relative(
     model_type: str,
     architecture: str,
     read: Callable[[Mapping[str, Any]], dict[str, Any]],
     write: Callable[[Mapping[str, Any]], dict[str, Any]],
     **expected: tuple[Any, ...],
 ) -> Family:
+    """A family that differs from Llama in what `read` and `write` say."""
     return Family(
         model_type=model_type,
         architecture=architecture,
@@ -213,7 +222,7 @@ def _relative(
     )
 
 
-LLAMA = _relative("llama", "LlamaForCausalLM", _read_llama, _write_llama)
-MISTRAL = _relative("mistral", "MistralForCausalLM", _read_mistral, _write_mistral)
-QWEN2 = _relative("qwen2", "Qwen2ForCausalLM", _read_qwen2, _write_qwen2)
-QWEN3 = _relative("qwen3", "Qwen3ForCausalLM", _read_qwen3, _write_qwen3, attention_bias=(False,))
+LLAMA = relative("llama", "LlamaForCausalLM", _read_llama, _write_llama)
+MISTRAL = relative("mistral", "MistralForCausalLM", read_mistral, write_mistral)
+QWEN2 = relative("qwen2", "Qwen2ForCausalLM", _read_qwen2, _write_qwen2)
+QWEN3 = relative("qwen3", "Qwen3ForCausalLM", read_qwen3, write_qwen3, attention_bias=(False,))

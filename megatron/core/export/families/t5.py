@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
+from ..family import Family, require
 from ..weights import ModelShape, Weight, fused_heads, fused_qkv, same, stacked
 
 
@@ -42,3 +44,82 @@ def _cross_attention(shape: ModelShape, ours: str, theirs: str) -> Iterator[Weig
     key_and_value = (f"{attention}k.weight", f"{attention}v.weight")
     yield fused_heads(shape.num_attention_heads, f"{ours}cross_attention.linear_kv.weight", *key_and_value)
     yield same(f"{ours}cross_attention.linear_proj.weight", f"{attention}o.weight")
+
+
+def _read(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What a missing key means is of version 1.0, which is another model."""
+    activation = config.get("feed_forward_proj", "relu")
+    require(activation == "gated-gelu", f"feed_forward_proj is {activation!r}, only 'gated-gelu' can be computed")
+    # Older releases of transformers say by the first key, newer ones by the second, that logits are not scaled.
+    scaled = config.get("tie_word_embeddings", True) and config.get("scale_decoder_outputs", True)
+    require(not scaled, "logits are scaled, as by a T5 of version 1.0 with tied embeddings")
+    encoder = config["num_layers"]
+    return {
+        "num_layers": encoder,
+        "encoder_num_layers": encoder,
+        "decoder_num_layers": config.get("num_decoder_layers") or encoder,
+    }
+
+
+def _write(settings: Mapping[str, Any]) -> dict[str, Any]:
+    encoder = settings.get("encoder_num_layers") or settings["num_layers"]
+    width, heads = settings["hidden_size"], settings["num_attention_heads"]
+    return {
+        "num_layers": encoder,
+        "num_decoder_layers": settings.get("decoder_num_layers") or encoder,
+        "d_kv": settings.get("kv_channels") or width // heads,
+        "is_encoder_decoder": True,
+        "tie_word_embeddings": False,
+        "scale_decoder_outputs": False,
+        "decoder_start_token_id": 0,
+    }
+
+
+T5 = Family(
+    model_type="t5",
+    architecture="T5ForConditionalGeneration",
+    our_type="t5",
+    weights=t5_weights,
+    fixed={
+        "position_embedding_type": "relative",
+        "normalization": "RMSNorm",
+        "apply_layernorm_1p": False,
+        "add_bias_linear": False,
+        "add_qkv_bias": False,
+        "geglu": True,
+        "swiglu": False,
+        "squared_relu": False,
+        "softmax_scale": 1.0,
+        "qk_layernorm": False,
+        "qk_l2_norm": False,
+        "group_query_attention": False,
+        "window_size": None,
+        "apply_residual_connection_post_layernorm": False,
+        "untie_embeddings_and_output_weights": True,
+        "num_experts": None,
+    },
+    renamed={
+        "hidden_size": "d_model",
+        "ffn_hidden_size": "d_ff",
+        "kv_channels": "d_kv",
+        "num_attention_heads": "num_heads",
+        "norm_epsilon": "layer_norm_epsilon",
+        "relative_attention_num_buckets": "relative_attention_num_buckets",
+        "relative_attention_max_distance": "relative_attention_max_distance",
+    },
+    defaults={
+        "layer_norm_epsilon": 1e-6,
+        "relative_attention_num_buckets": 32,
+        "relative_attention_max_distance": 128,
+        "d_kv": 64,
+    },
+    expected={"feed_forward_proj": ("gated-gelu",)},
+    read=_read,
+    write=_write,
+    hints={
+        "seq_length": "n_positions",
+        "max_position_embeddings": "n_positions",
+        "attention_dropout": "dropout_rate",
+        "hidden_dropout": "dropout_rate",
+    },
+)
