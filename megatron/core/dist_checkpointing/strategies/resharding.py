@@ -212,9 +212,11 @@ def _expand(data: torch.Tensor, prepended: int) -> torch.Tensor:
 
 
 def narrow(tensor: torch.Tensor, box: Box) -> torch.Tensor:
-    """View of the part of `tensor` that lies in `box`."""
-    for axis, (offset, size) in enumerate(zip(box.offsets, box.sizes)):
-        tensor = tensor.narrow(axis, offset, size)
+    """The part of `tensor` that `box` describes, as a view."""
+    whole = tensor.shape
+    for axis, (start, size) in enumerate(zip(box.offsets, box.sizes)):
+        if start or size != whole[axis]:
+            tensor = tensor.narrow(axis, start, size)
     return tensor
 
 
