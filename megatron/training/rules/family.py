@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 
 from megatron.training.capabilities import program_of
-from megatron.training.rules.data import TOKENIZERS_WITH_SENTINELS
 from megatron.training.settings import refuse_unless
 
 ENCODER_FAMILIES = ("bert", "t5", "ict", "retrieval")
@@ -81,6 +80,11 @@ def require_positions_of_family(args: argparse.Namespace) -> None:
         refuse_unless(kind != "relative", "--position-embedding-type relative: only pretrain_t5.py reads it")
 
 
+OWN_SENTINELS = ("HuggingFaceTokenizer", "NullTokenizer")
+"""Tokenizers that may have sentinels of their own, and the one of models that see no text; data without them are
+refused."""
+
+
 def derive_two_stacks(args: argparse.Namespace) -> None:
     """A T5 has an encoder and a decoder, by default as deep as each other; some settings know one stack only."""
     if args.model_family != "t5":
@@ -91,7 +95,7 @@ def derive_two_stacks(args: argparse.Namespace) -> None:
         args.decoder_seq_length, "pretrain_t5.py needs --decoder-seq-length, the tokens that the decoder takes"
     )
     refuse_unless(
-        args.vocab_extra_ids > 0 or args.tokenizer_type not in TOKENIZERS_WITH_SENTINELS,
+        args.vocab_extra_ids > 0 or args.tokenizer_type in OWN_SENTINELS,
         "pretrain_t5.py needs --vocab-extra-ids (100, say): a sentinel for each run",
     )
     for name in _NOT_FOR_TWO_STACKS:

@@ -144,7 +144,8 @@ class WriterProcess:
     def close(self) -> None:
         """Let the process end, and wait for it."""
         if self._process.stdin is not None and not self._process.stdin.closed:
-            self._process.stdin.close()
+            with suppress(BrokenPipeError):  # it has died with a request unread
+                self._process.stdin.close()
         self._process.wait()
         if self._process.stdout is not None:
             self._process.stdout.close()
