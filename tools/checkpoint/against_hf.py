@@ -41,7 +41,7 @@ def compare_with_hf(checkpoint: str, directory: Path) -> tuple[float, str]:
     hf = hf_directory(checkpoint)
     source = load_own(checkpoint, family) if hf is None else load_hf(hf, family)
     words = int(folder.config["vocab_size"])
-    length = min(LENGTH, source.settings.get("max_position_embeddings") or LENGTH)
+    length = length_for(source)
     ids = torch.randint(0, words, (BATCH, length), generator=torch.Generator().manual_seed(1))
     name = (folder.config.get("architectures") or [folder.family.architecture])[0]
     theirs = getattr(transformers, name).from_pretrained(directory, dtype=torch.float32, attn_implementation="eager")
@@ -53,6 +53,11 @@ def compare_with_hf(checkpoint: str, directory: Path) -> tuple[float, str]:
     if found.shape != expected.shape:
         raise CheckpointingException(f"{what} have shapes {list(found.shape)} and {list(expected.shape)}")
     return (found - expected).abs().max().item(), what
+
+
+def length_for(source: Source) -> int:
+    """Tokens of a sample that the model can take."""
+    return min(LENGTH, source.settings.get("max_position_embeddings") or LENGTH)
 
 
 def _scores(output: Any) -> tuple[Tensor, str]:
@@ -89,7 +94,9 @@ def our_scores(source: Source, ids: Tensor, theirs: Family, words: int, what: st
 def build(source: Source, family: str, words: int) -> Any:
     """An empty model of the source's settings, on this process."""
     flags = "--micro-batch-size 1 --tokenizer-type NullTokenizer --attention-dropout 0 --hidden-dropout 0"
-    flags += f" --decoder-seq-length {LENGTH}" if family == "t5" else ""
+    if family == "t5":
+        length = length_for(source)
+        flags += f" --decoder-seq-length {length} --seq-length {length} --max-position-embeddings {length}"
     args = parse_args(argv=[*flags.split(), "--vocab-size", str(words - 1)])
     apply_checkpoint_args(args, source.settings)
     rows = source.state.meta(OF_VOCABULARY[0]).size(0)
