@@ -90,15 +90,15 @@ def test_resume_from_what_was_written_in_the_background(tmp_path: Path) -> None:
     whole, parts, folder = tmp_path / "whole.jsonl", tmp_path / "parts.jsonl", tmp_path / "save"
     pretrain_gpt(world_size, f"{flags} --metrics-jsonl {whole}")
     save = (
-        f"--save {folder} --load {folder} --ckpt-format safetensors --save-interval 3 --save-keep-last 1 "
-        "--log-progress --async-save --use-persistent-ckpt-worker --non-persistent-save-interval 2 "
+        f"--save {folder} --load {folder} --ckpt-format safetensors --save-interval 2 --save-keep-last 1 "
+        "--log-progress --async-save --use-persistent-ckpt-worker --non-persistent-save-interval 3 "
         f"--non-persistent-ckpt-type local --non-persistent-local-ckpt-dir {tmp_path / 'node'} --metrics-jsonl {parts}"
     )
     printed = pretrain_gpt(world_size, f"{flags} {save} --exit-interval {HALF}")
-    assert "scheduled an async checkpoint save at iteration       3" in printed[0]
+    assert "scheduled an async checkpoint save at iteration       2" in printed[0]
     assert "successfully saved checkpoint from iteration       4" in printed[0], "the exit waits for the last one"
     assert [path.name for path in folder.glob("iter_*")] == ["iter_0000004"]
-    assert [path.name for path in (tmp_path / "node").iterdir()] == ["iter_0000002"]
+    assert [path.name for path in (tmp_path / "node").iterdir()] == ["iter_0000003"]
     assert "Saved async checkpoint\tIteration: 4" in (folder / "progress.txt").read_text()
     printed = pretrain_gpt(world_size, f"{flags} {save}")
     assert f"at iteration {HALF}" in printed[0]
