@@ -7,6 +7,7 @@ import argparse
 from collections.abc import Mapping
 from typing import Any
 
+from megatron.training.rules.model import LATENT_SETTINGS
 from megatron.training.settings import Settings, Source, refuse_unless, source_of
 
 ONLY_IF_UNSET = (
@@ -127,8 +128,10 @@ def apply_checkpoint_args(
     for name in ONLY_IF_UNSET:
         if is_unset(args, name):
             take(args, name, saved.get(name), source)
+    latent = saved.get("multi_latent_attention")
     for name in (*ALWAYS, *ALWAYS_HERE):
-        take(args, name, saved.get(name), source)
+        if latent or name not in LATENT_SETTINGS:
+            take(args, name, saved.get(name), source)
     if not saved.get("num_experts"):
         args.moe_ffn_hidden_size = None
     if getattr(args, "use_tokenizer_model_from_checkpoint_args", True):

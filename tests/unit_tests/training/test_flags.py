@@ -52,6 +52,8 @@ ADDED_FLAGS = {
     "--metrics-jsonl",
     "--no-progress-bar",
     "--save-hf",
+    "--geglu",
+    "--softmax-scale",
     "--hf-model-type",
     "--timeline",
     "--timeline-step",
