@@ -96,7 +96,11 @@ def test_flags_of_word_piece_models_resolve(
 @pytest.mark.parametrize(
     ("scale", "settings"),
     [
-        ("800M", {"num_layers": "48", "data_parallel_size": "8", "mamba_num_heads": "32"}),
+        pytest.param(
+            "800M",
+            {"num_layers": "48", "data_parallel_size": "8", "mamba_num_heads": "32"},
+            marks=pytest.mark.slow,
+        ),
         ("8B", {"num_layers": "56", "tensor_model_parallel_size": "4", "mamba_num_heads": "128"}),
     ],
 )

@@ -65,7 +65,7 @@ def our_logits(tp: int, folder: Path, ids: Tensor) -> Tensor:
         return gather_from_tensor_model_parallel_region(model(ids, None, None))
 
 
-@pytest.mark.parametrize("tp", [1, 2])
+@pytest.mark.parametrize("tp", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_equal_logits(tmp_path: Path, tp: int) -> None:
     theirs = hf_model()
     theirs.save_pretrained(tmp_path)
