@@ -41,7 +41,7 @@ PARTS_OF_PROJECTION = ("z", "x", "B", "C", "dt")
 PARTS_OF_CONV = ("x", "B", "C")
 NORM_EPS = 1e-5
 CPU_CHUNK = 64
-"""Longest chunk on a CPU, where the squares of longer ones leave the cache (benchmarks/mamba_cpu.py)."""
+"""Longest chunk on a CPU, where the squares of longer ones leave the cache."""
 
 
 @dataclass
