@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import multiprocessing as mp
 import os
 import socket
@@ -26,7 +27,7 @@ class End:
 
 
 def run_to_the_end(
-    folder: Path, world_size: int, fn: Callable[..., None], *args: Any, timeout: float = 60, patience: float = 15
+    folder: Path, world_size: int, fn: Callable[..., None], *args: Any, timeout: float = 600, patience: float = 120
 ) -> list[End]:
     """Run `fn(*args)` on `world_size` fresh processes with a launcher's environment; none is alive afterwards.
 
@@ -56,17 +57,24 @@ def run_to_the_end(
 
 
 def _wait_for(processes: list[Any], timeout: float, patience: float) -> None:
-    """Until all have ended, or all but one for ten seconds, as only a frozen one does."""
+    """Until all have ended, or have had time enough for it; a frozen one is not waited for."""
     deadline = time.monotonic() + timeout
-    first_end = last_but_one = None
-    while (alive := sum(process.is_alive() for process in processes)) and time.monotonic() < deadline:
+    first_end = None
+    while (alive := [process for process in processes if process.is_alive()]) and time.monotonic() < deadline:
         time.sleep(0.05)
-        if alive < len(processes) and first_end is None:
+        if len(alive) < len(processes) and first_end is None:
             first_end = time.monotonic()
             deadline = min(deadline, first_end + patience)
-        if alive == 1 < len(processes) and last_but_one is None:
-            last_but_one = time.monotonic()
-            deadline = min(deadline, last_but_one + 10.0)
+        if first_end is not None and all(_is_frozen(process.pid) for process in alive):
+            return
+
+
+def _is_frozen(pid: int) -> bool:
+    """Whether a process was stopped by SIGSTOP."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
+    except OSError:
+        return False
 
 
 def _rank(
@@ -88,5 +96,9 @@ def _rank(
     import torch
 
     torch.set_num_threads(1)
-    fn(*args)
+    try:
+        fn(*args)
+    except SystemExit:
+        atexit._run_exitfuncs()  # which multiprocessing leaves out
+        raise
     sys.stdout.flush()

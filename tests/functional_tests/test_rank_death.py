@@ -19,6 +19,7 @@ import pytest
 
 from tests.fresh_ranks import End, run_to_the_end
 from tests.functional_tests.program import ROOT, TINY
+from tests.unit_tests.training.failure.test_watch_processes import be_patient
 
 WAITED = re.compile(r"Rank \d+ waited: .+ for \d+\.\d s")
 STOPPED = re.compile(r"\[rank (\d+)\] stopping: rank (\d+) \(pid \d+ on \S+\) died without a word")
@@ -28,6 +29,7 @@ def train_until_death(flags: str, victim: int, seconds: float) -> None:
     """pretrain_gpt.py, which one of its ranks leaves by SIGKILL some time after its second step."""
     from megatron.training import training
 
+    be_patient()
     original, steps = training.train_step, 0
 
     def train_step(*args: Any, **kwargs: Any) -> Any:
@@ -71,7 +73,7 @@ PIPELINE_DATA = "--pipeline-model-parallel-size 2 --use-distributed-optimizer --
 def test_death_in_a_layout(tmp_path: Path, flags: str, victim: int) -> None:
     seconds = random.uniform(0.0, 0.5)
     print(f"{seconds:.3f} s after the third step began")  # shown if the test fails
-    ends = run_to_the_end(tmp_path, 4, train_until_death, flags, victim, seconds, timeout=120)
+    ends = run_to_the_end(tmp_path, 4, train_until_death, flags, victim, seconds)
     require_all_know(ends, victim)
 
 
@@ -125,13 +127,14 @@ class Launched:
         return output
 
 
-def require_none_left(pids: dict[int, int], seconds: float = 5.0) -> None:
+def require_none_left(pids: dict[int, int], seconds: float = 120.0) -> None:
     deadline = time.monotonic() + seconds
     while any(Path(f"/proc/{pid}").exists() for pid in pids.values()):
         assert time.monotonic() < deadline, "processes are left"
         time.sleep(0.1)
 
 
+@pytest.mark.slow  # how soon the launcher's SIGTERM follows is not in our hands; beside this: in simulated time
 def test_death_under_torchrun() -> None:
     """The launcher ends the others by SIGTERM as soon as it sees a death: their message must come out all the same.
 
@@ -142,7 +145,7 @@ def test_death_under_torchrun() -> None:
     pids = run.pids()
     assert sorted(pids) == [0, 1, 2, 3]
     os.kill(pids[3], signal.SIGKILL)
-    output = run.end(30)
+    output = run.end(300)
     assert {int(rank) for rank, victim in STOPPED.findall(output) if victim == "3"} == {0, 1, 2}, output[-4000:]
     require_none_left(pids)
 
@@ -155,6 +158,6 @@ def test_silence_under_torchrun(how: Callable[[int], None]) -> None:
     run.wait_for("iteration        3/")
     pids = run.pids()
     how(pids[2])
-    output = run.end(150)
+    output = run.end(600)
     assert re.search(r"stopping: rank 2 \(pid \d+ on \S+\) does not answer", output)
     require_none_left(pids)

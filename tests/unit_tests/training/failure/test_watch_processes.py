@@ -26,11 +26,19 @@ NEVER = 300.0
 """The same where it is not, on however loaded a machine."""
 
 
+def be_patient() -> None:
+    """From now on no rank of this process is given up, or reports on its state too early, because it is slow."""
+    from megatron.training.failure import hub, start, watch
+
+    hub.ANSWER_SECONDS, hub.COMPLAINT_SECONDS, watch.PATIENCE_SECONDS = 60.0, 30.0, 120.0
+    watch.MOMENT_SECONDS, start.CONNECT_SECONDS = 20.0, 60.0
+
+
 def run_until_the_end(
     folder: Path, world_size: int, scenario: Callable[..., None], *args: Any, timeout: float = SOON
 ) -> list[End]:
     """Run `scenario(*args)` on fresh processes that watch each other."""
-    return run_to_the_end(folder, world_size, watched, timeout, scenario, *args, patience=40)
+    return run_to_the_end(folder, world_size, watched, timeout, scenario, *args)
 
 
 def watched(timeout: float, scenario: Callable[..., None], *args: Any) -> None:
@@ -44,7 +52,7 @@ def watched(timeout: float, scenario: Callable[..., None], *args: Any) -> None:
     if timeout == SOON:
         hub.ANSWER_SECONDS, watch.PATIENCE_SECONDS, watch.SIGNAL_SECONDS = 1.0, 3.0, 0.5
     else:
-        hub.ANSWER_SECONDS, watch.PATIENCE_SECONDS = 30.0, 60.0
+        be_patient()
     with exit_at_once_on_error():
         dist.init_process_group("gloo", timeout=timedelta(seconds=timeout + 0.5))
         start_failure_watch(timeout)
@@ -63,9 +71,11 @@ def reduce_for_ever(victim: int, end: Callable[[], None], steps: int = 3) -> Non
     import torch.distributed as dist
 
     from megatron.core.collectives import all_reduce
+    from megatron.training.failure import watch
 
     for step in range(10**9):
         if dist.get_rank() == victim and step == steps:
+            watch.MOMENT_SECONDS = 0.0  # it is not on its way into a wait
             end()
         all_reduce(torch.ones(4), what="gradients")
 
