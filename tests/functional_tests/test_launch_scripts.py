@@ -5,17 +5,16 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from tests.functional_tests.program import ROOT
+from tests.functional_tests.program import ROOT, run_program
 
-FAKE_TORCHRUN = f"""#!/usr/bin/env bash
-# Instead of starting ranks: explain what rank 0 of so many would do.
+FAKE_TORCHRUN = """#!/usr/bin/env bash
+# Instead of starting ranks: what each of them would run.
 while [[ $1 != *.py ]]; do shift; done
-RANK=0 exec {sys.executable} "$1" --explain-config "${{@:2}}"
+printf '%s\\n' "$@"
 """
 
 
@@ -43,7 +42,20 @@ def launch(script: str, world_size: int, places: list[str], tmp_path: Path) -> s
     (programs / "torchrun").chmod(0o755)
     environment = os.environ | {"PATH": f"{programs}:{os.environ['PATH']}", "WORLD_SIZE": str(world_size)}
     command = ["bash", str(ROOT / script), *places]
-    return subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=120)
+    return subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
+
+
+def explanation(
+    script: str, world_size: int, places: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> str:
+    """What rank 0 of so many says to --explain-config."""
+    launched = launch(script, world_size, places, tmp_path)
+    assert launched.returncode == 0, launched.stderr
+    program, *flags = launched.stdout.splitlines()
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", str(world_size))
+    monkeypatch.chdir(tmp_path)
+    return run_program(Path(program).name, ["--explain-config", *flags])
 
 
 @pytest.mark.parametrize(
@@ -65,9 +77,14 @@ def launch(script: str, world_size: int, places: list[str], tmp_path: Path) -> s
     ],
 )
 def test_flags_resolve(
-    script: str, world_size: int, settings: dict[str, str], places: list[str], tmp_path: Path
+    script: str,
+    world_size: int,
+    settings: dict[str, str],
+    places: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    flags_resolve(launch(script, world_size, places, tmp_path), settings)
+    flags_resolve(explanation(script, world_size, places, tmp_path, monkeypatch), settings)
 
 
 @pytest.mark.parametrize(
@@ -88,9 +105,15 @@ def test_flags_resolve(
     ],
 )
 def test_flags_of_word_piece_models_resolve(
-    script: str, further: str, settings: dict[str, str], word_piece_places: list[str], tmp_path: Path
+    script: str,
+    further: str,
+    settings: dict[str, str],
+    word_piece_places: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    flags_resolve(launch(script, 8, [*word_piece_places, *further.split()], tmp_path), settings)
+    places = [*word_piece_places, *further.split()]
+    flags_resolve(explanation(script, 8, places, tmp_path, monkeypatch), settings)
 
 
 @pytest.mark.parametrize(
@@ -104,23 +127,25 @@ def test_flags_of_word_piece_models_resolve(
         ("8B", {"num_layers": "56", "tensor_model_parallel_size": "4", "mamba_num_heads": "128"}),
     ],
 )
-def test_flags_of_hybrids_resolve(scale: str, settings: dict[str, str], tmp_path: Path) -> None:
+def test_flags_of_hybrids_resolve(
+    scale: str, settings: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     places = [str(tmp_path / name) for name in ("checkpoints", "tensorboard", "tokenizer.model", "data_text_document")]
     (tmp_path / "tokenizer.model").touch()
-    flags_resolve(launch("examples/mamba/train.sh", 8, [scale, *places], tmp_path), settings)
+    flags_resolve(explanation("examples/mamba/train.sh", 8, [scale, *places], tmp_path, monkeypatch), settings)
 
 
-def flags_resolve(result: subprocess.CompletedProcess[str], settings: dict[str, str]) -> None:
-    assert result.returncode == 0, result.stderr
-    explained = {line.split()[0]: line for line in result.stdout.splitlines() if line.strip()}
+def flags_resolve(printed: str, settings: dict[str, str]) -> None:
+    explained = {line.split()[0]: line for line in printed.splitlines() if line.strip()}
     for name, value in settings.items():
         assert explained[name].removeprefix(name).strip().startswith(f"{value} "), explained[name]
 
 
-def test_a_layout_that_does_not_fit_is_refused(places: list[str], tmp_path: Path) -> None:
-    result = launch("examples/gpt3/train_gpt3_175b_distributed.sh", 1000, places, tmp_path)
-    assert result.returncode != 0
-    assert "1000" in result.stderr
+def test_a_layout_that_does_not_fit_is_refused(
+    places: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(RuntimeError, match="1000"):
+        explanation("examples/gpt3/train_gpt3_175b_distributed.sh", 1000, places, tmp_path, monkeypatch)
 
 
 def test_without_arguments_the_use_is_shown(tmp_path: Path) -> None:
