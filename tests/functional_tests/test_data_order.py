@@ -70,7 +70,7 @@ def hashes(batches: list[list[list[int]]]) -> list[str]:
 
 def run(data: str, world_size: int, micro: int, sizes: list[int], more: str = "") -> list[str]:
     flags = flags_of(data, f"{RAMPUP} --micro-batch-size {micro} {more}")
-    ranks = run_ranks(world_size, read_batches, flags, timeout=120)
+    ranks = run_ranks(world_size, read_batches, flags)
     return hashes(global_batches(ranks, sizes))
 
 
@@ -122,7 +122,7 @@ def test_training_finds_every_index_that_the_tool_built(
     assert "3 of 3 indices built" in printed and "(their blend)" in printed
     folder = Path(data.split()[-1])
     before = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
-    run_ranks(2, read_batches, flags, timeout=120)
+    run_ranks(2, read_batches, flags)
     assert {path.name: path.stat().st_mtime_ns for path in folder.iterdir()} == before
     command_line(build_dataset_cache, ["--ranks", "4", *flags])
     assert "0 of 3 indices built" in capsys.readouterr().out
@@ -132,7 +132,7 @@ def test_explained_samples_are_those_that_training_reads(
     data: str, command_line: Any, capsys: pytest.CaptureFixture
 ) -> None:
     flags = flags_of(data, f"{RAMPUP} --micro-batch-size 2")
-    ranks = run_ranks(2, read_batches, flags, timeout=120)
+    ranks = run_ranks(2, read_batches, flags)
     read = global_batches(ranks, BATCHES)
     for step in (1, 4, 8):
         command_line(data_explain, ["--json", "--ranks", "2", "--step", str(step), *flags])

@@ -39,7 +39,7 @@ def train(folder: Path, world_size: int, flags: str, path: Path) -> list[dict[st
         f"{SIZES} {vocabulary(folder)} --mock-data --train-iters 4 --global-batch-size 4 --lr 1e-2 --eval-iters 1 "
         f"--eval-interval 3 --num-workers 0 --no-progress-bar --log-interval 1 --metrics-jsonl {path} {flags}"
     ).split()
-    run_ranks(world_size, run_program, "pretrain_gpt.py", words, timeout=120)
+    run_ranks(world_size, run_program, "pretrain_gpt.py", words)
     return metrics(path)
 
 

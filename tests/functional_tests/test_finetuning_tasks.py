@@ -34,7 +34,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     found = write_sentences(folder, num_documents=40)
     pretraining = f"{SIZES} {LEARNING} --train-iters 2 --split 90,5,5 --save {folder}/bert --save-interval 2"
     words = f"{pretraining} --data-path {found['data']} --vocab-file {found['vocab']} --data-cache-path {folder}/cache"
-    run_ranks(1, run_program, "pretrain_bert.py", words.split(), timeout=120)
+    run_ranks(1, run_program, "pretrain_bert.py", words.split())
     (folder / "MNLI").mkdir()
     write_mnli(folder / "MNLI/train.tsv", 210)
     write_mnli(folder / "MNLI/dev_matched.tsv", 40, columns=16, seed=1)
@@ -59,7 +59,7 @@ def data_of(task: str, folder: Path) -> str:
 def run_task(folder: Path, task: str, world_size: int, flags: str) -> str:
     """What the last rank printed."""
     words = f"--task {task} {SIZES} {LEARNING} --tokenizer-type BertWordPieceLowerCase --vocab-file {folder}/vocab.txt"
-    return run_ranks(world_size, run_program, "tasks/main.py", f"{words} {flags}".split(), timeout=200)[-1]
+    return run_ranks(world_size, run_program, "tasks/main.py", f"{words} {flags}".split())[-1]
 
 
 def accuracies(path: Path) -> list[dict[str, Any]]:
@@ -192,5 +192,5 @@ def test_what_cannot_work_is_refused(folder: Path) -> None:
     more = "".join(f"word{number}\n" for number in range(300))
     (folder / "long.txt").write_text((folder / "vocab.txt").read_text() + more)
     lines = [f"{common} {flags.format(**given)}".split() for flags, _ in REFUSED]
-    (said,) = run_ranks(1, refusals, "tasks/main.py", lines, timeout=200)
+    (said,) = run_ranks(1, refusals, "tasks/main.py", lines)
     assert [(flags, text) for (flags, message), text in zip(REFUSED, said) if message not in text] == []

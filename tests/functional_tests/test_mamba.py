@@ -65,9 +65,7 @@ def in_the_pool(mutation: str | None = None) -> Any:
     def run(ranks: int, words: list[str], samples: Samples, options: dict[str, Any]) -> Measurement:
         planted = {"mutation": mutation} if ranks > 1 else {}
         program = {"program": "pretrain_mamba"}
-        found: Measurement = run_ranks(
-            ranks, run_here, words, samples.uneven, options | planted | program, timeout=180
-        )[0]
+        found: Measurement = run_ranks(ranks, run_here, words, samples.uneven, options | planted | program)[0]
         return found
 
     return run
@@ -121,7 +119,7 @@ SLOWLY_CONTINUED = {"--tensor-model-parallel-size 4 --sequence-parallel": 4, "":
 
 
 def train(ranks: int, flags: str) -> None:
-    run_ranks(ranks, run_program, "pretrain_mamba.py", [*TINY, *TRAINED.split(), *flags.split()], timeout=120)
+    run_ranks(ranks, run_program, "pretrain_mamba.py", [*TINY, *TRAINED.split(), *flags.split()])
 
 
 def rows(path: Path) -> list[tuple[float, float]]:

@@ -37,7 +37,7 @@ def pretrain_bert(world_size: int, data: str, flags: str) -> list[str]:
         "--global-batch-size 8 --split 90,5,5 --num-workers 0 --log-interval 1 --no-progress-bar "
         f"--train-iters {STEPS} {data} {flags}"
     )
-    return run_ranks(world_size, run_program, "pretrain_bert.py", f"{TINY} {run}".split(), timeout=120)
+    return run_ranks(world_size, run_program, "pretrain_bert.py", f"{TINY} {run}".split())
 
 
 @pytest.fixture(scope="module")

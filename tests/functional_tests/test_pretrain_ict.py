@@ -39,7 +39,7 @@ def pretrain(program: str, world_size: int, data: str, flags: str) -> list[str]:
         f"{SIZES} --global-batch-size 16 --lr 3e-3 --split 90,10,0 --eval-iters 0 --log-interval 1 --no-progress-bar "
         "--hidden-dropout 0 --attention-dropout 0 --no-bias-gelu-fusion"
     )
-    return run_ranks(world_size, run_program, program, f"{common} {data} {flags}".split(), timeout=120)
+    return run_ranks(world_size, run_program, program, f"{common} {data} {flags}".split())
 
 
 def pretrain_ict(world_size: int, data: str, flags: str) -> list[str]:
@@ -129,7 +129,7 @@ def trained(data: str, bert: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 def index_blocks(world_size: int, data: str, load: Path, path: Path) -> dict[int, numpy.ndarray]:
     flags = f"{SIZES} {data} --ict-head-size 16 --biencoder-shared-query-context-model --ict-load {load}"
     flags += f" --block-data-path {path} --indexer-batch-size 32 --indexer-log-interval 1"
-    said = run_ranks(world_size, run_program, "tools/create_doc_index.py", flags.split(), timeout=120)
+    said = run_ranks(world_size, run_program, "tools/create_doc_index.py", flags.split())
     assert "> batch 2: " in said[0]
     return BlockData.load(path).embed_data
 
@@ -161,13 +161,13 @@ def test_questions_are_answered_from_a_table_of_passages(data: str, trained: Pat
     shared += (
         f" --evidence-data-path {tmp_path}/wiki.tsv --embedding-path {tmp_path}/wiki.pkl --retriever-seq-length 32"
     )
-    run_ranks(2, run_program, "tools/create_doc_index.py", f"{shared} --indexer-batch-size 4".split(), timeout=120)
+    run_ranks(2, run_program, "tools/create_doc_index.py", f"{shared} --indexer-batch-size 4".split())
     found = []
     for world_size, batch in ((1, 10), (2, 3)):
         path = tmp_path / f"{world_size}.jsonl"
         task = f"--task RETRIEVER-EVAL --qa-data-dev {tmp_path}/dev.tsv --faiss-topk-retrievals 10"
         flags = f"{shared} {task} --micro-batch-size {batch} --metrics-jsonl {path}"
-        run_ranks(world_size, run_program, "tasks/main.py", flags.split(), timeout=120)
+        run_ranks(world_size, run_program, "tasks/main.py", flags.split())
         found.append(metrics(path)[-1])
     assert [row.pop("task") for row in found] == 2 * ["RETRIEVER-EVAL dev"]
     assert found[0] == found[1] and found[0].keys() >= {"top-1 accuracy", "top-5 accuracy"}
@@ -248,5 +248,5 @@ def test_refused(program: str, tmp_path: Path) -> None:
     (tmp_path / "dev.tsv").write_text("who\t['Ahab']\n")
     tiny = f"{SIZES} --micro-batch-size 2 --train-iters 1 --lr 1e-3 --tokenizer-type NullTokenizer --vocab-size 60"
     lines = [f"{tiny} {flags.format(dev=tmp_path / 'dev.tsv')}".split() for flags in REFUSED[program]]
-    for message, said in zip(REFUSED[program].values(), run_ranks(1, refusals, program, lines, timeout=120)[0]):
+    for message, said in zip(REFUSED[program].values(), run_ranks(1, refusals, program, lines)[0]):
         assert message in said

@@ -37,7 +37,7 @@ TINY = (
 
 
 def pretrain_t5(world_size: int, data: str, flags: str) -> list[str]:
-    return run_ranks(world_size, run_program, "pretrain_t5.py", f"{TINY} {data} {flags}".split(), timeout=120)
+    return run_ranks(world_size, run_program, "pretrain_t5.py", f"{TINY} {data} {flags}".split())
 
 
 @pytest.fixture(scope="module")

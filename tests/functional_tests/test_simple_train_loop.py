@@ -19,7 +19,6 @@ def test_example_loop_learns_saves_and_loads(tmp_path: Path) -> None:
         text=True,
         cwd=ROOT,
         env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-        timeout=240,
     )
     assert result.returncode == 0, result.stderr[-3000:]
     losses = [float(loss) for loss in re.findall(r"step +\d+ +loss ([\d.]+)", result.stdout)]

@@ -25,7 +25,7 @@ def run(data: Path, world_size: int, more: str, output: Path) -> tuple[dict[str,
     flags = [word for word in TINY if word != "--mock-data"]
     flags += f"--vocab-size 99 --num-layers 1 --train-data-path {data / 'train'} --train-iters 2".split()
     flags += f"--data-cache-path {data / 'cache'} --metrics-jsonl {output} {more}".split()
-    printed = run_ranks(world_size, run_program, "pretrain_gpt.py", flags, timeout=120)[-1]
+    printed = run_ranks(world_size, run_program, "pretrain_gpt.py", flags)[-1]
     found: dict[str, float] = {}
     for row in metrics(output):
         found |= {name: value for name, value in row.items() if "validation" in name}

@@ -84,7 +84,7 @@ def run_task(folder: Path, path: Path, world_size: int, flags: str) -> tuple[dic
     words = (
         f"{SIZES} {vocabulary(folder)} --load {folder}/save --metrics-jsonl {path} --log-interval 10 {flags}".split()
     )
-    printed = run_ranks(world_size, run_program, "tasks/main.py", words, timeout=120)
+    printed = run_ranks(world_size, run_program, "tasks/main.py", words)
     return metrics(path)[-1], printed[-1]
 
 
@@ -195,5 +195,5 @@ REFUSED = [
 def test_what_cannot_work_is_refused(folder: Path) -> None:
     common = f"{SIZES} {vocabulary(folder)} --load {folder}/save --micro-batch-size 1"
     lines = [f"{common} {flags.format(folder=folder)}".split() for flags, _ in REFUSED]
-    (said,) = run_ranks(1, refusals, "tasks/main.py", lines, timeout=200)
+    (said,) = run_ranks(1, refusals, "tasks/main.py", lines)
     assert [(flags, text) for (flags, message), text in zip(REFUSED, said) if message not in text] == []

@@ -77,7 +77,7 @@ def test_experts_on_several_ranks(how: str, made: Any, tmp_path: Path) -> None:
 def check_scores_and_bits(case: str, flags: list[str], size: int, made: Any, tmp_path: Path) -> None:
     """The same scores with these flags, and the same bits when the model is written again."""
     directory, expected = made(case)
-    results = run_ranks(size, through_ours, case, flags, directory, tmp_path / "out", timeout=120)
+    results = run_ranks(size, through_ours, case, flags, directory, tmp_path / "out")
     assert results[-1] is not None
     for found, wanted in zip(results[-1], expected, strict=True):
         torch.testing.assert_close(found, wanted, **closeness(case))
@@ -93,7 +93,7 @@ def check_scores_and_bits(case: str, flags: list[str], size: int, made: Any, tmp
 @pytest.mark.parametrize("case", ["gpt2", "qwen3", "llama-yarn", "bert", "mixtral", "t5"])
 def test_what_we_wrote_computes_the_same_there(case: str, made: Any, tmp_path: Path) -> None:
     directory, expected = made(case)
-    run_ranks(1, through_ours, case, [], directory, tmp_path / "out", timeout=120)
+    run_ranks(1, through_ours, case, [], directory, tmp_path / "out")
     their_class = getattr(hf_models.transformers, HFFolder(tmp_path / "out").config["architectures"][0])
     again = their_class.from_pretrained(tmp_path / "out", attn_implementation="eager").eval()
     for found, wanted in zip(their_scores(again, inputs(case)), expected, strict=True):
@@ -195,10 +195,10 @@ def test_the_program_trains_what_it_loaded_and_writes_it(made: Any, tmp_path: Pa
     words += "--micro-batch-size 1 --global-batch-size 2 --num-workers 0 --eval-iters 0 --no-progress-bar".split()
     words += "--lr 0 --train-iters 1 --use-distributed-optimizer --tensor-model-parallel-size 2".split()
     words += ["--save", str(tmp_path / "run"), "--save-interval", "1"]
-    run_ranks(2, run_program, "pretrain_gpt.py", [*words, "--load", f"hf:{directory}"], timeout=120)
+    run_ranks(2, run_program, "pretrain_gpt.py", [*words, "--load", f"hf:{directory}"])
     words += ["--load", str(tmp_path / "run"), "--use-checkpoint-args", "--save-hf", str(out)]
     words += "--train-iters 2 --override-opt_param-scheduler".split()
-    run_ranks(2, run_program, "pretrain_gpt.py", words, timeout=120)
+    run_ranks(2, run_program, "pretrain_gpt.py", words)
     before, after = load_file(directory / "model.safetensors"), load_file(out / "model.safetensors")
     assert before.keys() == after.keys()
     assert all(torch.equal(tensor, before[name]) for name, tensor in after.items())

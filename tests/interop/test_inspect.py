@@ -77,13 +77,13 @@ def verified(checkpoint: str, directory: Path) -> tuple[int, str]:
 
 def test_verify_against_hf(folders: dict[str, Path], tmp_path: Path) -> None:
     """Right weights pass; the same weights with another base of the rotary angles do not."""
-    [(status, printed)] = run_ranks(1, verified, str(folders["torch"]), folders["hf"], timeout=200)
+    [(status, printed)] = run_ranks(1, verified, str(folders["torch"]), folders["hf"])
     assert status == 0 and "OK: logits" in printed, printed
     config = json.loads((folders["hf"] / "config.json").read_text())
     config["rope_parameters"]["rope_theta"] = 100.0
     (tmp_path / "config.json").write_text(json.dumps(config))
     (tmp_path / "model.safetensors").symlink_to(folders["hf"] / "model.safetensors")
-    [(status, printed)] = run_ranks(1, verified, str(folders["torch"]), tmp_path, timeout=200)
+    [(status, printed)] = run_ranks(1, verified, str(folders["torch"]), tmp_path)
     assert status == 1 and "DIFFERENT: logits" in printed, printed
 
 
@@ -91,7 +91,7 @@ def test_verify_against_hf(folders: dict[str, Path], tmp_path: Path) -> None:
 def test_verify_kinds_against_hf(case: str, tmp_path: Path) -> None:
     make(case, tmp_path / "hf")
     convert(case, "hf", "core", tmp_path / "hf", tmp_path / "own", *layout(2, 1))
-    [(status, printed)] = run_ranks(1, verified, str(tmp_path / "own"), tmp_path / "hf", timeout=200)
+    [(status, printed)] = run_ranks(1, verified, str(tmp_path / "own"), tmp_path / "hf")
     assert status == 0 and "OK: logits" in printed, printed
 
 
@@ -126,7 +126,7 @@ def test_real_bert(tp: int, minilm: Path) -> None:
     ids = [row[:width] for row in ids]
     with torch.no_grad():
         expected = BertModel.from_pretrained(minilm).eval()(torch.tensor(ids)).last_hidden_state
-    for found in run_ranks(tp, hidden_states, minilm, ids, ["--tensor-model-parallel-size", str(tp)], timeout=120):
+    for found in run_ranks(tp, hidden_states, minilm, ids, ["--tensor-model-parallel-size", str(tp)]):
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 

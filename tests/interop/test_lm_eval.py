@@ -106,7 +106,7 @@ def test_answers_equal_those_of_the_hf_backend(layout: str, folder: Path, hf_bac
     expected = answers_of(hf_backend, asked)
     world_size, flags = LAYOUTS[layout]
     argv = f"{SIZES} {vocabulary(folder)} --load {folder}/save {flags}".split()
-    for found in run_ranks(world_size, our_answers, argv, asked, timeout=200):
+    for found in run_ranks(world_size, our_answers, argv, asked):
         assert found["generate_until"] == expected["generate_until"]
         assert found["loglikelihood_rolling"] == pytest.approx(expected["loglikelihood_rolling"], abs=1e-4)
         ours, theirs = found["loglikelihood"], expected["loglikelihood"]
@@ -124,7 +124,7 @@ def test_results_of_local_tasks_equal_those_of_the_hf_backend(folder: Path, hf_b
     expected = simple_evaluate(hf_backend, tasks=names, task_manager=manager, bootstrap_iters=0, limit=20)["results"]
     words = f"{SIZES} {vocabulary(folder)} --load {folder}/save --micro-batch-size 4 --metrics-jsonl {tmp_path}/rows"
     task = f"--task LM_EVAL --lm-eval-tasks {' '.join(names)} --lm-eval-include-path {tmp_path} --limit 20"
-    run_ranks(2, run_program, "tasks/main.py", f"{words} {task} --tensor-model-parallel-size 2".split(), timeout=280)
+    run_ranks(2, run_program, "tasks/main.py", f"{words} {task} --tensor-model-parallel-size 2".split())
     rows = {row["task"]: row for row in metrics(tmp_path / "rows")}
     for task in names:
         for metric, value in expected[task].items():
@@ -135,6 +135,6 @@ def test_results_of_local_tasks_equal_those_of_the_hf_backend(folder: Path, hf_b
 
 def test_unknown_tasks_are_refused(folder: Path) -> None:
     words = f"{SIZES} {vocabulary(folder)} --load {folder}/save --micro-batch-size 1 --task LM_EVAL".split()
-    (said,) = run_ranks(1, refusals, "tasks/main.py", [words, [*words, "--lm-eval-tasks", "no_such_task"]], timeout=200)
+    (said,) = run_ranks(1, refusals, "tasks/main.py", [words, [*words, "--lm-eval-tasks", "no_such_task"]])
     assert "needs --lm-eval-tasks" in said[0]
     assert "lm-eval knows no no_such_task" in said[1]

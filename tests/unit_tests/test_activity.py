@@ -32,12 +32,12 @@ def test_threads_do_not_disturb_each_other() -> None:
     def save() -> None:
         with activity("save"):
             inside.set()
-            go_on.wait(10)
+            go_on.wait(300)
 
     thread = threading.Thread(target=save)
     with activity("forward"):
         thread.start()
-        inside.wait(10)
+        inside.wait(300)
         assert names() == ["forward", "save"]
     assert names() == ["save"]
     go_on.set()

@@ -18,8 +18,6 @@ from tests.worker_pool import run_ranks
 
 GPT = "pretrain_gpt"
 MUTATIONS = mutations.BY_NAME | mutations.OF_MAMBA | encoder_mutations.BY_NAME
-COMPILING_SECONDS = 600
-"""Limit of a run whose ranks compile: eight on two cores that have other work need more than three minutes."""
 STEPS = 5
 FAST_STEPS = 2
 """Iterations in the matrix, and in the fast selection."""
@@ -84,8 +82,7 @@ def reference_run(words: tuple[str, ...], uneven: bool, program: str = GPT) -> M
 
 def run(ranks: int, words: list[str], uneven: bool = False, **options: Any) -> Measurement:
     """What `ranks` processes compute from these flags; options as for `run_here`."""
-    limit = COMPILING_SECONDS if "--torch-compile" in words else 180
-    found: Measurement = run_ranks(ranks, run_here, words, uneven, options, timeout=limit)[0]
+    found: Measurement = run_ranks(ranks, run_here, words, uneven, options)[0]
     return found
 
 

@@ -149,14 +149,14 @@ def deviations(row: Row, mutation: str | None = None) -> list[Deviation]:
     uneven = row["tokens"] == "uneven"
     reference = reference_run(tuple(flags_of(row, NUMERIC_AXES)), uneven)
     options = {"mutation": mutation}
-    found = run_ranks(num_ranks(row), run_here, flags_of(row, ALL_AXES), uneven, options, timeout=180)[0]
+    found = run_ranks(num_ranks(row), run_here, flags_of(row, ALL_AXES), uneven, options)[0]
     return compare(found, reference)
 
 
 @lru_cache(maxsize=64)
 def reference_run(words: tuple[str, ...], uneven: bool) -> Measurement:
     """One process in float64."""
-    found: Measurement = run_ranks(1, run_here, list(words), uneven, {"in_float64": True}, timeout=180)[0]
+    found: Measurement = run_ranks(1, run_here, list(words), uneven, {"in_float64": True})[0]
     return found
 
 

@@ -182,6 +182,6 @@ def test_one_rank_fetches_the_index_for_all(server: S3Server, tmp_path: Path) ->
     upload(server, write_dataset(tmp_path / "text", random_documents(80)))
     environment = {"AWS_ENDPOINT_URL": server.url, "AWS_DEFAULT_REGION": "us-east-1"}
     environment |= {"AWS_ACCESS_KEY_ID": "reader", "AWS_SECRET_ACCESS_KEY": "secret"}
-    sums = run_ranks(2, open_on_rank, environment, str(tmp_path / "cache"), timeout=60)
+    sums = run_ranks(2, open_on_rank, environment, str(tmp_path / "cache"))
     assert len(set(sums)) == 1
     assert len(gets(server, ".idx")) == 1

@@ -178,7 +178,7 @@ def test_training_on_conversations(tokenizer_path: str, tmp_path: Path) -> None:
     losses = []
     for world_size in (1, 2):
         file = tmp_path / f"{world_size}.jsonl"
-        run_ranks(world_size, run_program, "pretrain_gpt.py", [*flags, "--metrics-jsonl", str(file)], timeout=120)
+        run_ranks(world_size, run_program, "pretrain_gpt.py", [*flags, "--metrics-jsonl", str(file)])
         losses.append([row["lm loss"] for row in train_rows(file)])
     assert losses[0] == pytest.approx(losses[1], rel=1e-5) and losses[0][-1] < losses[0][0] - 0.1
     with pytest.raises(AssertionError, match="--sft needs --tokenizer-type SFTTokenizer"):

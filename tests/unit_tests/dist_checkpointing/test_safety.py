@@ -210,7 +210,7 @@ def save_with_failing_rank(directory: str, failing: int) -> str:
 
 @pytest.mark.parametrize("failing", [0, 2])
 def test_one_rank_without_space_fails_all_ranks_and_leaves_nothing(tmp_path: Path, failing: int) -> None:
-    messages = run_ranks(3, save_with_failing_rank, str(tmp_path), failing, timeout=30)
+    messages = run_ranks(3, save_with_failing_rank, str(tmp_path), failing)
     assert len(set(messages)) == 1
     assert f"cannot write {tmp_path}" in messages[0]
     assert f"No space left on device (rank {failing})" in messages[0]

@@ -113,7 +113,7 @@ def check_layout(layout: dict[str, Any], memory: dict[str, Any]) -> None:
 
 
 def test_numbers_stay_under_sequence_parallelism() -> None:
-    run_ranks(2, check_layout, {"tensor_model_parallel_size": 2, "sequence_parallel": True}, SELECTIVE, timeout=240)
+    run_ranks(2, check_layout, {"tensor_model_parallel_size": 2, "sequence_parallel": True}, SELECTIVE)
 
 
 @pytest.mark.slow

@@ -183,7 +183,7 @@ def test_chunks_compute_what_one_process_computes(ranks: int) -> None:
     if ranks == 2:
         settings.append({"chunks": 4})
     cases = [Case(**{"ranks": ranks, **values}) for values in settings if values.get("ranks", ranks) == ranks]
-    by_rank = run_ranks(ranks, run_cases, cases, timeout=120)
+    by_rank = run_ranks(ranks, run_cases, cases)
     for case, *results in zip(cases, *by_rank):
         reports, grads = expected(case)
         last = placement_of(case.config()).last_rank

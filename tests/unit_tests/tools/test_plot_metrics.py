@@ -10,7 +10,7 @@ ROOT = Path(__file__).resolve().parents[3]
 
 def plot_metrics(*arguments: object) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(ROOT / "tools/plot_metrics.py"), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+    return subprocess.run(command, capture_output=True, text=True)
 
 
 def test_draws_and_reports_the_end_of_a_resumed_run(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ def test_vocabulary_splits_its_own_text(tmp_path: Path) -> None:
     corpus.write_text("".join(json.dumps({"text": sentence}) + "\n" for sentence in SENTENCES))
     words = ["--input", str(corpus), "--vocab-size", "120", "--lower-case", "--output", str(vocabulary)]
     command = [sys.executable, str(ROOT / "tools/train_wordpiece.py"), *words]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     pieces = vocabulary.read_text().splitlines()
     assert len(pieces) == len(set(pieces)) <= 120

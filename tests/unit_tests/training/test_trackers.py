@@ -75,7 +75,7 @@ def test_wandb_run(tmp_path: Path) -> None:
     trackers.close()
     (run,) = (tmp_path / "save" / "wandb").glob("**/offline-run-*/*.wandb")
     words = (b"the-project", b"the-run", b"lm loss", b"2.25", b"samples vs steps")
-    deadline = time.monotonic() + 20  # a process of wandb's own writes the file, and finishes a little later
+    deadline = time.monotonic() + 300  # a process of wandb's own writes the file, and finishes a little later
     while time.monotonic() < deadline and not all(word in run.read_bytes() for word in words):
         time.sleep(0.05)
     assert [word for word in words if word not in run.read_bytes()] == []

@@ -99,9 +99,7 @@ def load_each_and_go_on(plan: Plan, folders: list[str]) -> list[list[float]]:
 def check_pairs(layouts: list[Plan], readers: list[Plan], tmp_path: Path) -> int:
     """Every reader continues every writer; returns the number of pairs."""
     folders = {plan: str(tmp_path / name_of(plan)) for plan in layouts}
-    expected = {
-        plan: run_ranks(plan.size, save_and_go_on, plan, folder, timeout=300)[0] for plan, folder in folders.items()
-    }
+    expected = {plan: run_ranks(plan.size, save_and_go_on, plan, folder)[0] for plan, folder in folders.items()}
     pairs = 0
     for reader in readers:
         answers: list[Any] = run_ranks(reader.size, load_each_and_go_on, reader, list(folders.values()), timeout=900)

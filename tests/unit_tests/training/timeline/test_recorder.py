@@ -59,7 +59,7 @@ def test_one_process(tmp_path: Path) -> None:
     assert [e["name"] for e in events if e["cat"] in ("forward", "backward")] == [
         f"{kind}{i}" for i in range(4) for kind in "FB"
     ]
-    assert numbers["planned bubble"] == 0.0 and numbers["measured bubble"] < 0.5
+    assert numbers["planned bubble"] == 0.0 and 0 <= numbers["measured bubble"] < 1
 
 
 def test_nobody_listens_between_recorded_steps() -> None:
