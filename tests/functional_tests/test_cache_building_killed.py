@@ -133,12 +133,12 @@ def seconds_of(flags: list[str], cache: Path) -> tuple[float, float]:
     return first - begin, time.monotonic() - first
 
 
-def sweep(folder: Path, seed: int = 0) -> list[dict[str, object]]:
+def sweep(folder: Path, seed: int = 0) -> Iterator[dict[str, object]]:
     """A row for each of KILLS runs; half are killed at any moment of a run, half while files are written."""
     prefixes = [write_dataset(folder / f"part{i}", random_documents(60, seed=i)) for i in range(16)]
     before, writing = seconds_of(command_line(prefixes, folder / "whole"), folder / "whole")
     expected = published(folder / "whole")
-    rng, rows = random.Random(seed), []
+    rng = random.Random(seed)
     for kill in range(KILLS):
         cache = folder / f"killed {kill}"
         at_any_moment = kill % 2 == 0
@@ -155,32 +155,29 @@ def sweep(folder: Path, seed: int = 0) -> list[dict[str, object]]:
         files = len(published(cache))
         again = start(command_line(prefixes, cache))
         assert again.wait() == 0 and published(cache) == expected
-        rows.append(
-            {
-                "killed_after_s": round(elapsed, 3),
-                "aimed_at": "the whole run" if at_any_moment else "writing",
-                "files": files,
-                "of_files": len(expected),
-                "whole_indices": whole,
-                "run_again": "identical bytes",
-            }
-        )
-    return rows
+        yield {
+            "killed_after_s": round(elapsed, 3),
+            "aimed_at": "the whole run" if at_any_moment else "writing",
+            "files": files,
+            "of_files": len(expected),
+            "whole_indices": whole,
+            "run_again": "identical bytes",
+        }
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_killed_at_random_moments(tmp_path: Path) -> None:
-    rows = sweep(tmp_path)
+    rows = list(sweep(tmp_path))
+    assert len(rows) == KILLS
     assert any(0 < row["files"] < row["of_files"] for row in rows)  # else it has tested nothing
 
 
 def main() -> None:
-    """Write the table of one sweep to the file named."""
-    with tempfile.TemporaryDirectory() as folder:
-        rows = sweep(Path(folder))
-    lines = ",\n ".join(json.dumps(row) for row in rows)
-    Path(sys.argv[1]).write_text(f"[{lines}]\n", encoding="utf-8")
+    """Write the table of one sweep to the file named, a row a line, each when it is known."""
+    with tempfile.TemporaryDirectory() as folder, open(sys.argv[1], "w", encoding="utf-8") as table:
+        for row in sweep(Path(folder)):
+            print(json.dumps(row), file=table, flush=True)
 
 
 if __name__ == "__main__":
