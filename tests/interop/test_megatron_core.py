@@ -2,7 +2,7 @@
 
 The exchange itself needs an environment with the PyPI package `megatron-core`:
 
-    python -m venv peer && peer/bin/pip install torch megatron-core==0.13.1 psutil
+    python -m venv peer && peer/bin/pip install torch megatron-core==0.13.1 psutil 'numpy<2'
     MEGATRON_CORE_PEER=peer/bin/python bash tests/run.sh tests/interop/test_megatron_core.py
 
 Without it, one checkpoint that such a release wrote (`data/megatron_core_0.13.1.tar.xz`) is read.
