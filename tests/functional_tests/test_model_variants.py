@@ -40,7 +40,8 @@ UNEVEN = f"{FOUR} --decoder-first-pipeline-num-layers 1"
 
 def losses(tmp_path: Path, name: str, world_size: int, flags: str) -> list[float]:
     path = tmp_path / f"{name}.jsonl"
-    exact = "--train-iters 4 --attention-dropout 0 --hidden-dropout 0 --lr-decay-style cosine"
+    # weights large enough for every variant to matter
+    exact = "--train-iters 4 --attention-dropout 0 --hidden-dropout 0 --lr-decay-style cosine --init-method-std 0.1"
     pretrain_gpt(world_size, f"{exact} {flags} --metrics-jsonl {path}")
     return [row["lm loss"] for row in train_rows(path)]
 
@@ -60,7 +61,7 @@ def test_four_processes_equal_one(variant: str, plain: list[float], tmp_path: Pa
     four = losses(tmp_path, "four", 4, f"{VARIANTS[variant]} {FOUR}")
     assert four == pytest.approx(one, rel=1e-5)
     if variant not in SAME_NUMBERS:
-        assert one != pytest.approx(plain, rel=1e-7)  # the flag does something
+        assert one != pytest.approx(plain, rel=2e-5)  # the flag does something
 
 
 @pytest.mark.parametrize("layout", [UNEVEN, f"{FOUR} --account-for-embedding-in-pipeline-split "
