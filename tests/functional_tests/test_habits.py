@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import os
 import re
+import runpy
 import signal
-import subprocess
 import sys
-import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from tests.fresh_ranks import run_to_the_end
 from tests.functional_tests.program import ROOT, TINY, metrics, pretrain_gpt, train_rows
 from tests.worker_pool import RankFailure
 
@@ -122,28 +123,32 @@ def test_a_loss_that_is_not_finite_names_its_origin() -> None:
         pretrain_gpt(1, "--train-iters 20 --lr 1e30 --clip-grad 0")
 
 
-@pytest.mark.parametrize("world_size", [2])
-def test_sigterm_saves_and_exits_cleanly(world_size: int, tmp_path: Path) -> None:
-    save = tmp_path / "save"
-    metrics_file = tmp_path / "metrics.jsonl"
-    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={world_size}", "--standalone"]
-    flags = f"--train-iters 100000 --lr-decay-iters 10 --exit-signal-handler --save {save} --save-interval 100000"
-    process = subprocess.Popen(
-        [*command, "pretrain_gpt.py", *TINY, *flags.split(), "--metrics-jsonl", str(metrics_file)],
-        cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
+def train_and_be_terminated(flags: str) -> None:
+    """pretrain_gpt.py, of which rank 1 gets a SIGTERM in its third step."""
+    from megatron.training import training
+
+    original, steps = training.train_step, 0
+
+    def train_step(*args: Any, **kwargs: Any) -> Any:
+        nonlocal steps
+        steps += 1
+        if steps == 3 and os.environ["RANK"] == "1":
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(*args, **kwargs)
+
+    training.train_step = train_step
+    sys.argv = ["pretrain_gpt.py", *TINY, *flags.split()]
+    runpy.run_path(str(ROOT / "pretrain_gpt.py"), run_name="__main__")
+
+
+def test_sigterm_to_one_rank_saves_and_ends_all(tmp_path: Path) -> None:
+    save, metrics_file = tmp_path / "save", tmp_path / "metrics.jsonl"
+    flags = (
+        f"--train-iters 100000 --lr-decay-iters 10 --exit-signal-handler --save {save} --save-interval 100000 "
+        f"--metrics-jsonl {metrics_file}"
     )
-    deadline = time.monotonic() + 90
-    while not (metrics_file.exists() and len(train_rows(metrics_file)) >= 3):
-        assert time.monotonic() < deadline and process.poll() is None
-        time.sleep(0.2)
-    children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
-    os.kill(int(children[0]), signal.SIGTERM)
-    output, _ = process.communicate()
-    assert process.returncode == 0, output[-2000:]
-    assert "exiting program after receiving SIGTERM." in output
-    saved = int((save / "latest_checkpointed_iteration.txt").read_text())
-    assert saved == train_rows(metrics_file)[-1]["iteration"]
+    ends = run_to_the_end(tmp_path, 2, train_and_be_terminated, flags)
+    assert [end.code for end in ends] == [0, 0], ends
+    assert any("exiting program after receiving SIGTERM." in end.said for end in ends)
+    assert (save / "latest_checkpointed_iteration.txt").read_text() == "3"
+    assert [row["iteration"] for row in train_rows(metrics_file)] == [1, 2, 3]
