@@ -61,7 +61,7 @@ def test_four_processes_equal_one(variant: str, plain: list[float], tmp_path: Pa
     four = losses(tmp_path, "four", 4, f"{VARIANTS[variant]} {FOUR}")
     assert four == pytest.approx(one, rel=1e-5)
     if variant not in SAME_NUMBERS:
-        assert one != pytest.approx(plain, rel=2e-5)  # the flag does something
+        assert one != pytest.approx(plain, rel=1e-6)  # the flag does something: ten times what rounding does
 
 
 @pytest.mark.parametrize("layout", [UNEVEN, f"{FOUR} --account-for-embedding-in-pipeline-split "

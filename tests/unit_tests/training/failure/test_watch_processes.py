@@ -31,7 +31,7 @@ def be_patient() -> None:
     from megatron.training.failure import hub, start, watch
 
     hub.ANSWER_SECONDS, hub.COMPLAINT_SECONDS, watch.PATIENCE_SECONDS = 60.0, 30.0, 120.0
-    watch.MOMENT_SECONDS, start.CONNECT_SECONDS = 20.0, 60.0
+    watch.MOMENT_SECONDS, start.CONNECT_SECONDS = 5.0, 60.0
 
 
 def run_until_the_end(
