@@ -105,7 +105,9 @@ STAGES = [
 ]
 
 
-@pytest.mark.parametrize("precision", ["", "--bf16"], ids=["fp32", "bf16"])
+@pytest.mark.parametrize(
+    "precision", [pytest.param("", id="fp32"), pytest.param("--bf16", id="bf16", marks=pytest.mark.slow)]
+)
 def test_checkpoints_move_between_forms_of_data_parallelism(precision: str, tmp_path: Path) -> None:
     steps = 2 * len(STAGES)
     flags = f"--train-iters {steps} {EXACT} {LLAMA} {UNTIED} {precision} --global-batch-size 6 --lr-decay-style cosine"

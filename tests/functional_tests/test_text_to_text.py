@@ -79,7 +79,7 @@ def written_texts(printed: str) -> str:
 
 
 def test_text_in_text_out(folder: Path) -> None:
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     printed = run(*torchrun, "pretrain_gpt.py", *training_flags(folder), "--exit-interval", 4)
     assert "exiting program at iteration 4" in printed
     resumed = pretrain_gpt(4, training_flags(folder), tiny=False)

@@ -105,6 +105,7 @@ def test_program_with_a_mistake_of_its_own(tmp_path: Path) -> None:
     assert not found["holds"] and found["ranks"] == 2
 
 
+@pytest.mark.slow
 def test_program_that_holds() -> None:
     done = run_tool("--steps", "2", "--", *MODEL.split(), "--tensor-model-parallel-size", "2")
     assert done.returncode == 0, done.stdout + done.stderr
