@@ -96,8 +96,8 @@ def test_option_equals_plain_data_parallelism(name: str, plain: dict[str, list],
             if number in expected:
                 exact = ranks == 2 and number.startswith("lm loss")
                 assert row[number] == pytest.approx(expected[number], rel=0 if exact else 1e-6, abs=0), number
-        # Sums that cancel to zero in one order only; a row of padding would have 32 zeros.
-        assert row.get("num-zeros", 0) == pytest.approx(expected.get("num-zeros", 0), abs=3)
+        # A few sums cancel to zero in one order only; a row of padding too many or too few would be 32 zeros.
+        assert row.get("num-zeros", 0) == pytest.approx(expected.get("num-zeros", 0), abs=15)
 
 
 RESUMED = {
