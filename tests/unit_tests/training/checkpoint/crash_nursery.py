@@ -116,7 +116,7 @@ def save_for_ever(habit: Habit, folder: str, rank: int, store: str) -> None:
         store=dist.FileStore(store, habit.plan.size),
         rank=rank,
         world_size=habit.plan.size,
-        timeout=timedelta(seconds=30),
+        timeout=timedelta(seconds=300),
     )
     run = TinyRun(habit.plan)
     with contextlib.redirect_stdout(io.StringIO()):
@@ -181,7 +181,7 @@ class Nursery:
         self.rounds += 1
         self.pipe.send((habit, str(folder), str(folder.parent / f"store{self.rounds}")))
         ranks = self.pipe.recv()
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 600
         while latest_iteration(folder) <= later_than and time.monotonic() < deadline:
             time.sleep(0.002)
         time.sleep(delay)
@@ -206,7 +206,7 @@ class Nursery:
 
     def close(self) -> None:
         self.pipe.send(None)
-        self.process.join(30)
+        self.process.join(300)
 
 
 def latest_iteration(folder: Path) -> int:
