@@ -122,32 +122,25 @@ def start(flags: list[str]) -> subprocess.Popen:
     return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 
-def seconds_of(flags: list[str], cache: Path) -> tuple[float, float]:
-    """How long a run takes until its first file, and from then to its end."""
-    begin = time.monotonic()
-    process = start(flags)
-    while process.poll() is None and not cache.exists():
-        time.sleep(0.001)
-    first = time.monotonic()
-    assert process.wait() == 0
-    return first - begin, time.monotonic() - first
-
-
 def sweep(folder: Path, seed: int = 0) -> Iterator[dict[str, object]]:
-    """A row for each of KILLS runs; half are killed at any moment of a run, half while files are written."""
+    """A row for each of KILLS runs; half are killed at any moment of a run, half once some number of files is there."""
     prefixes = [write_dataset(folder / f"part{i}", random_documents(60, seed=i)) for i in range(16)]
-    before, writing = seconds_of(command_line(prefixes, folder / "whole"), folder / "whole")
+    begin = time.monotonic()
+    assert start(command_line(prefixes, folder / "whole")).wait() == 0
+    duration = time.monotonic() - begin
     expected = published(folder / "whole")
     rng = random.Random(seed)
     for kill in range(KILLS):
         cache = folder / f"killed {kill}"
         at_any_moment = kill % 2 == 0
-        process = start(command_line(prefixes, cache))
         begin = time.monotonic()
-        while not at_any_moment and not cache.exists() and process.poll() is None:
-            time.sleep(0.001)
-        delay = rng.uniform(0, before + writing if at_any_moment else writing)
-        time.sleep(delay)
+        process = start(command_line(prefixes, cache))
+        if at_any_moment:
+            time.sleep(rng.uniform(0, duration))
+        else:
+            num_files = rng.randrange(1, len(expected))
+            while process.poll() is None and sum(1 for _ in cache.glob("[!.]*")) < num_files:
+                time.sleep(0.001)
         process.kill()
         process.wait()
         elapsed = time.monotonic() - begin
