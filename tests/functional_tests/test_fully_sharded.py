@@ -74,7 +74,8 @@ def test_equals_plain_training(name: str, plain: dict[str, list], tmp_path: Path
             if number in expected:
                 tolerance = loose[number] if which == "bf16" else 2e-6
                 assert row[number] == pytest.approx(expected[number], rel=tolerance), number
-        assert row.get("num-zeros", 0) == pytest.approx(expected.get("num-zeros", 0), rel=0.02, abs=4)
+        # A few sums cancel to zero in one order only; a row of padding too many or too few would be 32 zeros.
+        assert row.get("num-zeros", 0) == pytest.approx(expected.get("num-zeros", 0), rel=0.02, abs=15)
 
 
 @pytest.mark.parametrize(
