@@ -20,13 +20,13 @@ def test_another_layout_starts_from_the_same_weights(tmp_path: Path) -> None:
     train(2, f"{PART} --save {saved} --save-interval 2 --exit-interval 2")
     train(2, f"{PART} --load {saved} --metrics-jsonl {tmp_path / 'there'}")
     hybrid_conversion.main(
-        ["--load-dir", str(saved), "--save-dir", str(converted), "--target-tp-size", "4", "--target-pp-size", "1"]
+        ["--load-dir", str(saved), "--save-dir", str(converted), "--target-tp-size", "4", "--true-vocab-size", "61"]
     )
     train(4, f"{FORMAT} --tensor-model-parallel-size 4 --load {converted} --metrics-jsonl {tmp_path / 'here'}")
     losses = [[row["lm loss"] for row in train_rows(tmp_path / name)] for name in ("there", "here")]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
-    pipeline = tmp_path / "pipeline"
-    hybrid_conversion.main(["--load-dir", str(converted), "--save-dir", str(pipeline), "--target-pp-size", "2"])
+    pipeline, words = tmp_path / "pipeline", ("--true-vocab-size", "61")
+    hybrid_conversion.main(["--load-dir", str(converted), "--save-dir", str(pipeline), "--target-pp-size", "2", *words])
     train(2, f"{FORMAT} --pipeline-model-parallel-size 2 --load {pipeline} --metrics-jsonl {tmp_path / 'stages'}")
     assert [row["lm loss"] for row in train_rows(tmp_path / "stages")] == pytest.approx(losses[0], rel=1e-5)
     with pytest.raises(SystemExit, match="--d-model 64: the checkpoint has 32; leave it out"):

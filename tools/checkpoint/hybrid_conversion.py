@@ -4,7 +4,8 @@
 
 Weights only: a run that goes on from it starts its optimizer anew. (Checkpoints of the formats torch_dist and
 safetensors need no conversion: they load into any layout, optimizer included.) Widths are read from the weights; those
-that are given are compared with them. One process, one parameter at a time.
+that are given are compared with them. The padded vocabulary stays as it is unless --true-vocab-size is given; it must
+then be what the run pads to (--make-vocab-size-divisible-by). One process, one parameter at a time.
 """
 
 from __future__ import annotations
@@ -43,6 +44,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--save-dir", required=True, help="where to write")
     parser.add_argument("--target-tp-size", type=int, default=1, help="tensor parallel size of the result")
     parser.add_argument("--target-pp-size", type=int, default=1, help="pipeline parallel size of the result")
+    parser.add_argument(
+        "--true-vocab-size", type=int, help="words without padding: the result is padded as a run of its layout would"
+    )
     parser.add_argument("--reset-iterations", action="store_true", help="the result starts from iteration 0")
     parser.add_argument("--d-model", type=int, help="width of the model, to be compared with the checkpoint's")
     parser.add_argument("--mamba-version", type=int, default=2, choices=[2], help="there are mixers of Mamba-2 only")
@@ -77,6 +81,8 @@ def convert(args: argparse.Namespace) -> Path:
     source = conversion.load_own(args.load_dir, "mamba")
     require_given_widths(args, source)
     require_shareable(source, args.target_tp_size)
+    if args.true_vocab_size is not None:
+        source = replace(source, words=args.true_vocab_size)
     if args.reset_iterations:
         source = replace(source, iteration=0)
     with bytes_bar("re-sharding", source.num_bytes) as advance:

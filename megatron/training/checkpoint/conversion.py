@@ -185,6 +185,10 @@ def padded(source: Source, target: Target) -> Source:
     return replace(source, state=WithVocabulary(source.state, rows), settings=settings)
 
 
+SAMPLE_COUNTERS = ("consumed_train_samples", "consumed_valid_samples", "skipped_train_samples")
+"""Where a run that goes on from the iteration goes on in its data."""
+
+
 def common_state(source: Source, target: Target) -> dict[str, Any]:
     """What a checkpoint has beside parameters: no optimizer, no random numbers."""
     sizes = target.sizes
@@ -202,9 +206,7 @@ def common_state(source: Source, target: Target) -> dict[str, Any]:
         "no_save_optim": True,
         "no_save_rng": True,
         "iteration": source.iteration,
-        "consumed_train_samples": 0,
-        "consumed_valid_samples": 0,
-        "skipped_train_samples": 0,
+        **{name: source.settings.get(name) or 0 if source.iteration else 0 for name in SAMPLE_COUNTERS},
     }
     values = {name: plain_value(value) for name, value in {**source.settings, **layout}.items()}
     return {
