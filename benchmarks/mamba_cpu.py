@@ -10,12 +10,7 @@ measured with the matrices of its chunks recomputed in backward (as `pretrain_ma
 
 from __future__ import annotations
 
-import argparse
-import json
-import platform
-import statistics
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,6 +22,7 @@ import transformers
 from torch import Tensor, nn
 from transformers.models.mamba2.modeling_mamba2 import Mamba2Mixer
 
+from benchmarks.block_timing import figures, median_seconds, run
 from megatron.core.models.mamba.mamba_layer_specs import mamba_stack_spec
 from megatron.core.ssm import MambaMixer
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -89,27 +85,6 @@ def contenders(shape: dict[str, int], device: str) -> dict[str, Callable[[], Ten
     return passes
 
 
-def kept_bytes(forward: Callable[[], Tensor]) -> int:
-    """That autograd stores, parameters left out of account by both alike."""
-    stored: dict[int, torch.UntypedStorage] = {}
-
-    def note(tensor: Tensor) -> Tensor:
-        stored[tensor.untyped_storage()._cdata] = tensor.untyped_storage()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        forward()
-    return sum(storage.nbytes() for storage in stored.values())
-
-
-def clock(device: str) -> float:
-    """Seconds: of this process on a CPU, elapsed on a GPU."""
-    if device == "cpu":
-        return time.process_time()
-    torch.cuda.synchronize()
-    return time.perf_counter()
-
-
 def measure(shape: dict[str, int], rounds: int, device: str) -> dict[str, Any]:
     """Medians of one shape.
 
@@ -120,43 +95,19 @@ def measure(shape: dict[str, int], rounds: int, device: str) -> dict[str, Any]:
     expected = passes["ours, stored"]()
     for forward in passes.values():
         torch.testing.assert_close(forward(), expected, rtol=1e-3, atol=1e-4)
-    times: dict[str, list[float]] = {name: [] for name in passes}
-    for _ in range(rounds + 1):
-        for name, forward in passes.items():
-            start = clock(device)
-            forward().sum().backward()
-            times[name].append(clock(device) - start)
-    seconds = {name: statistics.median(measured[1:]) for name, measured in times.items()}
+    seconds = median_seconds(passes, rounds, device)
     best = min(seconds[name] for name in seconds if name.startswith("transformers"))
     return {
         **shape,
-        "milliseconds": {name: 1e3 * value for name, value in seconds.items()},
-        "kept_mb": {name: kept_bytes(forward) / 2**20 for name, forward in passes.items()},
+        **figures(passes, seconds),
         "times_faster": best / seconds["ours, recomputed"],
     }
 
 
-def main() -> None:
-    """Measure, print, and write down if asked to."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--output", type=Path, help="write the numbers to this JSON file")
-    args = parser.parse_args()
-    rows = []
-    for shape in SHAPES:
-        row = measure(dict(shape), args.rounds, args.device)
-        rows.append(row)
-        print(*(f"{name} {value}" for name, value in shape.items()), sep=", ")
-        for name, milliseconds in row["milliseconds"].items():
-            print(f"  {name:28} {milliseconds:9.1f} ms {row['kept_mb'][name]:9.1f} MiB kept")
-        print(f"  {row['times_faster']:.1f} times as fast as the best of transformers")
-    if args.output:
-        versions = {"torch": torch.__version__, "transformers": transformers.__version__}
-        versions |= {"python": platform.python_version(), "threads": torch.get_num_threads(), "device": args.device}
-        capability = torch.backends.cpu.get_cpu_capability()
-        args.output.write_text(json.dumps({**versions, "capability": capability, "rows": rows}, indent=1) + "\n")
+def summary(row: dict[str, Any]) -> str:
+    """How the contenders compare."""
+    return f"{row['times_faster']:.1f} times as fast as the best of transformers"
 
 
 if __name__ == "__main__":
-    main()
+    run(__doc__, SHAPES, measure, summary, rounds=5)

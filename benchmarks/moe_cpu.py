@@ -9,12 +9,7 @@ GPU (`--device cuda`) elapsed time is taken instead, after synchronising.
 
 from __future__ import annotations
 
-import argparse
-import json
-import platform
-import statistics
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn.functional import silu
 from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
 
+from benchmarks.block_timing import figures, median_seconds, run
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.tensor_parallel.initialization import deferred_initialization, initialize_parameters
 from megatron.core.transformer.spec_utils import build_module
@@ -98,27 +94,6 @@ def contenders(shape: dict[str, int], device: str) -> dict[str, Callable[[], Ten
     return passes
 
 
-def kept_bytes(forward: Callable[[], Tensor]) -> int:
-    """That autograd stores, parameters included for all alike."""
-    stored: dict[int, torch.UntypedStorage] = {}
-
-    def note(tensor: Tensor) -> Tensor:
-        stored[tensor.untyped_storage()._cdata] = tensor.untyped_storage()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        forward()
-    return sum(storage.nbytes() for storage in stored.values())
-
-
-def clock(device: str) -> float:
-    """Seconds: of this process on a CPU, elapsed on a GPU."""
-    if device == "cpu":
-        return time.process_time()
-    torch.cuda.synchronize()
-    return time.perf_counter()
-
-
 def measure(shape: dict[str, int], rounds: int, device: str) -> dict[str, Any]:
     """Medians of one shape.
 
@@ -130,45 +105,19 @@ def measure(shape: dict[str, int], rounds: int, device: str) -> dict[str, Any]:
     for name, forward in passes.items():
         if name != "ours, dense":
             torch.testing.assert_close(forward(), expected, rtol=1e-3, atol=1e-5)
-    times: dict[str, list[float]] = {name: [] for name in passes}
-    for _ in range(rounds + 1):
-        for name, forward in passes.items():
-            start = clock(device)
-            forward().sum().backward()
-            times[name].append(clock(device) - start)
-    seconds = {name: statistics.median(measured[1:]) for name, measured in times.items()}
+    seconds = median_seconds(passes, rounds, device)
     return {
         **shape,
-        "milliseconds": {name: 1e3 * value for name, value in seconds.items()},
-        "kept_mb": {name: kept_bytes(forward) / 2**20 for name, forward in passes.items()},
+        **figures(passes, seconds),
         "times_faster": seconds["transformers, eager"] / seconds["ours, grouped"],
         "over_dense": seconds["ours, grouped"] / seconds["ours, dense"],
     }
 
 
-def main() -> None:
-    """Measure, print, and write down if asked to."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--output", type=Path, help="write the numbers to this JSON file")
-    args = parser.parse_args()
-    rows = []
-    for shape in SHAPES:
-        row = measure(dict(shape), args.rounds, args.device)
-        rows.append(row)
-        print(*(f"{name} {value}" for name, value in shape.items()), sep=", ")
-        for name, milliseconds in row["milliseconds"].items():
-            print(f"  {name:22} {milliseconds:9.1f} ms {row['kept_mb'][name]:9.1f} MiB kept")
-        print(
-            f"  {row['times_faster']:.2f} times as fast as transformers, {row['over_dense']:.2f} times the dense block"
-        )
-    if args.output:
-        versions = {"torch": torch.__version__, "transformers": transformers.__version__}
-        versions |= {"python": platform.python_version(), "threads": torch.get_num_threads(), "device": args.device}
-        capability = torch.backends.cpu.get_cpu_capability()
-        args.output.write_text(json.dumps({**versions, "capability": capability, "rows": rows}, indent=1) + "\n")
+def summary(row: dict[str, Any]) -> str:
+    """How the contenders compare."""
+    return f"{row['times_faster']:.2f} times as fast as transformers, {row['over_dense']:.2f} times the dense block"
 
 
 if __name__ == "__main__":
-    main()
+    run(__doc__, SHAPES, measure, summary, rounds=7)

@@ -106,6 +106,7 @@ def start_http(args: argparse.Namespace, loop: EngineLoop, tokenizer: Any) -> An
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((args.host, args.port))
+        listener.listen()
     except OSError as error:
         raise OSError(f"--host {args.host} --port {args.port} cannot be listened on: {error.strerror}") from None
     service = Service(
@@ -118,7 +119,6 @@ def start_http(args: argparse.Namespace, loop: EngineLoop, tokenizer: Any) -> An
     )
     server = uvicorn.Server(uvicorn.Config(build_app(service), log_level="warning"))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
-    server.install_signal_handlers = lambda: None  # type: ignore[attr-defined]
     thread.start()
     port = listener.getsockname()[1]
     print_rank_0(f"serving {service.model_name} at http://{args.host}:{port}")

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from megatron.core import parallel_state
 from megatron.core.device import current_device
+from megatron.core.inference.communication_utils import share_decision
 from megatron.core.tensor_parallel import (
     gather_from_tensor_model_parallel_region,
     reduce_from_tensor_model_parallel_region,
@@ -82,15 +83,8 @@ def share_next_tokens(next_tokens: Tensor | None, num_rows: int) -> list[int]:
 
     One rank of the last stage decides for all, so that no two ranks can ever disagree on a draw.
     """
-    device = current_device()
-    group = parallel_state.get_model_parallel_group()
-    tp_size = parallel_state.get_tensor_model_parallel_world_size()
-    source = parallel_state.stage_placement().last_rank * tp_size + tp_size - 1
-    shared = torch.empty(num_rows, dtype=torch.int64, device=device)
-    if next_tokens is not None:
-        shared.copy_(next_tokens)
-    torch.distributed.broadcast(shared, group=group, group_src=source)
-    return shared.tolist()
+    shared = share_decision(next_tokens, [num_rows])
+    return shared.long().tolist()
 
 
 def generate(

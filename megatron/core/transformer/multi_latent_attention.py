@@ -8,6 +8,7 @@ its values v; c is the rank of the latent of keys and values.
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from dataclasses import dataclass
 from typing import Any
 
@@ -95,25 +96,25 @@ class MultiLatentAttention(Attention):
         width = config.qk_head_dim + config.qk_pos_emb_head_dim
         return yarn_mscale(config.rotary_scaling_factor, config.mscale) ** 2 / math.sqrt(width)
 
+    @abstractmethod
     def down_project(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(what queries are made of, latents of keys and values, the keys' rotating channels [s, b, r])."""
-        raise NotImplementedError
 
+    @abstractmethod
     def queries(self, source: Tensor, angles: Tensor | None) -> tuple[Tensor, Tensor]:
         """[s, b, a/tp, n] and [s, b, a/tp, r], the latter rotated, of the first result of `down_project`."""
-        raise NotImplementedError
 
+    @abstractmethod
     def normed(self, latents: Tensor) -> Tensor:
         """Latents of keys and values as the up projection, and a cache, take them."""
-        raise NotImplementedError
 
+    @abstractmethod
     def keys_and_values(self, latents: Tensor) -> tuple[Tensor, Tensor]:
         """[s, b, a/tp, n] and [s, b, a/tp, v] of normed latents."""
-        raise NotImplementedError
 
+    @abstractmethod
     def up_projection_of_heads(self) -> tuple[Tensor, Tensor]:
         """Its matrices of keys [a/tp, n, c] and of values [a/tp, v, c]."""
-        raise NotImplementedError
 
     def forward(  # type: ignore[override]
         self,

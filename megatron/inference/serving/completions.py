@@ -7,7 +7,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from megatron.inference.serving.openai_api import _prompts
+from megatron.inference.serving.openai_api import prompts_of
 from megatron.inference.serving.progress import Piece, Ticket, json_safe
 from megatron.inference.serving.service import Refusal, Service, checked_params
 
@@ -50,11 +50,10 @@ async def complete(service: Service, body: Body) -> dict[str, Any]:
         Refusal: the call is not in order, or there is no room for it.
     """
     _check(body)
-    prompts = _prompts(service, body.prompt)
+    prompts = prompts_of(service, body.prompt)
     stop = [body.stop] if isinstance(body.stop, str) else list(body.stop or ())
-    tickets: list[Ticket] = []
-    for row, prompt in enumerate(prompts):
-        params = checked_params(
+    settings = [
+        checked_params(
             temperature=body.temperature,
             top_k=body.top_k,
             top_p=body.top_p,
@@ -64,12 +63,9 @@ async def complete(service: Service, body: Body) -> dict[str, Any]:
             top_n_logprobs=body.logprobs,
             return_prompt_top_n_logprobs=body.logprobs > 0,
         )
-        try:
-            tickets.append(service.ticket(prompt, params, stop))
-        except Refusal:
-            for ticket in tickets:
-                service.loop.cancel(ticket.number)
-            raise
+        for row, prompt in enumerate(prompts)
+    ]
+    tickets = service.tickets((prompt, params, stop) for prompt, params in zip(prompts, settings))
     pieces = await asyncio.gather(*(ticket.whole() for ticket in tickets))
     rows = zip(prompts, tickets, pieces)
     return {"choices": [_choice(service, body, index, *row) for index, row in enumerate(rows)]}
@@ -83,10 +79,7 @@ def _choice(
     values = [*((request.prompt_log_probs or []) if request else []), *piece.log_probs]
     best = [*((request.prompt_top_n_token_logprobs or []) if request else []), *piece.best]
     skipped = 0 if body.echo else len(prompt)
-    words = [service.detokenize([token]) for token in tokens[skipped:]]
-    offsets = [0]
-    for word in words:
-        offsets.append(offsets[-1] + len(word))
+    words, offsets = service.words(tokens[skipped:])
     log_probs: list[float | None] = [None, *(json_safe(value) for value in values)]
     top: list[Any] = [None]
     top += [{service.detokenize([token]): json_safe(value) for token, value in row} for row in best]
@@ -96,7 +89,7 @@ def _choice(
         "logprobs": {
             "token_logprobs": log_probs[skipped:],
             "tokens": words,
-            "text_offset": offsets[:-1],
+            "text_offset": offsets,
             "top_logprobs": top[skipped:] if body.logprobs else None,
         },
     }

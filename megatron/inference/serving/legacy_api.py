@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron.core.inference.sampling_params import SamplingParams
-from megatron.inference.serving.progress import Ticket, json_safe
+from megatron.inference.serving.progress import json_safe
 from megatron.inference.serving.service import Refusal, Service
 
 Check = Callable[[Any], str | None]
@@ -132,7 +132,7 @@ def _check_together(prompts: list[str], values: dict[str, Any]) -> None:
             raise Refusal(200, message)
 
 
-def settings_of(fields: Fields, row: int, service: Service) -> tuple[SamplingParams, list[str]]:
+def settings_of(fields: Fields, row: int) -> tuple[SamplingParams, list[str]]:
     """(how the row's tokens are drawn, texts that end it)."""
     values = fields.values
     stop = ["\n\n"] if values["stop_on_double_eol"] else []
@@ -163,19 +163,12 @@ async def generate(service: Service, body: Any) -> dict[str, Any]:
     rows = [service.tokens_of(prompt, fields.values["add_BOS"]) for prompt in fields.prompts]
     for row in rows:
         service.room(len(row), fields.values["tokens_to_generate"])
-    tickets: list[Ticket] = []
-    try:
-        for number, row in enumerate(rows):
-            tickets.append(service.ticket(row, *settings_of(fields, number, service)))
-    except Refusal:
-        for ticket in tickets:
-            service.loop.cancel(ticket.number)
-        raise
+    tickets = service.tickets((row, *settings_of(fields, number)) for number, row in enumerate(rows))
     pieces = await asyncio.gather(*(ticket.whole() for ticket in tickets))
     tokens = [[*row, *piece.tokens] for row, piece in zip(rows, pieces)]
     answer: dict[str, Any] = {
         "text": [prompt + piece.text for prompt, piece in zip(fields.prompts, pieces)],
-        "segments": [[service.detokenize([token]) for token in row] for row in tokens],
+        "segments": [service.words(row)[0] for row in tokens],
         "tokens": tokens,
     }
     if fields.values["logprobs"]:

@@ -6,6 +6,7 @@ import asyncio
 import json
 import time
 import uuid
+from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Sequence
 from typing import Any, Literal
 
@@ -97,7 +98,12 @@ def _require_model(service: Service, name: str | None) -> None:
         raise Refusal(404, f"model {name!r} is not served here; {service.model_name!r} is")
 
 
-def _prompts(service: Service, prompt: Any) -> list[list[int]]:
+def prompts_of(service: Service, prompt: Any) -> list[list[int]]:
+    """Token numbers of one text or many, given as text or as numbers.
+
+    Raises:
+        Refusal: there is none, or there are too many.
+    """
     if isinstance(prompt, str):
         return [service.tokens_of(prompt)]
     if not prompt:
@@ -114,17 +120,11 @@ def _tickets(
 ) -> list[Ticket]:
     """One for each choice of each prompt; all or none."""
     rooms = [service.room(len(prompt), wanted) for prompt in prompts]
-    tickets: list[Ticket] = []
-    try:
-        for prompt, room in zip(prompts, rooms):
-            for index in range(body.n):
-                params = body.params(room, index, num_best, logs)
-                tickets.append(service.ticket(prompt, params, body.stops))
-    except Refusal:
-        for ticket in tickets:
-            service.loop.cancel(ticket.number)
-        raise
-    return tickets
+    return service.tickets(
+        (prompt, body.params(room, index, num_best, logs), body.stops)
+        for prompt, room in zip(prompts, rooms)
+        for index in range(body.n)
+    )
 
 
 def _usage(prompts: Sequence[Sequence[int]], num_generated: int) -> dict[str, int]:
@@ -145,7 +145,7 @@ def _head(kind: str, prefix: str, service: Service) -> dict[str, Any]:
     }
 
 
-class Answer:
+class Answer(ABC):
     """How one kind of completion writes its choices."""
 
     def __init__(self, service: Service, body: Common, prompts: list[list[int]], tickets: list[Ticket]) -> None:
@@ -153,13 +153,13 @@ class Answer:
         self.head: dict[str, Any] = {}
         self.chunk_head: dict[str, Any] = {}
 
+    @abstractmethod
     def choice(self, index: int, piece: Piece) -> dict[str, Any]:
         """A whole one."""
-        raise NotImplementedError
 
+    @abstractmethod
     def delta(self, index: int, piece: Piece, is_first: bool) -> dict[str, Any]:
         """What has come of it."""
-        raise NotImplementedError
 
     async def whole(self) -> dict[str, Any]:
         pieces = await asyncio.gather(*(ticket.whole() for ticket in self.tickets))
@@ -242,14 +242,11 @@ class CompletionAnswer(Answer):
             tokens = self._echo(index) + tokens
             values = [float("nan"), *(request.prompt_log_probs or ()), *values]
             best = [[], *(request.prompt_top_n_token_logprobs or ()), *best]
-        words = [self.service.detokenize([token]) for token in tokens]
-        offsets = [0]
-        for word in words:
-            offsets.append(offsets[-1] + len(word))
+        words, offsets = self.service.words(tokens)
         return {
             "tokens": words,
             "token_logprobs": [json_safe(value) for value in values],
-            "text_offset": offsets[:-1],
+            "text_offset": offsets,
             "top_logprobs": [
                 {self.service.detokenize([token]): json_safe(value) for token, value in row} or None for row in best
             ]
@@ -306,7 +303,7 @@ def completion(service: Service, body: Completion) -> Answer:
         raise Refusal(400, "max_tokens 0 generates nothing: give echo true to score the prompt")
     if body.stream and body.logprobs is not None:
         raise Refusal(400, "logprobs are not streamed for completions; ask without stream")
-    prompts = _prompts(service, body.prompt)
+    prompts = prompts_of(service, body.prompt)
     logs = body.logprobs is not None
     tickets = _tickets(service, body, prompts, body.max_tokens, body.logprobs or 0, logs)
     return CompletionAnswer(service, body, prompts, tickets)

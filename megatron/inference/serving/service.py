@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any
 
 from megatron.core.inference.contexts import MaxSequenceLengthOverflowError
@@ -114,6 +115,27 @@ class Service:
             raise Refusal(503, str(error)) from None
         except (ValueError, MaxSequenceLengthOverflowError) as error:
             raise Refusal(400, str(error)) from None
+
+    def tickets(self, requests: Iterable[tuple[Sequence[int], SamplingParams, Sequence[str]]]) -> list[Ticket]:
+        """One for each (tokens, settings, texts that end it): all or none.
+
+        Raises:
+            Refusal: as `ticket`; those before are cancelled.
+        """
+        submitted: list[Ticket] = []
+        try:
+            for request in requests:
+                submitted.append(self.ticket(*request))
+        except Refusal:
+            for ticket in submitted:
+                self.loop.cancel(ticket.number)
+            raise
+        return submitted
+
+    def words(self, tokens: Sequence[int]) -> tuple[list[str], list[int]]:
+        """The text of each token, and where it begins in the texts of all."""
+        texts = [self.detokenize([token]) for token in tokens]
+        return texts, [0, *accumulate(map(len, texts))][:-1]
 
 
 def checked_params(**values: Any) -> SamplingParams:

@@ -191,6 +191,9 @@ def openai_refusals(client: Any, service: Any, model: Any) -> None:
     for body, words in BAD_OPENAI:
         answer = client.post("/v1/completions", json=body)
         assert answer.status_code == 400 and words in answer.json()["error"]["message"], (body, answer.text)
+    for route in ("/completions", "/v1/completions"):
+        answer = client.post(route, json={"prompt": ["31", "3" * 47], "max_tokens": 9})
+        assert answer.status_code == 400 and service.loop.counters.requests == 0, "a part of a refused call was begun"
     assert client.post("/v1/completions", content=b'{"prompt": "31", "temperature": NaN}').status_code == 400
     assert client.post("/v1/completions", json={"prompt": "31", "model": "other"}).status_code == 404
     chat = {"messages": [{"role": "user", "content": "31"}]}
