@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.browser import Browser
 from tests.functional_tests.program import ROOT
 
 openai = pytest.importorskip("openai")
@@ -116,3 +117,58 @@ def test_the_documented_calls_work(address: str, expected: str) -> None:
     assert run.returncode == 0, run.stderr
     assert f"Megatron Response: \n{PROMPT}" in run.stdout and "'many' is not a whole number" in run.stdout
     assert "Error 400" in run.stdout and "at most 64 tokens" in run.stdout
+
+
+ENTER, RIGHT = ("Enter", 13), ("ArrowRight", 39)
+
+
+def set_field(page: Browser, name: str, text: str) -> None:
+    """As a person would: into the field, over what is there."""
+    page.run(f"document.getElementById('{name}').select()")
+    page.type(text)
+
+
+def ask(page: Browser, prompt: str, told: str) -> None:
+    """Until the page tells how it ended."""
+    set_field(page, "prompt", prompt)
+    page.press(*ENTER, ctrl=True)
+    page.wait_for(f"document.getElementById('status').textContent.includes('{told}')")
+
+
+def test_the_page_streams_what_the_model_writes(address: str, expected: str) -> None:
+    with Browser() as page:
+        page.open(f"http://{address}/")
+        page.wait_for("document.getElementById('model').textContent.includes('up to 64 tokens')")
+        assert page.run("document.activeElement.id") == "prompt"
+        set_field(page, "max_tokens", "12")
+        set_field(page, "temperature", "0")
+        set_field(page, "top_p", "1")
+        page.run(
+            "seen = []; new MutationObserver(() => seen.push(document.querySelectorAll('.token').length))"
+            ".observe(document.getElementById('output'), {childList: true}), 0"
+        )
+        ask(page, PROMPT, "ended: length")
+        assert page.run("document.getElementById('output').textContent") == PROMPT + expected
+        assert page.run("seen.some(count => 0 < count && count < 12)"), "the tokens came all at once"
+        page.point_at(".token")
+        tip = page.run("document.getElementById('tip').textContent").split("\n")
+        assert "<- drawn" in tip[0] and json.dumps(expected[0]) in tip[0] and len(tip) == 5
+        page.run("document.getElementById('output').focus()")
+        for _ in range(2):
+            page.press(*RIGHT)
+        assert page.run("document.activeElement === document.querySelectorAll('.token')[1]")
+        chat(page, expected)
+
+
+def chat(page: Browser, expected: str) -> None:
+    """A conversation, hotter the second time; what is wrong is said."""
+    page.run("document.getElementById('chat').click()")
+    for temperature in ("0", "2"):
+        set_field(page, "temperature", temperature)
+        ask(page, PROMPT, "ended: length")
+    words = page.run("messages.map(message => message.role + ': ' + message.content)")
+    assert words[:3] == [f"user: {PROMPT}", f"assistant: {expected}", f"user: {PROMPT}"]
+    assert words[3] != words[1]
+    set_field(page, "max_tokens", "63")
+    ask(page, PROMPT, "at most 64 tokens")
+    assert page.run("document.getElementById('prompt').value") == PROMPT

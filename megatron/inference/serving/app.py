@@ -6,11 +6,12 @@ import asyncio
 import json
 import logging
 from collections.abc import Coroutine
+from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
+from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse, StreamingResponse
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -18,8 +19,16 @@ from megatron.inference.serving import completions, legacy_api, metrics, openai_
 from megatron.inference.serving.loop import EngineGone
 from megatron.inference.serving.service import Refusal, Service
 
-OPEN_TO_ALL = frozenset({"/", "/health"})
+OPEN_TO_ALL = frozenset({"/", "/index.html", "/health"})
 """Without an API key."""
+
+PAGE = Path(__file__).with_name("page.html")
+PAGE_HEADERS = {
+    "Content-Security-Policy": "default-src 'none'; connect-src 'self'; img-src data:; style-src 'unsafe-inline'; "
+    "script-src 'unsafe-inline'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "Cache-Control": "no-cache",
+}
+"""The page loads nothing from anywhere, and talks to this server alone."""
 
 log = logging.getLogger(__name__)
 
@@ -92,9 +101,7 @@ async def _disconnected(request: Request) -> None:
 
 
 def build_app(service: Service) -> FastAPI:
-    """PUT /api, POST /completions, GET /v1/models, POST /v1/completions, POST /v1/chat/completions, GET /health, GET
-    /metrics. Errors never show a traceback.
-    """
+    """The page at /, the routes of docs/inference.md, /health and /metrics. Errors never show a traceback."""
     app = FastAPI(title="Text generation", docs_url=None, redoc_url=None)
     app.add_middleware(Gate, service=service)
 
@@ -116,6 +123,11 @@ def build_app(service: Service) -> FastAPI:
     async def unexpected(request: Request, error: Exception) -> Response:
         log.error("%s %s failed", request.method, request.url.path, exc_info=error)
         return refused(request.url.path, Refusal(500, "something went wrong here; see the server's log"))
+
+    @app.get("/", include_in_schema=False)
+    @app.get("/index.html", include_in_schema=False)
+    async def page() -> FileResponse:
+        return FileResponse(PAGE, headers=PAGE_HEADERS)
 
     @app.put("/api")
     async def api(request: Request) -> Any:

@@ -88,8 +88,15 @@ class ChatCompletion(Common):
 
 
 def models(service: Service) -> dict[str, Any]:
-    """GET /v1/models."""
-    model = {"id": service.model_name, "object": "model", "created": int(service.started), "owned_by": "local"}
+    """GET /v1/models; besides OpenAI's fields how long a text may be, and whether there is a chat template."""
+    model = {
+        "id": service.model_name,
+        "object": "model",
+        "created": int(service.started),
+        "owned_by": "local",
+        "max_model_len": service.max_length,
+        "chat": service.chat_template is not None,
+    }
     return {"object": "list", "data": [model]}
 
 
@@ -181,6 +188,7 @@ class Answer(ABC):
 
         tasks = [asyncio.create_task(follow(index, ticket)) for index, ticket in enumerate(self.tickets)]
         started: set[int] = set()
+        held: dict[int, Piece] = {}  # tokens whose text cannot be shown yet
         running, generated = len(tasks), 0
         try:
             while running:
@@ -192,8 +200,9 @@ class Answer(ABC):
                     yield f"data: {json.dumps(error_body(Refusal(503, str(piece))))}\n\n"
                     return
                 generated += len(piece.tokens)
-                if piece.text or piece.reason is not None or index not in started:
-                    choice = self.delta(index, piece, index not in started)
+                held[index] = held[index] + piece if index in held else piece
+                if held[index].text or piece.reason is not None or index not in started:
+                    choice = self.delta(index, held.pop(index), index not in started)
                     started.add(index)
                     yield f"data: {json.dumps({**self.chunk_head, 'choices': [choice]})}\n\n"
             if (self.body.stream_options or {}).get("include_usage"):
@@ -211,6 +220,8 @@ class CompletionAnswer(Answer):
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
         self.head = self.chunk_head = _head("text_completion", "cmpl", self.service)
+        self._lengths = [0] * len(self.tickets)
+        """Characters of the tokens told of so far."""
 
     def _echo(self, index: int) -> list[int]:
         return self.prompts[index // self.body.n] if self.body.echo else []
@@ -229,7 +240,7 @@ class CompletionAnswer(Answer):
         return {
             "index": index,
             "text": echo + piece.text,
-            "logprobs": None,
+            "logprobs": self._log_probs(index, piece),
             "finish_reason": piece.reason and REASONS[piece.reason],
         }
 
@@ -242,7 +253,8 @@ class CompletionAnswer(Answer):
             tokens = self._echo(index) + tokens
             values = [float("nan"), *(request.prompt_log_probs or ()), *values]
             best = [[], *(request.prompt_top_n_token_logprobs or ()), *best]
-        words, offsets = self.service.words(tokens)
+        words, offsets = self.service.words(tokens, self._lengths[index])
+        self._lengths[index] += sum(map(len, words))
         return {
             "tokens": words,
             "token_logprobs": [json_safe(value) for value in values],
@@ -301,8 +313,8 @@ def completion(service: Service, body: Completion) -> Answer:
     _require_model(service, body.model)
     if body.max_tokens == 0 and not body.echo:
         raise Refusal(400, "max_tokens 0 generates nothing: give echo true to score the prompt")
-    if body.stream and body.logprobs is not None:
-        raise Refusal(400, "logprobs are not streamed for completions; ask without stream")
+    if body.stream and body.echo and body.logprobs is not None:
+        raise Refusal(400, "a prompt's logprobs are not streamed: leave out echo, logprobs or stream")
     prompts = prompts_of(service, body.prompt)
     logs = body.logprobs is not None
     tickets = _tickets(service, body, prompts, body.max_tokens, body.logprobs or 0, logs)

@@ -25,6 +25,15 @@ class Piece:
     log_probs: list[float] = field(default_factory=list)
     best: list[list[tuple[int, float]]] = field(default_factory=list)
 
+    def __add__(self, later: Piece) -> Piece:
+        return Piece(
+            self.text + later.text,
+            self.tokens + later.tokens,
+            later.reason,
+            self.log_probs + later.log_probs,
+            self.best + later.best,
+        )
+
 
 class TextOfTokens:
     """The text of tokens as they come: nothing is shown that may change, or begin a stop word, later.
@@ -122,11 +131,7 @@ class Ticket:
         """All pieces in one."""
         result = Piece("", [])
         async for piece in self.pieces():
-            result.text += piece.text
-            result.tokens += piece.tokens
-            result.log_probs += piece.log_probs
-            result.best += piece.best
-            result.reason = piece.reason
+            result += piece
         return result
 
 

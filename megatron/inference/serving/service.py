@@ -132,10 +132,10 @@ class Service:
             raise
         return submitted
 
-    def words(self, tokens: Sequence[int]) -> tuple[list[str], list[int]]:
-        """The text of each token, and where it begins in the texts of all."""
+    def words(self, tokens: Sequence[int], begin: int = 0) -> tuple[list[str], list[int]]:
+        """The text of each token, and where it begins in the texts of all, of which the first begins at `begin`."""
         texts = [self.detokenize([token]) for token in tokens]
-        return texts, [0, *accumulate(map(len, texts))][:-1]
+        return texts, list(accumulate(map(len, texts), initial=begin))[:-1]
 
 
 def checked_params(**values: Any) -> SamplingParams:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import threading
 import time
 from collections.abc import Callable
@@ -173,6 +174,29 @@ def streams(client: Any, service: Any, model: Any) -> None:
     assert chunks[-1]["usage"]["prompt_tokens"] == 10
 
 
+def streamed_log_probs(client: Any, service: Any, model: Any) -> None:
+    """Those of the whole answer; tokens whose text is held back, as it may begin a stop text, are told of later."""
+    (text,) = texts_of(model, ["31415"], 6)
+    body = {"prompt": "31415", "max_tokens": 6, "temperature": 0, "logprobs": 2, "stop": text[2:4] + "!"}
+    whole = client.post("/v1/completions", json=body).json()["choices"][0]
+    lines = client.post("/v1/completions", json=body | {"stream": True}).text.split("\n\n")[:-2]
+    choices = [json.loads(line.removeprefix("data: "))["choices"][0] for line in lines]
+    assert whole["text"] == text == "".join(choice["text"] for choice in choices)
+    assert len(choices) < 6
+    for name, told in whole["logprobs"].items():
+        assert told == [one for choice in choices for one in choice["logprobs"][name]] and len(told) == 6
+    refused = client.post("/v1/completions", json=body | {"stream": True, "echo": True})
+    assert refused.status_code == 400 and "echo" in refused.json()["error"]["message"]
+
+
+def page(client: Any, service: Any, model: Any) -> None:
+    for address in ("/", "/index.html"):
+        answer = client.get(address)
+        assert answer.status_code == 200 and answer.headers["content-type"].startswith("text/html")
+        assert "default-src 'none'" in answer.headers["content-security-policy"]
+        assert not re.search(r"https?://|//[a-z]+\.|@import|<link[^>]+stylesheet|src=", answer.text)
+
+
 BAD_OPENAI = [
     ({"prompt": "31", "temperature": -1}, "temperature"),
     ({"prompt": "31", "max_tokens": -1}, "max_tokens"),
@@ -207,7 +231,9 @@ def openai_refusals(client: Any, service: Any, model: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    "check", [legacy_answers, legacy_refusals, completions, streams, openai_refusals], ids=lambda check: check.__name__
+    "check",
+    [legacy_answers, legacy_refusals, completions, streams, streamed_log_probs, page, openai_refusals],
+    ids=lambda check: check.__name__,
 )
 def test_routes(check: Any) -> None:
     run_ranks(1, with_server, check)
