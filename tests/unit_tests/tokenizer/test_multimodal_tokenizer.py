@@ -93,6 +93,7 @@ def test_a_system_message_is_kept_or_forced(saved: tuple[str, str]) -> None:
     ("settings", "message"),
     [
         ({"tokenizer_prompt_format": "morse"}, "--tokenizer-prompt-format morse is unknown: choose one of 'mistral'"),
+        ({"tokenizer_prompt_format": "nemotron5"}, "--tokenizer-prompt-format nemotron5 is unknown: choose one of"),
         ({"image_tag_type": "frame"}, "--image-tag-type frame is unknown: choose one of '', 'nvlm'"),
     ],
 )
