@@ -15,6 +15,7 @@ from megatron.core.inference.sampling_params import SamplingParams
 from tests.unit_tests.inference.small_models import (
     LATENT,
     LLAMA,
+    MAX_LENGTH,
     VOCAB_SIZE,
     build_engine,
     build_model,
@@ -70,6 +71,13 @@ CONTEXTS = {
 @pytest.mark.parametrize("context", CONTEXTS.values(), ids=CONTEXTS)
 def test_greedy_text_is_that_of_the_whole_model(kind: str, context: dict) -> None:
     assert run_ranks(1, continuations, (), SETTINGS[kind], GREEDY, PROMPTS, context)[0] == expected(kind)
+
+
+def test_texts_in_one_pass_may_have_more_tokens_together_than_there_are_positions() -> None:
+    prompts = PROMPTS * 3
+    assert sum(map(len, prompts)) > MAX_LENGTH
+    found = run_ranks(1, continuations, (), {}, GREEDY, prompts, {"chunks": 64})[0]
+    assert found == expected("learned positions") * 3
 
 
 @pytest.mark.parametrize("layout, context", [((), "prompts in pieces"), ((2, 2, True), "many chunks")], ids=str)
