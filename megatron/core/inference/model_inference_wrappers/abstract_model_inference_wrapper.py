@@ -29,6 +29,9 @@ class AbstractModelInferenceWrapper(ABC):
         ValueError: the model is cut over context parallel ranks.
     """
 
+    takes_whole_rows = False
+    """A pass is over all tokens so far, because nothing is kept of those before."""
+
     def __init__(
         self,
         model: nn.Module | Sequence[nn.Module],
@@ -136,12 +139,16 @@ class AbstractModelInferenceWrapper(ABC):
             data_iterator=iterators if len(self.chunks) > 1 else iterators[0],
             model=self.chunks if len(self.chunks) > 1 else self.model,
             num_microbatches=len(pieces),
-            seq_length=pieces[0]["tokens"].size(1),
             micro_batch_size=num_rows,
+            **self.lengths_of_pass(pieces[0]),
             forward_only=True,
             collect_non_loss_data=True,
         )
         return _joined(collected, pieces[0])
+
+    def lengths_of_pass(self, inputs: Inputs) -> dict[str, int]:
+        """What a pipeline's schedule must know of the rows that go through it."""
+        return {"seq_length": inputs["tokens"].size(1)}
 
     def _whole_logits(self, logits: Tensor) -> Tensor:
         """[b, s, v] of this rank's part of the vocabulary."""
