@@ -64,7 +64,7 @@ class T5InferenceWrapper(AbstractModelInferenceWrapper):
         lengths = torch.tensor([len(row) for row in rows], device=tokens.device)
         mask = (torch.arange(longest, device=tokens.device) >= lengths[:, None])[:, None, None, :]
         inputs: Inputs = {"tokens": prompts_tokens, "encoder_tokens": tokens, "encoder_mask": mask}
-        if self.config.pipeline_model_parallel_size == 1:
+        if self.num_stages == 1:
             inputs["encoder_output"] = self._encode(inputs)
         return inputs
 
