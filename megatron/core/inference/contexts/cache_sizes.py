@@ -33,9 +33,8 @@ def cache_sizes_of(chunks: Sequence[nn.Module], dtype: torch.dtype, pp_group: Pr
         dtype: of keys and values.
         pp_group: without one, the sizes of this rank.
     """
-    found = [
-        module.cache_bytes(dtype) for chunk in chunks for module in chunk.modules() if hasattr(module, "cache_bytes")
-    ]
+    methods = [getattr(module, "cache_bytes", None) for chunk in chunks for module in chunk.modules()]
+    found: list[tuple[int, int]] = [method(dtype) for method in methods if method is not None]
     sizes = [sum(of_token for of_token, _ in found), sum(of_text for _, of_text in found)]
     if pp_group is not None and get_pg_size(pp_group) > 1:
         shared = torch.tensor(sizes, device=device.current_device())
