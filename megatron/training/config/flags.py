@@ -9,7 +9,7 @@ import re
 import types
 import typing
 from collections.abc import Callable
-from dataclasses import MISSING, Field, dataclass, field, fields
+from dataclasses import MISSING, Field, dataclass, field, fields, replace
 from functools import cache
 from typing import Any, Literal, Union
 
@@ -37,6 +37,8 @@ class Flag:
     type: Callable[[str], Any] = str
     choices: tuple[Any, ...] = ()
     nargs: str | int | None = None
+    one_or_more: bool = False
+    """Several values are a list, one is not."""
 
     @property
     def help(self) -> str:
@@ -92,6 +94,7 @@ def flag_of(group: str, owner: type, name: str, *, hidden: bool = False) -> Flag
         type=shape.type,
         choices=shape.choices,
         nargs=shape.nargs,
+        one_or_more=shape.one_or_more,
     )
 
 
@@ -106,6 +109,7 @@ class ValueShape:
     choices: tuple[Any, ...] = ()
     nargs: str | int | None = None
     switch: bool = field(default=False, kw_only=True)
+    one_or_more: bool = field(default=False, kw_only=True)
 
 
 def value_shape(annotation: Any, spelling: Spelling) -> ValueShape:
@@ -115,6 +119,8 @@ def value_shape(annotation: Any, spelling: Spelling) -> ValueShape:
     kinds = [kind for kind in union_members(annotation) if kind is not type(None)]
     if len(kinds) == 2 and int in kinds and list[int] in kinds:
         return ValueShape(layer_pattern)
+    if len(kinds) == 2 and list[kinds[0]] == kinds[1]:  # type: ignore[valid-type]
+        return replace(value_shape(kinds[0], spelling), nargs="+", one_or_more=True)
     (kind,) = kinds
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if kind is bool:

@@ -69,7 +69,10 @@ ADDED_CHOICES = {
     "position_embedding_type": {"yarn"},
     "ckpt_format": {"safetensors"},
     "ckpt_convert_format": {"safetensors"},
+    "moe_router_load_balancing_type": {"global_aux_loss"},
 }
+ONE_OR_MORE = {"moe_router_load_balancing_type", "moe_aux_loss_coeff"}
+"""Take several values too."""
 
 
 @pytest.fixture(scope="module")
@@ -107,7 +110,8 @@ def check_shape(fact: dict[str, str], action: argparse.Action) -> None:
     elif fact["type"].startswith("enum:"):
         assert isinstance(action.type, MemberOf)
     else:
-        assert (action.type, action.nargs) == (kinds[fact["type"]], None)
+        nargs = "+" if fact["dest"] in ONE_OR_MORE else None
+        assert (action.type, action.nargs) == (kinds[fact["type"]], nargs)
 
 
 def check_choices(fact: dict[str, str], action: argparse.Action) -> None:
