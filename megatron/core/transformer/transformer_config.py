@@ -193,6 +193,8 @@ class TransformerConfig(ModelParallelConfig):
     # --- mixture of experts ---
     moe_shared_expert_intermediate_size: int | None = None
     """Total inner width of the experts that see every token; unset is none."""
+    moe_shared_expert_gate: bool = False
+    """Multiply their result by a learnt gate for each token."""
     moe_shared_expert_overlap: bool = False
     """Compute the shared experts while tokens travel to the others."""
     moe_layer_freq: int | list[int] = 1

@@ -255,6 +255,8 @@ def require_positive_shared_expert(config: TransformerConfig) -> None:
     """A shared expert has a width."""
     size = config.moe_shared_expert_intermediate_size
     require(size is None or size > 0, f"{shown(config, 'moe_shared_expert_intermediate_size')} must be positive")
+    for name in ("moe_shared_expert_gate", "moe_shared_expert_overlap"):
+        require(size or not getattr(config, name), f"{name} needs moe_shared_expert_intermediate_size")
 
 
 def derive_capacity_factor(config: TransformerConfig) -> None:

@@ -40,6 +40,7 @@ ADDED_FLAGS = {
     "--async-strategy",
     "--ckpt-verify",
     "--pipeline-schedule",
+    "--moe-shared-expert-gate",
     "--window-size",
     "--yarn-rotary-scaling-factor",
     "--yarn-original-max-position-embeddings",

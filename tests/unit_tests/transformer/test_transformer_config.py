@@ -39,6 +39,7 @@ FACTS = list(
 )
 ADDED_FIELDS = {
     "pipeline_schedule",
+    "moe_shared_expert_gate",
     "torch_compile",
     "yarn_rotary_scaling_factor",
     "yarn_original_max_position_embeddings",
