@@ -44,8 +44,12 @@ class Flag:
     def help(self) -> str:
         """The field's docstring; a switch that turns something off says so."""
         text = field_docs(self.owner).get(self.field, "")
-        turns_off = self.switch and (self.inverted or self.default is True)
-        return f"Turn off: {text[:1].lower()}{text[1:]}" if turns_off and text else text
+        return f"Turn off: {text[:1].lower()}{text[1:]}" if self.turns_off and text else text
+
+    @property
+    def turns_off(self) -> bool:
+        """Whether giving the flag turns its field off."""
+        return self.switch and (self.inverted or self.default is True)
 
 
 @cache
@@ -67,9 +71,18 @@ def flag_names() -> dict[str, str]:
 
 
 def in_terms_of_flags(message: str) -> str:
-    """`message` with every field named by its flag: the words that the user has typed."""
+    """`message` with every field named by its flag: the words that the user has typed.
+
+    "add_bias_linear to be off" becomes "--disable-bias-linear".
+    """
     spelled = flag_names()
-    return re.sub(r"\b[A-Za-z]\w*_\w+\b", lambda found: spelled.get(found[0], found[0]), message)
+    turning_off = {name for flag in all_flags().values() if flag.turns_off for name in (flag.field, flag.dest)}
+
+    def flag_for(found: re.Match[str]) -> str:
+        name, off = found[1], found[2] or ""
+        return spelled.get(name, name) + (off if name not in turning_off else "")
+
+    return re.sub(r"\b([A-Za-z]\w*_\w+)\b( to be off\b)?", flag_for, message)
 
 
 def flag_of(group: str, owner: type, name: str, *, hidden: bool = False) -> Flag:

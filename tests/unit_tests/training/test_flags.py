@@ -235,6 +235,10 @@ def test_layer_pattern_is_no_code(text: str, capsys: pytest.CaptureFixture[str])
 def test_messages_speak_of_flags() -> None:
     spoken = in_terms_of_flags("num_moe_experts (3) and layernorm_epsilon fit no unknown_word")
     assert spoken == "--num-experts (3) and --norm-epsilon fit no unknown_word"
+    spoken = in_terms_of_flags("num_moe_experts needs add_bias_linear to be off, or apply_rope_fusion to be off")
+    assert spoken == "--num-experts needs --disable-bias-linear, or --no-rope-fusion"
+    spoken = in_terms_of_flags("it needs sequence_parallel to be off")
+    assert spoken == "it needs --sequence-parallel to be off"
 
 
 def test_parsing_is_fast() -> None:
