@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import argparse
 import gc
+import json
 import os
+import platform
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,7 +26,6 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor, nn
 
-from benchmarks.harness import write_result
 from megatron.core import parallel_state
 from megatron.core.distributed import (
     DistributedDataParallel,
@@ -182,7 +183,8 @@ def main() -> None:
             rows.extend(result)
     show(rows)
     if args.output:
-        write_result(args.output, width=args.width, rows=rows)
+        versions = {"torch": torch.__version__, "python": platform.python_version(), "machine": platform.machine()}
+        args.output.write_text(json.dumps({"width": args.width, **versions, "rows": rows}, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -224,6 +224,24 @@ def make_sharded_tensor_for_checkpoint(
     )
 
 
+def make_replicated_sharded_object(
+    obj: object,
+    key: str,
+    prepend_offsets: tuple[tuple[int, int, int], ...] = (),
+    *,
+    tp_group: ProcessGroup | None = None,
+    dp_cp_group: ProcessGroup | None = None,
+) -> Any:
+    """`ShardedObject` of something that every tensor and data parallel rank holds alike."""
+    from megatron.core.dist_checkpointing.mapping import ShardedObject
+
+    tp_group, dp_cp_group = _checkpoint_groups(tp_group, dp_cp_group)
+    replica = (0, get_pg_rank(tp_group), get_pg_rank(dp_cp_group))
+    ordered = sorted(prepend_offsets) or [(0, 0, 1)]
+    grid, cell = tuple(size for _, _, size in ordered), tuple(offset for _, offset, _ in ordered)
+    return ShardedObject(key, obj, grid, cell, replica_id=replica)
+
+
 def _checkpoint_groups(
     tp_group: ProcessGroup | None, dp_cp_group: ProcessGroup | None
 ) -> tuple[ProcessGroup | None, ProcessGroup | None]:

@@ -18,7 +18,6 @@ GROUPS_NOT_BUILT: dict[str, str] = {
     "vision": "vision models",
     "retro": "training with retrieval",
     "inference": "the inference engine",
-    "Transformer-Engine": "Transformer Engine",
     "rerun engine": "detection of faulty results",
     "config logger": "dumping of configuration objects",
     "pretrain_gpt.py when modelopt installed: modelopt-generic": "quantization and distillation",

@@ -10,10 +10,22 @@ from tests.functional_tests.program import pretrain_gpt, train_rows
 
 HALF, FULL = 4, 8
 
+FP8 = "--bf16 --fp8-format hybrid --fp8-amax-history-len 4 --fp8-amax-compute-algo max"
+
 LAYOUTS = {
     "one": (1, ""),
     "one-fp16": (1, "--fp16 --initial-loss-scale 65536"),
     "one-bf16-sgd": (1, "--bf16 --optimizer sgd"),
+    "one-fp8": (1, f"{FP8} --recompute-granularity selective --recompute-modules mlp"),
+    "tp2-sp-dp2-fp8": (
+        4,
+        f"{FP8} --tensor-model-parallel-size 2 --sequence-parallel --use-distributed-optimizer",
+    ),
+    "ep2-fp8": (
+        2,
+        f"{FP8} --num-experts 4 --expert-model-parallel-size 2 --moe-token-dispatcher-type alltoall "
+        "--moe-grouped-gemm --disable-bias-linear",
+    ),
     "pp2-recompute": (
         2,
         "--pipeline-model-parallel-size 2 --recompute-granularity full --recompute-method uniform "
@@ -63,9 +75,11 @@ def history(path: Path) -> list[tuple]:
 
 @pytest.mark.parametrize(
     ("layout", "ckpt_format"),
-    [(layout, "torch_dist") for layout in LAYOUTS if layout != "tp2-pp2"]
+    [(layout, "torch_dist") for layout in LAYOUTS if layout not in ("tp2-pp2", "tp2-sp-dp2-fp8", "ep2-fp8")]
     + [("tp2-pp2", "torch")]
-    + [pytest.param(layout, "torch", marks=pytest.mark.slow) for layout in ("tp2-sp-dp2-distopt", "pp2-interleaved")],
+    + [pytest.param(layout, "torch", marks=pytest.mark.slow) for layout in ("tp2-sp-dp2-distopt", "pp2-interleaved")]
+    + [pytest.param(layout, "torch_dist", marks=pytest.mark.slow) for layout in ("tp2-sp-dp2-fp8", "ep2-fp8")]
+    + [pytest.param("ep2-fp8", "torch", marks=pytest.mark.slow)],
 )
 def test_resume_is_bit_exact(layout: str, ckpt_format: str, tmp_path: Path) -> None:
     world_size, parallel = LAYOUTS[layout]

@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor
 
 from megatron.core import device
 from megatron.core.collectives import all_reduce, broadcast
+from megatron.core.fp8.delayed import update_delayed_scales
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.stage_placement import Placement, placement_shape
 from megatron.core.timers import timed
@@ -28,7 +29,7 @@ def finalize_model_grads(
     gradients of parameters that each rank used on a part of the sequence; over the embedding groups the sum
     of the tied embeddings' gradients; the tokens of each expert, where routers have a bias that follows them;
     with `num_tokens` (the tokens this rank's loss was summed over) their total, by which all gradients are
-    divided.
+    divided; with delayed scaling in fp8 the maxima of this step, from which the next one's scales follow.
     """
     groups = groups or groups_of(model[0])
     config = get_model_config(model[0])
@@ -41,15 +42,15 @@ def finalize_model_grads(
         _reduce_shared_grads(model, groups.embd, _shared_word_embedding)
         _reduce_grads_of_stacks(model, groups)
     if getattr(config, "moe_router_enable_expert_bias", False):
-        update_expert_bias([router for router in _routers(model) if router.expert_bias is not None], groups)
-    for router in _routers(model):
-        router.begin_batch()
+        update_expert_bias(_biased_routers(model), groups)
     if num_tokens is not None:
         _divide_by_tokens(model, num_tokens, groups)
+    update_delayed_scales(model, groups)
 
 
-def _routers(model: list[nn.Module]) -> list[TopKRouter]:
-    return [module for chunk in model for module in chunk.modules() if isinstance(module, TopKRouter)]
+def _biased_routers(model: list[nn.Module]) -> list[TopKRouter]:
+    routers = [module for chunk in model for module in chunk.modules() if isinstance(module, TopKRouter)]
+    return [router for router in routers if router.expert_bias is not None]
 
 
 def _gradient(param: nn.Parameter) -> Tensor | None:

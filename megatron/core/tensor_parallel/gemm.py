@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -90,3 +91,37 @@ def _mixed_kernel_works(device_type: str, dtype: torch.dtype, total_dtype: torch
     except (RuntimeError, NotImplementedError, TypeError):
         return False
     return bool((total == 17).all())
+
+
+class LinearProducts:
+    """The three products of a linear layer, in the type of its operands; a layer may have others (`core.fp8`)."""
+
+    def for_evaluation(self) -> LinearProducts:
+        """The same, without anything being learned from the operands."""
+        return self
+
+    def state(self) -> dict[str, Tensor] | None:
+        """What a checkpoint keeps, equal on all ranks that share the weight; None for nothing."""
+        return None
+
+    def load(self, state: dict[str, Tensor]) -> None:
+        """Go on where `state` left off; there is nothing to it here."""
+
+    def output(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """x Wᵀ + b in the type of x."""
+        return linear(x, weight, bias)
+
+    def gradient(self, grad_output: Tensor) -> Any:
+        """dy as the two following products take it; what it costs to prepare is paid once for both."""
+        return grad_output
+
+    def input_gradient(self, gradient: Any, weight: Tensor) -> Tensor:
+        """dy W in the type of dy."""
+        return matmul(gradient, weight)
+
+    def weight_gradient(self, weight: Tensor, gradient: Any, x: Tensor, accumulate: bool) -> Tensor | None:
+        """dyᵀ x; see the function of this name."""
+        return weight_gradient(weight, gradient, x, accumulate)
+
+
+PLAIN_PRODUCTS = LinearProducts()

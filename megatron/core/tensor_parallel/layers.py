@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from megatron.core.model_parallel_config import ModelParallelConfig
+from megatron.core.tensor_parallel.gemm import PLAIN_PRODUCTS, LinearProducts
 from megatron.core.tensor_parallel.initialization import parameter_device, register_parameter_init
 from megatron.core.tensor_parallel.linear import (
     LinearWithFrozenWeight,
@@ -37,6 +38,7 @@ from megatron.core.utils import (
     get_pg_rank,
     get_pg_size,
     get_tensor_model_parallel_group_if_none,
+    make_replicated_sharded_object,
     make_sharded_tensor_for_checkpoint,
     make_tp_sharded_tensor_for_checkpoint,
 )
@@ -121,6 +123,9 @@ class _TensorParallelModule(nn.Module):
 
     sharded_axes: dict[str, int]
     """Axis along which each parameter is cut; parameters not named are whole on every rank."""
+    cut: str | None = None
+    """Of a matrix, whether it is cut by output features (column) or input features (row); None for what multiplies
+    nothing."""
 
     def __init__(self, config: ModelParallelConfig, tp_group: ProcessGroup | None, is_expert: bool = False) -> None:
         super().__init__()
@@ -133,12 +138,32 @@ class _TensorParallelModule(nn.Module):
         self.sequence_parallel = config.sequence_parallel and self.world_size > 1 and not self.explicit_expert_comm
         self.overlap: OverlapPlan | None = None
         """What hides behind what, where communication is cut into pieces (`tp_comm_overlap`)."""
+        self.products: LinearProducts = PLAIN_PRODUCTS
+        """How the layer multiplies."""
+
+    def use_products(self, make: Callable[[str, bool], LinearProducts]) -> None:
+        """Multiply by what `make` gives for a layer that is cut like this one, of an expert or not."""
+        if self.cut is not None:
+            self.products = make(self.cut, self.is_expert)
+
+    def all_products(self) -> list[LinearProducts]:
+        """`products`, as one of possibly several."""
+        return [self.products]
+
+    @property
+    def current_products(self) -> LinearProducts:
+        """`products`, which learn from what they see in training only."""
+        return self.products if self.training else self.products.for_evaluation()
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: Offsets = (), metadata: dict[str, Any] | None = None
     ) -> dict[str, Any]:
         """Each parameter as a `ShardedTensor` of its full matrix."""
         result = {}
+        if (state := self.products.state()) is not None:
+            result[f"{prefix}_extra_state"] = make_replicated_sharded_object(
+                state, f"{prefix}_extra_state", sharded_offsets, tp_group=self.tp_group
+            )
         for name, param in self.named_parameters(recurse=False):
             key = prefix + name
             if name in self.sharded_axes:
@@ -155,12 +180,14 @@ class _TensorParallelModule(nn.Module):
                 )
         return result
 
-    def get_extra_state(self) -> None:
-        """None: the layer has no state besides its parameters."""
-        return
+    def get_extra_state(self) -> dict[str, Tensor] | None:
+        """State of the products (the scales of delayed scaling); None without any."""
+        return self.products.state()
 
     def set_extra_state(self, state: Any) -> None:
-        """Ignore extra state, which other implementations store for fp8."""
+        """Take over such a state; what is of another kind, as other implementations store for fp8, is ignored."""
+        if isinstance(state, dict):
+            self.products.load(state)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         # Extra state is optional: layout-free checkpoints do not store it.
@@ -185,6 +212,7 @@ class ColumnParallelLinear(_TensorParallelModule):
     """
 
     sharded_axes = {"weight": 0, "bias": 0}
+    cut = "column"
     fsdp_unit = True
     """Fully sharded, its weights are gathered together."""
 
@@ -257,6 +285,7 @@ class ColumnParallelLinear(_TensorParallelModule):
                 sequence_parallel=self.sequence_parallel,
                 tp_group=self.tp_group,
                 weight_grad_queue=self.weight_grad_queue,
+                products=self.current_products,
             )
         gather = self.gather_output if runtime_gather_output is None else runtime_gather_output
         if gather:
@@ -281,6 +310,7 @@ class RowParallelLinear(_TensorParallelModule):
     """
 
     sharded_axes = {"weight": 1}
+    cut = "row"
 
     def __init__(
         self,
@@ -336,6 +366,7 @@ class RowParallelLinear(_TensorParallelModule):
             allreduce_dgrad=False,
             sequence_parallel=False,
             tp_group=self.tp_group,
+            products=self.current_products,
         )
         if self.explicit_expert_comm:
             return partial

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from megatron.core.collectives import InFlight, all_reduce, start_all_gather, start_all_reduce, start_reduce_scatter
-from megatron.core.tensor_parallel.gemm import linear, matmul, weight_gradient
+from megatron.core.tensor_parallel.gemm import PLAIN_PRODUCTS, LinearProducts, linear, matmul
 from megatron.core.tensor_parallel.mappings import _gather_first_dim, gather_from_sequence_parallel_region
 from megatron.core.tensor_parallel.weight_grad_queue import PostponedProduct, WeightGradQueue, postpone
 from megatron.core.utils import get_pg_size, get_tensor_model_parallel_group_if_none
@@ -32,14 +32,15 @@ class LinearWithGradAccumulationAndAsyncCommunication(torch.autograd.Function):
         sequence_parallel: bool,
         group: ProcessGroup | None,
         weight_grad_queue: WeightGradQueue | None = None,
+        products: LinearProducts = PLAIN_PRODUCTS,
     ) -> Tensor:
         ctx.save_for_backward(x, weight)
-        ctx.queue = weight_grad_queue
+        ctx.queue, ctx.products = weight_grad_queue, products
         ctx.weight = weight  # the parameter object itself, which carries `main_grad`
         ctx.has_bias, ctx.fused_accumulation = bias is not None, fused_accumulation
         ctx.allreduce_dgrad, ctx.sequence_parallel, ctx.group = allreduce_dgrad, sequence_parallel, group
         full = _gather_first_dim(x, group) if sequence_parallel else x
-        return linear(full, weight, bias)
+        return products.output(full, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
@@ -47,19 +48,19 @@ class LinearWithGradAccumulationAndAsyncCommunication(torch.autograd.Function):
         needs_dx, needs_dw, needs_db = ctx.needs_input_grad[:3]
         if needs_dw:
             gather_from = ctx.group if ctx.sequence_parallel else None
-            product = PostponedProduct(ctx.weight, grad_output, x, gather_from, ctx.fused_accumulation)
+            product = PostponedProduct(ctx.weight, grad_output, x, gather_from, ctx.fused_accumulation, ctx.products)
             needs_dw = not postpone(product, ctx.queue)
         # x was not stored whole: it is fetched while dx is being computed, which is exchanged while dW is.
         whole_x = start_all_gather(x, ctx.group) if ctx.sequence_parallel and needs_dw else InFlight(x, None)
-        dx = InFlight(grad_output, None)
+        dx, dy = InFlight(grad_output, None), ctx.products.gradient(grad_output)
         if needs_dx:
-            dx = _start_exchange(matmul(grad_output, weight), ctx)
+            dx = _start_exchange(ctx.products.input_gradient(dy, weight), ctx)
         dw = db = None
         if needs_dw:
-            dw = weight_gradient(ctx.weight, grad_output, whole_x.wait(), ctx.fused_accumulation)
+            dw = ctx.products.weight_gradient(ctx.weight, dy, whole_x.wait(), ctx.fused_accumulation)
         if ctx.has_bias and needs_db:
             db = grad_output.reshape(-1, grad_output.size(-1)).sum(0)
-        return dx.wait() if needs_dx else None, dw, db, None, None, None, None, None
+        return dx.wait() if needs_dx else None, dw, db, None, None, None, None, None, None
 
 
 def _start_exchange(dx: Tensor, ctx: Any) -> InFlight:
@@ -80,6 +81,7 @@ def linear_with_grad_accumulation_and_async_allreduce(
     async_grad_allreduce: bool | None = None,
     tp_group: ProcessGroup | None = None,
     weight_grad_queue: WeightGradQueue | None = None,
+    products: LinearProducts = PLAIN_PRODUCTS,
 ) -> Tensor:
     """x Wᵀ + b.
 
@@ -90,6 +92,7 @@ def linear_with_grad_accumulation_and_async_allreduce(
         allreduce_dgrad: all-reduce dx over the group, overlapped with the computation of dW.
         sequence_parallel: all-gather x, reduce-scatter dx, overlapped likewise.
         weight_grad_queue: backward leaves the product dW here as long as there is room.
+        products: how to multiply.
 
     Raises:
         NotImplementedError: `grad_output_buffer` is given, in whose place there is `weight_grad_queue`.
@@ -111,6 +114,7 @@ def linear_with_grad_accumulation_and_async_allreduce(
         sequence_parallel and many,
         group,
         weight_grad_queue,
+        products,
     )
 
 

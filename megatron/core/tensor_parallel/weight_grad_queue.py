@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from megatron.core.collectives import InFlight, start_all_gather
-from megatron.core.tensor_parallel.gemm import weight_gradient
+from megatron.core.tensor_parallel.gemm import PLAIN_PRODUCTS, LinearProducts
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,8 @@ class PostponedProduct:
     """Ranks from which x is gathered (sequence parallelism); None where x is whole."""
     accumulate: bool
     """Add to `weight.main_grad`, where there is one."""
+    products: LinearProducts = PLAIN_PRODUCTS
+    """How to multiply."""
 
 
 @dataclass
@@ -97,9 +99,10 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, _: Tensor) -> tuple[Tensor | None, None, None]:
-        weight = ctx.product.weight
+        weight, products = ctx.product.weight, ctx.product.products
         weight._num_postponed_grads = num_postponed_grads(weight) - 1
-        return weight_gradient(weight, ctx.product.grad_output, ctx.x, ctx.product.accumulate), None, None
+        dy = products.gradient(ctx.product.grad_output)
+        return products.weight_gradient(weight, dy, ctx.x, ctx.product.accumulate), None, None
 
 
 def num_postponed_grads(param: Tensor) -> int:

@@ -18,6 +18,7 @@ from torch.distributed import ProcessGroup
 from megatron.core import device
 from megatron.core.collectives import all_gather_into_tensor, all_reduce
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
+from megatron.core.fp8.attach import compute_in_fp8
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import (
     ProcessGroupCollection,
@@ -252,6 +253,7 @@ class MultiTokenPredictionBlock(MegatronModule):
             )
             for number, layer_spec in enumerate(spec.layer_specs or (), start=1)
         )
+        compute_in_fp8(self.layers, config, None, self.model_comm_pgs)
 
     def forward(
         self,

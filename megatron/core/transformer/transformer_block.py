@@ -12,6 +12,7 @@ from torch.distributed import ProcessGroup
 
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 from megatron.core.dist_checkpointing.utils import replace_prefix_for_sharding
+from megatron.core.fp8.attach import compute_in_fp8
 from megatron.core.fusions.fused_layer_norm import FusedLayerNorm
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -122,6 +123,9 @@ class TransformerBlock(MegatronModule):
             for number, layer_spec in enumerate(self.submodules.layer_specs or (), start=1)
         )
         self.num_layers_per_pipeline_rank = len(self.layers)
+        for layer in self.layers:
+            number: Any = getattr(layer, "layer_number", None)
+            compute_in_fp8(layer, config, number, self.model_comm_pgs)
         self.offload = ActivationOffload(config)
         norm: nn.Module | None = None
         if post_process and post_layer_norm and self.submodules.layer_norm is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -65,7 +66,7 @@ async def complete(service: Service, body: Body) -> dict[str, Any]:
         for row, prompt in enumerate(prompts)
     ]
     tickets = service.tickets((prompt, params, stop) for prompt, params in zip(prompts, settings))
-    pieces = await service.all_of(tickets)
+    pieces = await asyncio.gather(*(ticket.whole() for ticket in tickets))
     rows = zip(prompts, tickets, pieces)
     return {"choices": [_choice(service, body, index, *row) for index, row in enumerate(rows)]}
 

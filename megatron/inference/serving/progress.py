@@ -88,13 +88,6 @@ class Ticket:
         self.request: DynamicInferenceRequest | None = None
         """When it is completed."""
         self.number = loop.submit(tokens, params, self._hear)
-        self._ended = False
-
-    def cancel(self) -> None:
-        """It is not wanted any more; nothing if it has ended."""
-        if not self._ended:
-            self._ended = True
-            self._loop.cancel(self.number)
 
     def _hear(self, item: Progress | BaseException) -> None:
         with suppress(RuntimeError):  # the event loop has been closed: nobody waits any more
@@ -106,19 +99,19 @@ class Ticket:
         Raises:
             EngineGone: the engine has stopped.
         """
-        seen = 0
+        seen, done = 0, False
         try:
-            while not self._ended:
+            while not done:
                 item = await self._queue.get()
                 if isinstance(item, BaseException):
-                    self._ended = True
+                    done = True
                     raise item
-                self._ended = item.reason is not None
-                text = self._text.take(item.tokens, self._ended)
+                done = item.reason is not None
+                text = self._text.take(item.tokens, done)
                 reason = item.reason
                 if self._text.stopped:
                     reason = FinishReason.STOP
-                if self._ended:
+                if done:
                     self.request = item.request
                 yield Piece(
                     text,
@@ -131,7 +124,8 @@ class Ticket:
                 if self._text.stopped:
                     return
         finally:
-            self.cancel()
+            if not done:
+                self._loop.cancel(self.number)
 
     async def whole(self) -> Piece:
         """All pieces in one."""

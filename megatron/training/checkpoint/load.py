@@ -26,6 +26,7 @@ from megatron.training.checkpoint.checks import (
     sharded_shape_mismatches,
 )
 from megatron.training.checkpoint.data import DATA_KEY, position_object
+from megatron.training.checkpoint.extra_state import leave_out_new_states
 from megatron.training.checkpoint.find import (
     Found,
     candidates,
@@ -254,6 +255,7 @@ def load_sharded(
     model_request = sharded_model(model, metadata)
     with together(f"cannot load {found.directory}"):
         stored = read_catalog_of(found.directory)
+        leave_out_new_states(model_request, stored)
         tolerant = mode is not StrictHandling.ASSUME_OK_UNEXPECTED or not strict
         mismatches = sharded_shape_mismatches(model_request, stored, only_shapes=tolerant)
     require_same_model(args, None if found.weights_only else saved, found.directory, found.format, mismatches)

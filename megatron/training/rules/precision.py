@@ -13,6 +13,10 @@ from megatron.training.settings import refuse_unless, warn, was_given
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.uint8}
 STATE_DTYPES = ("main_grads_dtype", "main_params_dtype", "exp_avg_dtype", "exp_avg_sq_dtype")
+FP8_SETTINGS = (
+    *("fp8_recipe", "fp8_margin", "fp8_amax_history_len", "fp8_amax_compute_algo", "fp8_wgrad"),
+    *("first_last_layers_bf16", "num_layers_at_start_in_bf16", "num_layers_at_end_in_bf16"),
+)
 DETERMINISTIC_NCCL = ("Tree", "Ring", "CollnetDirect", "CollnetChain", "^NVLS")
 
 
@@ -83,6 +87,16 @@ def require_half_precision_for_its_options(args: argparse.Namespace) -> None:
         refuse_unless(args.fp16 or args.bf16, "--fp32-residual-connection needs --fp16 or --bf16")
 
 
+def require_fp8_fits(args: argparse.Namespace) -> None:
+    """Products in fp8 round to bf16, whose range they share."""
+    if args.fp8:
+        refuse_unless(args.bf16, f"--fp8-format {args.fp8} needs --bf16")
+        return
+    given = [all_flags()[name].names[0] for name in FP8_SETTINGS if was_given(args, name)]
+    if given:
+        warn(args, f"{' '.join(given)} has no effect without --fp8-format")
+
+
 def force_fp32_softmax_under_layer_scaling(args: argparse.Namespace) -> None:
     """Scores divided by the layer's number are scaled up inside the softmax, beyond float16's range."""
     if args.apply_query_key_layer_scaling:
@@ -111,6 +125,7 @@ PRECISION_RULES = (
     derive_gradient_dtype,
     require_precision_aware_optimizer_fits,
     require_half_precision_for_its_options,
+    require_fp8_fits,
     force_fp32_softmax_under_layer_scaling,
     require_deterministic_kernels,
 )

@@ -20,7 +20,6 @@ from megatron.core.tensor_parallel import (
     RowParallelLinear,
     VocabParallelEmbedding,
     gemm,
-    linear,
     model_parallel_cuda_manual_seed,
     overlap,
 )
@@ -82,15 +81,15 @@ def check_order_of_backward(sequence_parallel: bool, monkeypatch_last: str) -> l
     watch(dist, "all_reduce", "dx")
     watch(collectives, "_reduce_scatter", "dx")
     watch(collectives, "_all_gather", "x")
-    original = linear.weight_gradient
+    original = gemm.weight_gradient
 
     def weight_gradient_noted(*args: Any) -> Tensor | None:
         log.append(f"dW computed, dx in flight: {not works[-1].is_completed()}")
         let_go_on("product")
         return original(*args)
 
-    linear.weight_gradient = weight_gradient_noted
-    undo.append((linear, "weight_gradient", original))
+    gemm.weight_gradient = weight_gradient_noted
+    undo.append((gemm, "weight_gradient", original))
     try:
         output.sum().backward()
     finally:

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from megatron.core.tensor_parallel import weight_grad_queue
+from megatron.core.tensor_parallel import gemm, weight_grad_queue
 from megatron.core.tensor_parallel.weight_grad_queue import (
     PostponedProduct,
     WeightGradQueue,
@@ -55,9 +55,9 @@ def test_products_are_added_to_the_gradient_once(accumulate: bool) -> None:
 
 def test_products_run_in_the_order_in_which_they_came(monkeypatch: pytest.MonkeyPatch) -> None:
     weights, queue, order = [parameter() for _ in range(3)], WeightGradQueue(), []
-    original = weight_grad_queue.weight_gradient
+    original = gemm.weight_gradient
     monkeypatch.setattr(
-        weight_grad_queue, "weight_gradient", lambda weight, *rest: order.append(id(weight)) or original(weight, *rest)
+        gemm, "weight_gradient", lambda weight, *rest: order.append(id(weight)) or original(weight, *rest)
     )
     for weight in (weights[1], weights[0], weights[2], weights[1]):
         queue.add(product(weight))
@@ -123,7 +123,7 @@ def gather_behind_products() -> list[str]:
     weight, queue, log = parameter(), WeightGradQueue(), []
     wholes = [product(weight, seed) for seed in range(3)]
     rank = dist.get_rank()
-    start, multiply = weight_grad_queue.start_all_gather, weight_grad_queue.weight_gradient
+    start, multiply = weight_grad_queue.start_all_gather, gemm.weight_gradient
 
     def start_noted(*args: Any, **kwargs: Any) -> Any:
         log.append("gather")
@@ -133,14 +133,14 @@ def gather_behind_products() -> list[str]:
         log.append("product")
         return multiply(*args)
 
-    weight_grad_queue.start_all_gather, weight_grad_queue.weight_gradient = start_noted, multiply_noted
+    weight_grad_queue.start_all_gather, gemm.weight_gradient = start_noted, multiply_noted
     try:
         for whole in wholes:
             part = whole.x[2 * rank : 2 * rank + 2]
             queue.add(PostponedProduct(weight, whole.grad_output, part, dist.group.WORLD, False))
         queue.run()
     finally:
-        weight_grad_queue.start_all_gather, weight_grad_queue.weight_gradient = start, multiply
+        weight_grad_queue.start_all_gather, gemm.weight_gradient = start, multiply
     torch.testing.assert_close(weight.grad, expected(*wholes))
     return log
 

@@ -60,8 +60,8 @@ def test_unbuilt_value_equal_to_its_default_is_accepted() -> None:
 
 def test_all_unbuilt_flags_are_named_at_once() -> None:
     with pytest.raises(ConfigurationError) as refusal:
-        validated("--use-legacy-models --use-nccl-ub --fp8-format e4m3")
-    for word in ("--use-legacy-models", "--use-nccl-ub", "--fp8-format e4m3"):
+        validated("--use-legacy-models --use-nccl-ub --cross-entropy-fusion-impl te")
+    for word in ("--use-legacy-models", "--use-nccl-ub", "--cross-entropy-fusion-impl te"):
         assert f"  {word}: not built yet" in str(refusal.value)
 
 
@@ -93,6 +93,8 @@ BUILT = [
     "--recompute-granularity selective --recompute-modules core_attn layernorm mlp",
     "--fp16 --initial-loss-scale 1024 --hysteresis 1",
     "--bf16 --grad-reduce-in-bf16",
+    "--bf16 --fp8-format hybrid --fp8-margin 1 --fp8-amax-history-len 8 --fp8-amax-compute-algo max --no-fp8-wgrad",
+    "--bf16 --fp8-format e4m3 --fp8-recipe blockwise --first-last-layers-bf16 --num-layers-at-end-in-bf16 0",
     "--optimizer sgd --sgd-momentum 0.5",
     "--bf16 --use-distributed-optimizer --use-precision-aware-optimizer --main-grads-dtype bf16",
     "--use-distributed-optimizer --use-precision-aware-optimizer --exp-avg-dtype fp8 --exp-avg-sq-dtype bf16",

@@ -70,10 +70,10 @@ def get_gpt_layer_local_spec(
         normalization: kept for the public interface; `config.normalization` decides.
 
     Raises:
-        NotImplementedError: fp8 or kitchen are asked for.
+        NotImplementedError: kitchen is asked for.
         ValueError: latent attention with `qk_l2_norm`.
     """
-    _refuse_unbuilt(fp8=fp8, use_kitchen=use_kitchen)
+    _refuse_unbuilt(use_kitchen=use_kitchen)
     names = dict(CHECKPOINT_NAMES_OF_NORMS if num_experts is None else CHECKPOINT_NAMES_BEFORE_EXPERTS)
     if multi_latent_attention:
         if qk_l2_norm:
@@ -230,7 +230,7 @@ def _get_mlp_module_spec(
     moe_use_legacy_grouped_gemm: bool | None = False,
 ) -> ModuleSpec:
     """The dense feed-forward block, or experts."""
-    _refuse_unbuilt(use_te=use_te, fp8=fp8)
+    _refuse_unbuilt(use_te=use_te)
     parts = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
     if num_experts is None:
         return ModuleSpec(module=MLP, submodules=parts)

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from megatron.core.dist_checkpointing.mapping import ShardedStateDict, ShardedTensor, ShardedTensorFactory
+from megatron.core.dist_checkpointing.mapping import (
+    ShardedObject,
+    ShardedStateDict,
+    ShardedTensor,
+    ShardedTensorFactory,
+)
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.gemm import LinearProducts
 from megatron.core.tensor_parallel.initialization import parameter_device, register_parameter_init
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from megatron.core.tensor_parallel.random import CheckpointWithoutOutput
@@ -19,9 +26,12 @@ from megatron.core.transformer.moe.grouped_linear import grouped_linear
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_depth_rules import recomputes
 from megatron.core.transformer.utils import groups_or_default
-from megatron.core.utils import divide, get_pg_rank, get_pg_size
+from megatron.core.utils import divide, get_pg_rank, get_pg_size, make_replicated_sharded_object
 
 Offsets = tuple[tuple[int, int, int], ...]
+
+_STATE = "._extra_state"
+"""Ends the name of the state of a matrix' products."""
 
 
 class SequentialMLP(MegatronModule):
@@ -39,6 +49,7 @@ class SequentialMLP(MegatronModule):
         self.num_local_experts = num_local_experts
         self.first_expert = get_pg_rank(groups.ep) * num_local_experts
         self.replica = (0, 0, get_pg_rank(groups.expt_dp))
+        self.tp_group = groups.expt_tp
         self.local_experts = nn.ModuleList(
             MLP(
                 config,
@@ -80,7 +91,9 @@ class SequentialMLP(MegatronModule):
             part = expert.sharded_state_dict(local, offsets, metadata)  # type: ignore[operator]
             for name, described in part.items():
                 key = described.key.replace(local, f"{prefix}experts.", 1)
-                sharded[name] = replace(described, key=key, replica_id=self.replica)
+                # What is not cut is held by the tensor parallel ranks too.
+                rank = get_pg_rank(self.tp_group) if isinstance(described, ShardedObject) else 0
+                sharded[name] = replace(described, key=key, replica_id=(0, rank, self.replica[2]))
         return sharded
 
 
@@ -110,6 +123,23 @@ class GroupedMLP(MegatronModule):
         inner, h = divide(config.moe_ffn_hidden_size, get_pg_size(self.tp_group)), config.hidden_size
         self.weight1 = self._stack((self.halves * inner, h), 0, "linear_fc1", config.init_method, self.halves)
         self.weight2 = self._stack((h, inner), 1, "linear_fc2", config.output_layer_init_method)
+        self.products: tuple[list[LinearProducts], list[LinearProducts]] | None = None
+        """How the two matrices of each expert are multiplied; None for all together, in their own type."""
+
+    def use_products(self, make: Callable[[str, bool], LinearProducts]) -> None:
+        """Multiply each matrix by what `make` gives for it."""
+        columns, rows = ([make(cut, True) for _ in range(self.num_local_experts)] for cut in ("column", "row"))
+        self.products = columns, rows
+
+    def all_products(self) -> list[LinearProducts]:
+        """Of all matrices."""
+        return [own for stack in self.products or () for own in stack]
+
+    def _current_products(self) -> tuple[list[LinearProducts] | None, list[LinearProducts] | None]:
+        if self.products is None or self.training:
+            return self.products or (None, None)
+        columns, rows = ([own.for_evaluation() for own in stack] for stack in self.products)
+        return columns, rows
 
     def _stack(self, shape: tuple[int, int], dim: int, name: str, init_method: Any, stride: int = 1) -> nn.Parameter:
         config = self.config
@@ -135,12 +165,13 @@ class GroupedMLP(MegatronModule):
         """As of `SequentialMLP`."""
         rows, weights = _weighted_input(permuted_local_hidden_states, permuted_probs, self.config)
         splits, fused = tokens_per_expert.tolist(), self.config.gradient_accumulation_fusion
-        hidden = grouped_linear(rows, self.weight1, splits, fused)
+        columns, last = self._current_products()
+        hidden = grouped_linear(rows, self.weight1, splits, fused, columns)
         again = CheckpointWithoutOutput() if self.recompute_activation and self.training and len(rows) else None
         inner = (
             self._activated(hidden, weights) if again is None else again.checkpoint(self._activated, hidden, weights)
         )
-        output = grouped_linear(inner, self.weight2, splits, fused)
+        output = grouped_linear(inner, self.weight2, splits, fused, last)
         if again is not None:
             again.discard_output_and_register_recompute(output)
         return output, None
@@ -157,7 +188,37 @@ class GroupedMLP(MegatronModule):
         return {
             f"{prefix}weight1": self._boxes(key("fc1"), self.weight1, 0, self.halves, sharded_offsets),
             f"{prefix}weight2": self._boxes(key("fc2"), self.weight2, 1, 1, sharded_offsets),
+            **self._states(prefix, sharded_offsets),
         }
+
+    def _states(self, prefix: str, sharded_offsets: Offsets) -> ShardedStateDict:
+        """Of the products, under the names of `SequentialMLP`."""
+        states: ShardedStateDict = {}
+        axis, replica = len(sharded_offsets), (0, get_pg_rank(self.tp_group), self.replica[2])
+        for name, stack in zip(("fc1", "fc2"), self.products or ()):
+            for i, state in enumerate(own.state() for own in stack):
+                if state is not None:
+                    offsets = (*sharded_offsets, (axis, self.first_expert + i, self.config.num_moe_experts or 0))
+                    described = make_replicated_sharded_object(
+                        state, f"{prefix}experts.linear_{name}._extra_state", offsets, tp_group=self.tp_group
+                    )
+                    states[f"{prefix}{name}.{i}{_STATE}"] = replace(described, replica_id=replica)
+        return states
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        for name, stack in zip(("fc1", "fc2"), self.products or ()):
+            for i, state in enumerate(own.state() for own in stack):
+                if state is not None:
+                    destination[f"{prefix}{name}.{i}{_STATE}"] = state
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        for name, stack in zip(("fc1", "fc2"), self.products or ((), ())):
+            for i in range(self.num_local_experts):
+                state = state_dict.pop(f"{prefix}{name}.{i}{_STATE}", None)
+                if isinstance(state, dict) and stack:
+                    stack[i].load(state)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _boxes(self, key: str, param: Tensor, dim: int, halves: int, sharded_offsets: Offsets) -> ShardedTensorFactory:
         experts, shape = self.config.num_moe_experts or 0, param.shape[1:]

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from megatron.core.tensor_parallel.gemm import add_product, matmul_into
+from megatron.core.tensor_parallel.gemm import LinearProducts, add_product, matmul_into
 
 
 class _GroupedLinear(torch.autograd.Function):
@@ -27,7 +28,55 @@ class _GroupedLinear(torch.autograd.Function):
         return dx, dw, None, None
 
 
-def grouped_linear(x: Tensor, weight: Tensor, splits: list[int], gradient_accumulation_fusion: bool = False) -> Tensor:
+class _LinearOfEach(torch.autograd.Function):
+    """One group after the other, each with products of its own."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, splits: list[int], accumulate: bool, products: Sequence[LinearProducts]
+    ) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.weight, ctx.splits, ctx.accumulate, ctx.products = weight, splits, accumulate, products
+        y = x.new_empty(x.size(0), weight.size(1))
+        for own, rows, matrix, part in zip(products, x.split(splits), weight, y.split(splits)):
+            part.copy_(own.output(rows, matrix, None))
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        grad_output = grad_output.contiguous()
+        accumulated = getattr(ctx.weight, "main_grad", None)
+        fused = ctx.accumulate and accumulated is not None
+        total = torch.zeros_like(weight) if accumulated is None or not fused else accumulated.view(weight.shape)
+        dx = torch.empty_like(x)
+        split = zip(
+            ctx.products, grad_output.split(ctx.splits), x.split(ctx.splits), weight, total, dx.split(ctx.splits)
+        )
+        for own, dy, rows, matrix, part, part_of_dx in split:
+            gradient = own.gradient(dy)
+            if ctx.needs_input_grad[0]:
+                part_of_dx.copy_(own.input_gradient(gradient, matrix))
+            if ctx.needs_input_grad[1]:
+                of_matrix = _Accumulator(part)
+                own.weight_gradient(of_matrix, gradient, rows, accumulate=True)
+        return dx, None if fused or not ctx.needs_input_grad[1] else total, None, None, None
+
+
+class _Accumulator:
+    """Stands for one matrix of a stack: where its gradient is added."""
+
+    def __init__(self, main_grad: Tensor) -> None:
+        self.main_grad = main_grad
+
+
+def grouped_linear(
+    x: Tensor,
+    weight: Tensor,
+    splits: list[int],
+    gradient_accumulation_fusion: bool = False,
+    products: Sequence[LinearProducts] | None = None,
+) -> Tensor:
     """[m, out].
 
     Args:
@@ -35,7 +84,10 @@ def grouped_linear(x: Tensor, weight: Tensor, splits: list[int], gradient_accumu
         weight: [E, out, in].
         splits: rows of each expert, some may be 0.
         gradient_accumulation_fusion: add the gradient of `weight` to `weight.main_grad`.
+        products: how to multiply the matrix of each; None for all together, in their own type.
     """
+    if products is not None:
+        return _LinearOfEach.apply(x, weight, splits, gradient_accumulation_fusion, products)
     return _GroupedLinear.apply(x, weight, splits, gradient_accumulation_fusion)
 
 

@@ -44,6 +44,7 @@ REFUSALS = [
         "--fp32-residual-connection needs --fp16 or --bf16",
         "--fp32-residual-connection",
     ),
+    Refusal(precision.require_fp8_fits, "--fp8-format hybrid needs --bf16", "--fp8-format hybrid"),
     Refusal(
         precision.require_deterministic_kernels,
         "does not work with --cross-entropy-loss-fusion",

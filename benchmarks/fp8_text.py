@@ -1,0 +1,84 @@
+"""A small GPT trained with linear layers in fp8, in each way of scaling, beside bf16, on real text.
+
+    OMP_NUM_THREADS=1 python benchmarks/fp8_text.py FOLDER --output benchmarks/results/fp8_text.json
+
+The corpus of examples/data, a byte-pair vocabulary learned from it, the same weights, batches and schedule for all. On
+a CPU the products are emulated: the numbers are those of fp8, the seconds are not. Models that the output file has
+already are not trained again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import sys
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import torch
+
+from benchmarks.hybrid_text import COMMON, data, run
+
+SCALINGS = ("delayed", "tensorwise", "blockwise", "mxfp8")
+HISTORY = ["--fp8-amax-history-len", "16", "--fp8-amax-compute-algo", "max"]
+MODELS: dict[str, list[str]] = {"bf16": []} | {
+    name: ["--fp8-format", "hybrid", "--fp8-recipe", name, *(HISTORY if name == "delayed" else ())] for name in SCALINGS
+}
+SHAPE = ["--num-layers", "4", "--position-embedding-type", "rope", "--bf16"]
+LAST = 5
+"""Log lines whose losses are averaged at the end."""
+
+
+def train(name: str, folder: Path, data_flags: list[str], steps: int) -> dict[str, Any]:
+    """Losses of one model."""
+    metrics = folder / f"{name}.jsonl"
+    metrics.unlink(missing_ok=True)
+    length = ["--train-iters", str(steps), "--eval-interval", str(steps), "--metrics-jsonl", str(metrics)]
+    run("pretrain_gpt.py", *COMMON, *SHAPE, *MODELS[name], *data_flags, *length)
+    rows = [json.loads(line) for line in metrics.read_text().splitlines()]
+    losses = {row["iteration"]: row["lm loss"] for row in rows if "lm loss" in row}
+    validation = [row["lm loss validation"] for row in rows if "lm loss validation" in row]
+    return {"flags": " ".join(MODELS[name]), "losses": losses, "validation": validation[-1]}
+
+
+def at_the_end(found: dict[str, Any]) -> float:
+    """Mean training loss of the last log lines."""
+    return mean(list(found["losses"].values())[-LAST:])
+
+
+def main() -> None:
+    """Train all that are missing, print, and write down."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
+    parser.add_argument("--output", type=Path, required=True, help="JSON file to add the numbers to")
+    args = parser.parse_args()
+    args.folder.mkdir(parents=True, exist_ok=True)
+    result: dict[str, Any] = json.loads(args.output.read_text()) if args.output.exists() else {}
+    models = result.get("models", {})
+    data_flags = data(args.folder)
+    for name in args.models:
+        if name in models:
+            continue
+        models[name] = train(name, args.folder, data_flags, args.steps)
+        versions = {"torch": torch.__version__, "python": platform.python_version(), "threads": torch.get_num_threads()}
+        common = " ".join([*COMMON, *SHAPE])
+        result = {**versions, "steps": args.steps, "common flags": common, "models": models}
+        args.output.write_text(json.dumps(result, indent=1) + "\n")
+    for name, found in models.items():
+        ratio = at_the_end(found) / at_the_end(models["bf16"]) if "bf16" in models else float("nan")
+        validation = found["validation"] / models["bf16"]["validation"] if "bf16" in models else float("nan")
+        print(
+            f"{name:10} training loss {at_the_end(found):.4f} ({ratio - 1:+.2%} beside bf16), "
+            f"validation {found['validation']:.4f} ({validation - 1:+.2%})"
+        )
+
+
+if __name__ == "__main__":
+    main()

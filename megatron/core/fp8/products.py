@@ -1,0 +1,135 @@
+"""The three products of a linear layer with fp8 operands: y = x Wᵀ + b, dx = dy W, dW = dyᵀ x.
+
+Each operand is quantized along the dimension that its product sums over, from the values in the model's own type.
+Sums are fp32; y and dx are rounded to that type, dW goes to its accumulator in fp32.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from megatron.core.collectives import all_reduce
+from megatron.core.device import is_cpu
+from megatron.core.fp8.delayed import OPERANDS, DelayedScales
+from megatron.core.fp8.quantization import (
+    Quantized,
+    largest_magnitude,
+    quantize_blocks,
+    quantize_tensor,
+    scale_for,
+)
+from megatron.core.fp8.recipes import Recipe
+from megatron.core.fp8.scaled_product import scaled_product
+from megatron.core.fusions.compiled import region
+from megatron.core.tensor_parallel.gemm import LinearProducts, weight_gradient
+
+X, WEIGHT, GRAD = range(len(OPERANDS))
+
+
+@dataclass
+class Gradient:
+    """dy, and what has been made of it for both of its products."""
+
+    plain: Tensor
+    """[..., out]."""
+    quantized: Quantized | None = field(default=None)
+    """[n, out] with one scale, which serves both."""
+
+
+class Fp8Products(LinearProducts):
+    """The products of one weight [out, in].
+
+    Args:
+        groups: for each of x, W and dy, the ranks that hold its parts: one scale for a whole tensor follows from the
+            maximum over them. Communicates: an all-reduce of one number for each (where scales are not delayed).
+        is_expert: the weight is one of an expert.
+    """
+
+    def __init__(self, recipe: Recipe, groups: Sequence[Sequence[ProcessGroup]], is_expert: bool = False) -> None:
+        self.recipe, self.groups = recipe, groups
+        self.types = (torch.float8_e4m3fn, torch.float8_e4m3fn, recipe.gradient_type)
+        self.delayed = DelayedScales(recipe, self.types, is_expert) if recipe.scaling.delayed else None
+        self.learns = True
+
+    def for_evaluation(self) -> Fp8Products:
+        if self.delayed is None:
+            return self
+        same = copy.copy(self)
+        same.learns = False
+        return same
+
+    def state(self) -> dict[str, Tensor] | None:
+        return None if self.delayed is None else self.delayed.state()
+
+    def load(self, state: dict[str, Tensor]) -> None:
+        if self.delayed is not None and "amax_history" in state:
+            self.delayed.load(state)
+
+    def output(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        a, b = self._quantized(X, _rows(x)), self._quantized(WEIGHT, weight)
+        return scaled_product(a, b, x.dtype, bias, exact_sums=False).view(*x.shape[:-1], weight.size(0))
+
+    def gradient(self, grad_output: Tensor) -> Gradient:
+        shared = self.recipe.scaling.activations is None
+        return Gradient(grad_output, self._quantized(GRAD, _rows(grad_output)) if shared else None)
+
+    def input_gradient(self, gradient: Gradient, weight: Tensor) -> Tensor:
+        dy = gradient.plain
+        a = gradient.quantized or self._quantized(GRAD, _rows(dy))
+        b = self._quantized(WEIGHT, weight, across=True)
+        return scaled_product(a, b, dy.dtype).view(*dy.shape[:-1], weight.size(1))
+
+    def weight_gradient(self, weight: Tensor, gradient: Gradient, x: Tensor, accumulate: bool) -> Tensor | None:
+        dy = gradient.plain
+        if not self.recipe.weight_gradients:
+            return weight_gradient(weight, dy, x, accumulate)
+        total = getattr(weight, "main_grad", None) if accumulate else None
+        of_dy = gradient.quantized
+        a = self._quantized(GRAD, _rows(dy), across=True) if of_dy is None else of_dy.transposed()
+        b = self._quantized(X, _rows(x), across=True)
+        if total is None:
+            return scaled_product(a, b, dy.dtype)
+        total.add_(scaled_product(a, b, torch.float32).view(total.shape))
+        return None
+
+    def _quantized(self, operand: int, x: Tensor, across: bool = False) -> Quantized:
+        """`x` [m, k] for a product that sums over k, or, `across`, its transpose for one that sums over m."""
+        scaling = self.recipe.scaling
+        block, dtype = scaling.weights if operand == WEIGHT else scaling.activations, self.types[operand]
+        if block is not None:
+            return self._run(quantize_blocks)(x.t() if across else x, dtype, block, scaling.power_of_two)
+        quantized = self._run(quantize_tensor)(x, dtype, self._scale(operand, x))
+        return quantized.transposed() if across else quantized
+
+    def _scale(self, operand: int, x: Tensor) -> Tensor:
+        """The one of the whole tensor."""
+        delayed = self.delayed
+        if delayed is None:
+            return self._current_scale(operand, self._run(largest_magnitude)(x))
+        if not self.learns and delayed.known[operand]:
+            return delayed.scales[operand]
+        magnitude = self._run(largest_magnitude)(x)
+        if self.learns:
+            delayed.note(operand, magnitude)
+        return delayed.scales[operand] if delayed.known[operand] else self._current_scale(operand, magnitude)
+
+    def _current_scale(self, operand: int, magnitude: Tensor) -> Tensor:
+        for group in self.groups[operand]:
+            magnitude = magnitude.clone()
+            all_reduce(magnitude, torch.distributed.ReduceOp.MAX, group=group, what="a maximum for fp8")
+        return scale_for(magnitude, self.types[operand], margin=self.recipe.margin if self.delayed else 0)
+
+    def _run(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Compiled where that pays: by itself each step of a cast is a pass over memory."""
+        return region(function) if self.recipe.compiled and not is_cpu() else function
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x.reshape(-1, x.size(-1))
