@@ -26,10 +26,12 @@ from benchmarks.hybrid_text import COMMON, data, run
 
 SCALINGS = ("delayed", "tensorwise", "blockwise", "mxfp8")
 HISTORY = ["--fp8-amax-history-len", "16", "--fp8-amax-compute-algo", "max"]
-MODELS: dict[str, list[str]] = {"bf16": []} | {
-    name: ["--fp8-format", "hybrid", "--fp8-recipe", name, *(HISTORY if name == "delayed" else ())] for name in SCALINGS
+FP8 = ["--bf16", "--fp8-format", "hybrid", "--fp8-recipe"]
+MODELS: dict[str, list[str]] = {"bf16": ["--bf16"], "fp32": []} | {
+    name: [*FP8, name, *(HISTORY if name == "delayed" else ())] for name in SCALINGS
 }
-SHAPE = ["--num-layers", "4", "--position-embedding-type", "rope", "--bf16"]
+"""fp32 shows how far curves part that nobody would tell apart."""
+SHAPE = ["--num-layers", "4", "--position-embedding-type", "rope"]
 LAST = 5
 """Log lines whose losses are averaged at the end."""
 

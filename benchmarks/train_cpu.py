@@ -135,17 +135,19 @@ LLAMA: dict[str, Any] = {
 }
 
 
-def ours(size: Size, how: str, *, llama: bool = False, compiled: bool = False) -> Step:
+def ours(size: Size, how: str, *, llama: bool = False, compiled: bool = False, loss: str = "native") -> Step:
     """The framework as a training program uses it: schedule, data parallel buffers, its optimizer.
 
     `llama`: with RMSNorm, SwiGLU (of 8/3 the width) and rotary positions. `compiled`: with --torch-compile.
+    `loss`: of --cross-entropy-fusion-impl.
     """
     from megatron.core.models.gpt import GPTModel
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 
     prepare_one_process()
-    shape = {"ffn_hidden_size": size.hidden * 8 // 3 // 64 * 64, **LLAMA} if llama else {}
-    config = our_config(size.layers, size.hidden, size.heads, half=how == "bf16", torch_compile=compiled, **shape)
+    shape: dict[str, Any] = {"ffn_hidden_size": size.hidden * 8 // 3 // 64 * 64, **LLAMA} if llama else {}
+    shape |= {"torch_compile": compiled, "cross_entropy_fusion_impl": loss}
+    config = our_config(size.layers, size.hidden, size.heads, half=how == "bf16", **shape)
     model: nn.Module = GPTModel(
         config,
         get_gpt_layer_local_spec(),
@@ -171,6 +173,7 @@ CONTENDERS: dict[str, dict[str, tuple[Callable[[Size, str], Step], str]]] = {
     "fp32": {
         "ours": (ours, "fp32"),
         "ours, compiled": (partial(ours, compiled=True), "fp32"),
+        "ours, loss in pieces": (partial(ours, loss="linear"), "fp32"),
         "ours, llama": (partial(ours, llama=True), "fp32"),
         "ours, llama, compiled": (partial(ours, llama=True, compiled=True), "fp32"),
         "plain torch": (plain, "fp32"),
@@ -179,6 +182,7 @@ CONTENDERS: dict[str, dict[str, tuple[Callable[[Size, str], Step], str]]] = {
     "bf16": {
         "ours": (ours, "bf16"),
         "ours, compiled": (partial(ours, compiled=True), "bf16"),
+        "ours, loss in pieces": (partial(ours, loss="linear"), "bf16"),
         "ours, llama": (partial(ours, llama=True), "bf16"),
         "ours, llama, compiled": (partial(ours, llama=True, compiled=True), "bf16"),
         "plain torch": (plain, "bf16"),

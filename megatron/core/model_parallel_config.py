@@ -116,8 +116,9 @@ class ModelParallelConfig:
     """Atomic variant of the pipelined reduce-scatter."""
     cross_entropy_loss_fusion: bool = False
     """Compute the vocabulary parallel loss in one fused kernel."""
-    cross_entropy_fusion_impl: Literal["native", "te"] = "native"
-    """Which fused loss: the native one or Transformer Engine's."""
+    cross_entropy_fusion_impl: Literal["native", "te", "linear"] = "native"
+    """Which fused loss: the native one, Transformer Engine's, or `linear`: output layer and loss in pieces of the
+    tokens, so that the logits never exist as a whole (one more product of the output layer)."""
     tp_comm_overlap_disable_qkv: bool = False
     """Leave the query/key/value projection out of the overlap."""
     tp_comm_overlap_disable_fc1: bool = False

@@ -78,7 +78,7 @@ class FusedVocabParallelCrossEntropy(torch.autograd.Function):
         local_target = local_target.masked_fill(elsewhere, 0)
         predicted = rows[_tokens(rows), local_target].float()
         local_log_sum = _softmax_in_place(rows, valid)
-        log_sum, loss = _combine_over_group(local_log_sum, predicted.masked_fill(elsewhere, 0.0), group)
+        log_sum, loss = combine_over_group(local_log_sum, predicted.masked_fill(elsewhere, 0.0), group)
         # exact even where the stored probability is rounded: for sure predictions 1 - p is what matters
         target_probability = (predicted - log_sum).exp_()
         ctx.save_for_backward(logits, local_target, elsewhere, target_probability, (local_log_sum - log_sum).exp_())
@@ -129,7 +129,7 @@ def row_chunks(rows: Tensor) -> Iterator[slice]:
         yield slice(start, start + step)
 
 
-def _combine_over_group(log_sum: Tensor, predicted: Tensor, group: ProcessGroup | None) -> tuple[Tensor, Tensor]:
+def combine_over_group(log_sum: Tensor, predicted: Tensor, group: ProcessGroup | None) -> tuple[Tensor, Tensor]:
     """Log of the sum of exponentials over the columns of all ranks, and the loss."""
     if get_pg_size(group) > 1:
         highest = log_sum.clone()

@@ -278,6 +278,7 @@ class MultiTokenPredictionBlock(MegatronModule):
         output_layer: Callable[..., Any] | None = None,
         output_weight: Tensor | None = None,
         compute_language_model_loss: Callable[[Tensor, Tensor], Tensor] | None = None,
+        loss_of_hidden_states: Callable[..., Tensor] | None = None,
     ) -> Tensor:
         """`hidden_states` [s, b, h] as they are, whose backward also trains the modules.
 
@@ -285,6 +286,8 @@ class MultiTokenPredictionBlock(MegatronModule):
             input_ids, labels: [b, s/cp] of the next-token loss, which the modules shift.
             loss_mask: [b, s/cp], which tokens count there; None: all.
             embedding, output_layer, output_weight, compute_language_model_loss: the model's own.
+            loss_of_hidden_states: of (labels, hidden states, weight of the output layer, whether to gather its result);
+                None: output layer, then loss.
 
         Raises:
             ValueError: one of them, or the labels, are missing.
@@ -312,8 +315,12 @@ class MultiTokenPredictionBlock(MegatronModule):
                 sequence_len_offset=sequence_len_offset,
                 **(extra_block_kwargs or {}),
             )
-            logits, _ = output_layer(hidden, weight=output_weight, runtime_gather_output=runtime_gather_output)
-            loss = (compute_language_model_loss(labels, logits) * mask).sum()
+            if loss_of_hidden_states is None:
+                logits, _ = output_layer(hidden, weight=output_weight, runtime_gather_output=runtime_gather_output)
+                losses = compute_language_model_loss(labels, logits)
+            else:
+                losses = loss_of_hidden_states(labels, hidden, output_weight, runtime_gather_output)
+            loss = (losses * mask).sum()
             main = self._with_loss(main, loss, mask.sum(), layer.layer_number)  # type: ignore[arg-type]
         return main
 

@@ -273,6 +273,22 @@ def require_further_prediction_fits(args: argparse.Namespace) -> None:
     )
 
 
+def require_loss_in_pieces_fits(args: argparse.Namespace) -> None:
+    """Output layer and loss in one: only for models whose output layer is nothing but a product."""
+    if args.cross_entropy_fusion_impl != "linear":
+        return
+    flag = "--cross-entropy-fusion-impl linear"
+    refuse_unless(args.cross_entropy_loss_fusion, f"{flag} needs --cross-entropy-loss-fusion")
+    refuse_unless(
+        (args.model_family or "gpt") in ("gpt", "mamba"),
+        f"{flag}: only pretrain_gpt.py and pretrain_mamba.py can do that; use --cross-entropy-fusion-impl native",
+    )
+    refuse_unless(
+        not args.defer_embedding_wgrad_compute,
+        f"{flag} does not work with --defer-embedding-wgrad-compute, which would keep all logits' gradients",
+    )
+
+
 MODEL_RULES = (
     derive_num_layers,
     require_model_sizes,
@@ -293,4 +309,5 @@ MODEL_RULES = (
     derive_num_experts,
     require_experts_fit_ranks,
     require_further_prediction_fits,
+    require_loss_in_pieces_fits,
 )

@@ -311,12 +311,13 @@ def test_padded_vocabulary_changes_nothing() -> None:
     torch.testing.assert_close(losses[0], losses[1], rtol=1e-6, atol=1e-7)
 
 
-def test_fused_cross_entropy_gives_the_same() -> None:
+@pytest.mark.parametrize("impl", ["native", "linear"])
+def test_fused_cross_entropy_gives_the_same(impl: str) -> None:
     ids, labels, positions = batch()
     results = []
     for fused in (False, True):
         set_initialization_seed(5)
-        model = build("gpt2", cross_entropy_loss_fusion=fused)
+        model = build("gpt2", cross_entropy_loss_fusion=fused, cross_entropy_fusion_impl=impl)
         loss = model(ids, positions, None, labels=labels)
         loss.mean().backward()
         results.append((loss, *(param.grad for param in model.parameters())))

@@ -269,16 +269,17 @@ class GPTModel(LanguageModule):
                 output_layer=self.output_layer,
                 output_weight=weight,
                 compute_language_model_loss=self.compute_language_model_loss,
+                loss_of_hidden_states=self.loss_of_hidden_states,
             )
+        if labels is not None:
+            return self.loss_of_hidden_states(labels, hidden_states, weight, runtime_gather_output)
         selects_early = output_positions is not None and not self.config.sequence_parallel
         if selects_early:
             hidden_states = _at(hidden_states, output_positions)
         logits, _ = self.output_layer(hidden_states, weight=weight, runtime_gather_output=runtime_gather_output)
         if output_positions is not None and not selects_early:
             logits = _at(logits, output_positions)
-        if labels is None:
-            return logits.transpose(0, 1).contiguous()
-        return self.compute_language_model_loss(labels, logits)
+        return logits.transpose(0, 1).contiguous()
 
     def _angles(
         self,

@@ -5,7 +5,10 @@ from __future__ import annotations
 from megatron.training.rules import model
 from tests.unit_tests.training.refusals.refusal import Refusal
 
+LOSS_IN_PIECES = "--cross-entropy-fusion-impl linear"
+
 REFUSALS = [
+    Refusal(model.require_loss_in_pieces_fits, "needs --cross-entropy-loss-fusion", LOSS_IN_PIECES),
     Refusal(model.derive_num_layers, "mean the same", "--encoder-num-layers 3"),
     Refusal(
         model.require_model_sizes,

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict, ShardedTensor
 from megatron.core.fusions.fused_cross_entropy import fused_vocab_parallel_cross_entropy
+from megatron.core.fusions.linear_cross_entropy import linear_cross_entropy
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.cross_entropy import vocab_parallel_cross_entropy
@@ -81,6 +82,35 @@ class LanguageModule(MegatronModule):
             loss = fused_vocab_parallel_cross_entropy(logits, labels, tp_group, vocab_size=self.true_vocab_size)
         else:
             loss = vocab_parallel_cross_entropy(logits, labels, tp_group=tp_group, vocab_size=self.true_vocab_size)
+        return loss.transpose(0, 1).contiguous()
+
+    def loss_of_hidden_states(
+        self,
+        labels: Tensor,
+        hidden_states: Tensor,
+        weight: Tensor | None = None,
+        runtime_gather_output: bool | None = None,
+    ) -> Tensor:
+        """Cross entropy of each token, [b, s] fp32, of what the output layer makes of the hidden states.
+
+        Args:
+            labels: [b, s].
+            hidden_states: [s, b, h], sequence parallel [s/tp, b, h].
+            weight: of the output layer, where it is the embedding's.
+        """
+        output_layer: Any = self.output_layer
+        if not (self.config.cross_entropy_loss_fusion and self.config.cross_entropy_fusion_impl == "linear"):
+            logits, _ = output_layer(hidden_states, weight=weight, runtime_gather_output=runtime_gather_output)
+            return self.compute_language_model_loss(labels, logits)
+        loss = linear_cross_entropy(
+            hidden_states,
+            output_layer.weight if weight is None else weight,
+            labels.transpose(0, 1).contiguous(),
+            self.model_comm_pgs.tp,
+            self.true_vocab_size,
+            output_layer.sequence_parallel,
+            self.config.gradient_accumulation_fusion,
+        )
         return loss.transpose(0, 1).contiguous()
 
     def global_parameter_name(self, local_name: str) -> str:
