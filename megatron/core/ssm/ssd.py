@@ -14,15 +14,15 @@ n state width, c chunks of Q tokens.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-BLOCK_ELEMENTS = 1 << 19
-"""On a CPU as many chunks are computed at a time as keep their Q x Q matrices about this large: within a cache."""
+BLOCK_ELEMENTS = 1 << 16
+"""On a CPU as many chunks are computed at a time as have Q x Q matrices of so many numbers together: all that is made
+of them stays in a cache."""
 
 
 def chunked_scan(
@@ -46,13 +46,8 @@ def chunked_scan(
         chunk_size: Q; no influence on the result. `s` need not be a multiple of it.
         recompute: compute the Q x Q matrices again in backward instead of keeping them.
     """
-    length = x.size(0)
-    size = min(chunk_size, length)
-    padding = -length % size
-    if padding:  # of tokens with dt = 0, which change no state
-        x, dt, B, C = (F.pad(part, (0, 0) * (part.dim() - 1) + (0, padding)) for part in (x, dt, B, C))
-    y, state = _ChunkedScan.apply(x, dt, A, B, C, size, recompute)
-    return (y[:length] if padding else y), state
+    y, state = _ChunkedScan.apply(x, dt, A, B, C, chunk_size, recompute)
+    return y, state
 
 
 def step(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor) -> Tensor:
@@ -73,7 +68,7 @@ def step(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor) 
 
 
 class _ChunkedScan(torch.autograd.Function):
-    """`chunked_scan` of whole chunks, with a backward that needs no derivative of the Q x Q decays.
+    """`chunked_scan`, block by block of chunks, with a backward that needs no derivative of the Q x Q decays.
 
     With u = dt x and a the running sum of dt A within a chunk, the gradient of a_i is dy_i·y_i - u_i·du_i: what a_i
     multiplies, less what it divides. What a token says to itself is left out of both: it fades with nothing, and where
@@ -84,148 +79,202 @@ class _ChunkedScan(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, size: int, recompute: bool
     ) -> tuple[Tensor, Tensor]:
-        form = _Form(x, B, size)
-        dt_c = form.heads_first(dt.unsqueeze(-1)).squeeze(-2)  # [c, b, g, r, Q]
-        u = form.heads_first(x).mul_(dt_c.unsqueeze(-2))  # [c, b, g, r, p, Q]
-        b, c = form.groups_first(B), form.groups_first(C)  # [c, b, g, n, Q]
-        a = torch.cumsum(dt_c * A.view(form.g, form.r, 1), dim=-1)
-        states, last = _carry(a, _states_of_chunks(form, u, a, b))  # at the begin of each chunk
-        y = torch.empty_like(u)  # without what a token says to itself
+        heads, groups = x.size(2), B.size(2)
+        y = torch.empty_like(x, memory_format=torch.contiguous_format)  # without what a token says to itself
+        result = torch.empty_like(y)
+        state = x.new_zeros(x.size(1), groups, B.size(3), heads // groups, x.size(3))  # [b, g, n, r, p]
         kept = []
-        for part in form.blocks():
-            scores, decay = _scores(b[part], c[part]), _decay(a[part])
-            within = torch.matmul(u[part], decay * scores.unsqueeze(3))
-            from_before = torch.matmul(states[part].flatten(3, 4), c[part]).view_as(within)
-            y[part] = within.add_(from_before.mul_(a[part].exp().unsqueeze(-2)))
-            kept += [] if recompute else [scores, decay]
-        result = form.tokens_first(torch.addcmul(y, u, _own_scores(b, c)))
-        ctx.form = form
-        ctx.save_for_backward(x, dt_c, A, b, c, a, states, y, *kept)
-        final = last.flatten(1, 2)
+        blocks = _blocks(x, size)
+        for block in blocks:
+            part = _Chunks(block, x, dt, A, B, C)
+            own = torch.matmul(part.b.mT, part.by_group(part.u * part.left)).unflatten(-1, state.shape[-2:])
+            states, state = _carry(part.whole, own, state)
+            scores, decay = part.scores(), _decay(part.a)
+            within = part.of_heads(torch.matmul(decay * scores.unsqueeze(3), part.by_head(part.u)))
+            from_before = part.of_groups(torch.matmul(part.c, states.flatten(-2)))
+            so_far = part.cut_heads(y)
+            torch.addcmul(within, from_before, part.faded, out=so_far)
+            torch.addcmul(so_far, part.u, part.own_scores(), out=part.cut_heads(result))
+            kept += [states] if recompute else [states, scores, decay]
+        ctx.blocks = blocks
+        ctx.save_for_backward(x, dt, A, B, C, y, *kept)
+        final = state.permute(0, 1, 3, 4, 2).flatten(1, 2)
         ctx.mark_non_differentiable(final)
         return result, final
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_y: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        x, dt, A, b, c, a, states, y, *kept = ctx.saved_tensors
-        form: _Form = ctx.form
-        u = form.heads_first(x).mul_(dt.unsqueeze(-2))
-        dy = form.heads_first(grad_y)
-        left = (a[..., -1:] - a).exp().unsqueeze(-2)  # what is left of each token at the chunk's end
-        faded = dy * a.exp().unsqueeze(-2)
-        d_ends = _carry_back(a, torch.matmul(faded.flatten(3, 4), c.mT).view_as(states))  # of states at the ends
-        # within chunks
-        du, db, dc = torch.empty_like(u), torch.empty_like(b), torch.empty_like(c)
-        for i, part in enumerate(form.blocks()):
-            scores = kept[2 * i] if kept else _scores(b[part], c[part])
-            decay = kept[2 * i + 1] if kept else _decay(a[part])
-            du[part] = torch.matmul(dy[part], (decay * scores.unsqueeze(3)).mT)
-            d_mixing = torch.matmul(u[part].mT, dy[part])
-            own = d_mixing.diagonal(dim1=-2, dim2=-1).sum(3)
-            d_scores = torch.mul(d_mixing, decay, out=d_mixing).sum(3)  # [c, b, g, Q (from), Q (to)]
-            d_scores.diagonal(dim1=-2, dim2=-1).add_(own)
-            torch.matmul(c[part], d_scores.mT, out=db[part])
-            torch.matmul(b[part], d_scores, out=dc[part])
-        da = (dy * y).sum(-2) - (u * du).sum(-2)  # [c, b, g, r, Q]
-        # what tokens leave at the chunk's end: decays over all that follow in it, and that of what was there before
-        asked = torch.matmul(d_ends.flatten(3, 4), b).view_as(u).mul_(left)
-        to_end = (u * asked).sum(-2)
-        before = a[..., -1].exp() * (states * d_ends).sum((-2, -1))
-        da[..., :-1] -= to_end[..., :-1]
-        da[..., -1] += to_end[..., :-1].sum(-1) + before
-        db.add_(torch.matmul(d_ends.flatten(3, 4).mT, (u * left).flatten(3, 4)))
-        dc.add_(torch.matmul(states.flatten(3, 4).mT, faded.flatten(3, 4)))
-        du.add_(asked).addcmul_(dy, _own_scores(b, c))
-        # a is a running sum: what changes at a token changes at all that follow.
-        d_steps = da.flip(-1).cumsum(-1).flip(-1)
-        grad_dt = d_steps * A.view(form.g, form.r, 1)
-        grad_dt += (du * form.heads_first(x)).sum(-2)
-        return (
-            form.tokens_first(du.mul_(dt.unsqueeze(-2))),
-            form.tokens_first(grad_dt.unsqueeze(-2)).squeeze(-1),
-            (d_steps * dt).sum((0, 1, 4)).flatten(),
-            form.to_tokens_of_groups(db),
-            form.to_tokens_of_groups(dc),
-            None,
-            None,
-        )
+        x, dt, A, B, C, y, *kept = ctx.saved_tensors
+        grads = [torch.empty_like(part, memory_format=torch.contiguous_format) for part in (x, dt, B, C)]
+        grad_A, d_state = torch.zeros_like(A), torch.zeros_like(kept[0][0])
+        for block in reversed(ctx.blocks):
+            part = _Chunks(block, x, dt, A, B, C)
+            count = len(kept) // len(ctx.blocks)
+            matrices = kept[block.number * count : (block.number + 1) * count]
+            d_state = _backward_of_block(part, grad_y, y, matrices, d_state, grads, grad_A)
+        grad_x, grad_dt, grad_B, grad_C = grads
+        return grad_x, grad_dt, grad_A, grad_B, grad_C, None, None
 
 
-class _Form:
-    """Sizes, and the order of dimensions in which products are taken: tokens of a chunk last."""
+def _backward_of_block(
+    part: _Chunks,
+    grad_y: Tensor,
+    y: Tensor,
+    kept: list[Tensor],
+    d_state: Tensor,
+    grads: list[Tensor],
+    grad_A: Tensor,
+) -> Tensor:
+    """Write the block's part of `grads` (of x, dt, B, C), add to `grad_A`; the gradient of the state at its begin.
 
-    def __init__(self, x: Tensor, B: Tensor, size: int) -> None:
-        s, self.b, h, self.p = x.shape
-        self.g, self.n = B.shape[2:]
-        self.r, self.size, self.chunks = h // self.g, size, s // size
-        per_chunk = self.b * h * size * size
-        self.at_a_time = self.chunks if x.device.type != "cpu" else max(1, BLOCK_ELEMENTS // per_chunk)
+    Args:
+        kept: states at the chunks' begins; scores and decays if they are not to be computed again.
+        d_state: gradient of the state at the block's end.
+    """
+    states, *matrices = kept
+    scores, decay = matrices or (part.scores(), _decay(part.a))
+    x, u, dt, dy = part.x, part.u, part.dt, part.cut_heads(grad_y)
+    dy_by_head = part.by_head(dy)
+    dy_x = (dy * x).sum(-1)  # [c, Q, b, g, r]
+    # what tokens take from the state at the chunk's begin, and what they leave at its end
+    faded = part.by_group(dy * part.faded)
+    d_begins = torch.matmul(part.c.mT, faded).view_as(states)
+    d_ends, d_begin = _carry_back(part.whole, d_begins, d_state)
+    d_c = torch.matmul(faded, states.flatten(-2).mT)
+    d_b = torch.matmul(part.by_group(u * part.left), d_ends.flatten(-2).mT)
+    asked = part.of_groups(torch.matmul(part.b, d_ends.flatten(-2))) * part.left
+    # within chunks
+    du = part.of_heads(torch.matmul((decay * scores.unsqueeze(3)).mT, dy_by_head))
+    d_scores = torch.matmul(dy_by_head, part.by_head(u).mT).mul_(decay).sum(3)  # [c, b, g, Q (to), Q (from)]
+    d_scores.diagonal(dim1=-2, dim2=-1).add_((dy_x * dt).sum(-1).permute(0, 2, 3, 1))
+    d_b += torch.matmul(d_scores.mT, part.c)
+    d_c += torch.matmul(d_scores, part.b)
+    # decays: a is a running sum, so that what changes at a token changes at all that follow
+    x_du, x_asked = (du * x).sum(-1), (asked * x).sum(-1)
+    to_end = x_asked * dt
+    da = (dy * part.cut_heads(y)).sum(-1) - x_du * dt - to_end
+    da[:, -1] += to_end.sum(1) + part.whole[..., 0, :, 0] * (states * d_ends).sum((3, 5))
+    d_steps = da.flip(1).cumsum(1).flip(1)
+    # of the arguments
+    own_scores = part.own_scores()
+    grad_x, grad_dt = (part.cut_heads(grad) for grad in grads[:2])
+    grad_B, grad_C = (part.cut(grad) for grad in grads[2:])
+    torch.add(du, asked, out=grad_x).addcmul_(dy, own_scores).mul_(dt.unsqueeze(-1))
+    torch.addcmul(x_du + x_asked, dy_x, own_scores.squeeze(-1), out=grad_dt).addcmul_(d_steps, part.A)
+    grad_A.view_as(part.A).add_((d_steps * dt).sum((0, 1, 2)))
+    grad_B.copy_(d_b.permute(0, 3, 1, 2, 4))
+    grad_C.copy_(d_c.permute(0, 3, 1, 2, 4))
+    return d_begin
 
-    def blocks(self) -> list[slice]:
-        """The chunks that are computed at a time."""
-        return [slice(i, i + self.at_a_time) for i in range(0, self.chunks, self.at_a_time)]
 
-    def heads_first(self, x: Tensor) -> Tensor:
-        """A copy [c, b, g, r, p, Q] of [s, b, h, p]."""
-        parts = x.reshape(self.chunks, self.size, self.b, self.g, self.r, -1)
-        return parts.permute(0, 2, 3, 4, 5, 1).clone(memory_format=torch.contiguous_format)
+class _Block(NamedTuple):
+    """Chunks of equal size that are computed at a time."""
 
-    def groups_first(self, x: Tensor) -> Tensor:
-        """[c, b, g, n, Q] of [s, b, g, n]."""
-        return x.reshape(self.chunks, self.size, self.b, self.g, -1).permute(0, 2, 3, 4, 1).contiguous()
-
-    def tokens_first(self, x: Tensor) -> Tensor:
-        """Inverse of `heads_first`."""
-        return x.permute(0, 5, 1, 2, 3, 4).reshape(self.chunks * self.size, self.b, self.g * self.r, -1)
-
-    def to_tokens_of_groups(self, x: Tensor) -> Tensor:
-        """Inverse of `groups_first`."""
-        return x.permute(0, 4, 1, 2, 3).reshape(self.chunks * self.size, self.b, self.g, -1)
+    number: int
+    begin: int
+    end: int
+    chunks: int
 
 
-def _scores(b: Tensor, c: Tensor) -> Tensor:
-    """[c, b, g, Q (from), Q (to)]: B_j·C_i."""
-    return torch.matmul(b.mT, c)
+def _blocks(x: Tensor, size: int) -> list[_Block]:
+    """All tokens; the last block has what is left of a chunk."""
+    length, per_chunk = x.size(0), x.size(1) * x.size(2) * size * size
+    whole = length // size
+    most = max(whole, 1) if x.device.type != "cpu" else max(1, BLOCK_ELEMENTS // per_chunk)
+    parts = [(i * size, min(i + most, whole) * size, min(most, whole - i)) for i in range(0, whole, most)]
+    if length % size:
+        parts.append((whole * size, length, 1))
+    return [_Block(i, *part) for i, part in enumerate(parts)]
 
 
-def _own_scores(b: Tensor, c: Tensor) -> Tensor:
-    """[c, b, g, 1, 1, Q]: B_i·C_i."""
-    return (b * c).sum(-2)[..., None, None, :]
+class _Chunks:
+    """What a block has, in two orders of dimensions: tokens first, as it comes, and as products of matrices want it,
+    which are views of the same memory."""
+
+    def __init__(self, block: _Block, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor) -> None:
+        self.block, self.groups = block, B.size(2)
+        self.x, self.dt = self.cut_heads(x), self.cut_heads(dt)  # [c, Q, b, g, r, p], [c, Q, b, g, r]
+        self.A = A.view(self.groups, -1)
+        self.b, self.c = (self.by_group(self.cut(part)) for part in (B, C))  # [c, b, g, Q, n]
+        self.a = torch.cumsum((self.dt * self.A).permute(0, 2, 3, 4, 1), dim=-1)  # [c, b, g, r, Q]
+        self.u = self.x * self.dt.unsqueeze(-1)
+        by_token = self.a.permute(0, 4, 1, 2, 3).unsqueeze(-1)
+        self.faded = by_token.exp()  # [c, Q, b, g, r, 1]: what is left at each token of the state at the chunk's begin
+        self.left = (by_token[:, -1:] - by_token).exp_()  # and of each token at the chunk's end
+        self.whole = self.faded[:, -1].unsqueeze(3).squeeze(-1).unsqueeze(-1)  # [c, b, g, 1, r, 1]: decay over a chunk
+
+    def cut(self, x: Tensor) -> Tensor:
+        """[c, Q, b, ...] of this block, of [s, b, ...]; a view."""
+        return x[self.block.begin : self.block.end].unflatten(0, (self.block.chunks, -1))
+
+    def cut_heads(self, x: Tensor) -> Tensor:
+        """[c, Q, b, g, r, ...] of this block, of [s, b, h, ...]; a view."""
+        return self.cut(x).unflatten(3, (self.groups, -1))
+
+    def scores(self) -> Tensor:
+        """[c, b, g, Q (to), Q (from)]: C_i·B_j."""
+        return torch.matmul(self.c, self.b.mT)
+
+    def own_scores(self) -> Tensor:
+        """[c, Q, b, g, 1, 1]: C_i·B_i."""
+        return (self.b * self.c).sum(-1).permute(0, 3, 1, 2)[..., None, None]
+
+    @staticmethod
+    def by_group(x: Tensor) -> Tensor:
+        """[c, b, g, Q, ...] of [c, Q, b, g, ...], what follows in one dimension."""
+        return x.flatten(4).permute(0, 2, 3, 1, 4)
+
+    def of_groups(self, x: Tensor) -> Tensor:
+        """[c, Q, b, g, r, p] of [c, b, g, Q, r p]."""
+        return x.permute(0, 3, 1, 2, 4).unflatten(-1, self.x.shape[-2:])
+
+    @staticmethod
+    def by_head(x: Tensor) -> Tensor:
+        """[c, b, g, r, Q, p] of [c, Q, b, g, r, p]."""
+        return x.permute(0, 2, 3, 4, 1, 5)
+
+    @staticmethod
+    def of_heads(x: Tensor) -> Tensor:
+        """Inverse of `by_head`."""
+        return x.permute(0, 4, 1, 2, 3, 5)
 
 
 def _decay(a: Tensor) -> Tensor:
-    """[c, b, g, r, Q (from), Q (to)]: exp(a_i - a_j) for tokens i after j, zero for the others."""
+    """[c, b, g, r, Q (to), Q (from)]: exp(a_i - a_j) for tokens i after j, zero for the others."""
     size = a.size(-1)
-    hidden = torch.ones(size, size, dtype=torch.bool, device=a.device).tril_()  # [from, to], to <= from
-    difference = a.unsqueeze(-2) - a.unsqueeze(-1)
-    return difference.masked_fill_(hidden, -torch.inf).exp_()
+    earlier = a.new_full((size, size), -torch.inf).triu_()  # [to, from]: 0 where to > from
+    return (a.unsqueeze(-1) - a.unsqueeze(-2)).add_(earlier).exp_()
 
 
-def _states_of_chunks(form: _Form, u: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """[c, b, g, r, p, n]: what the tokens of each chunk alone leave at its end."""
-    left = (a[..., -1:] - a).exp_().unsqueeze(-2)
-    return torch.matmul((u * left).flatten(3, 4), b.mT).unflatten(3, (form.r, form.p))
+def _carry(whole: Tensor, own: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+    """(states at the chunks' begins [c, b, g, n, r, p], the one after the last of them).
+
+    Args:
+        whole: decay over each chunk, [c, b, g, 1, r, 1].
+        own: what the tokens of each chunk alone leave at its end; changed.
+        state: at the begin of the first.
+    """
+    begins = [state]
+    for decay, left in zip(whole, own):
+        begins.append(left.addcmul_(decay, begins[-1]))
+    return _stacked(begins[:-1]), begins[-1]
 
 
-def _carry(a: Tensor, own: Tensor) -> tuple[Tensor, Tensor]:
-    """(states at the chunks' begins, in the memory of `own`; the state after the last chunk)."""
-    whole = a[..., -1].exp()[..., None, None]  # [c, b, g, r, 1, 1]: decay over a chunk
-    state = torch.zeros_like(own[0])
-    for i in range(own.size(0)):
-        following = torch.addcmul(own[i], whole[i], state)
-        own[i] = state
-        state = following
-    return own, state
+def _carry_back(whole: Tensor, d_begin: Tensor, d_state: Tensor) -> tuple[Tensor, Tensor]:
+    """(gradients of the states at the chunks' ends, that of the state at the begin of the first).
+
+    Args:
+        whole: decay over each chunk.
+        d_begin: what each chunk's tokens ask of the state at its begin; changed.
+        d_state: gradient of the state after the last chunk.
+    """
+    ends = [d_state]
+    for decay, asked in zip(whole.flip(0), reversed(d_begin.unbind())):
+        ends.append(asked.addcmul_(decay, ends[-1]))
+    return _stacked(ends[:-1][::-1]), ends[-1]
 
 
-def _carry_back(a: Tensor, d_begin: Tensor) -> Tensor:
-    """Gradients of the states at the chunks' ends, given what each chunk's tokens ask of the state at its begin; in
-    the memory of `d_begin`."""
-    whole = a[..., -1].exp()[..., None, None]
-    gradient = torch.zeros_like(d_begin[0])
-    for i in range(d_begin.size(0) - 1, -1, -1):
-        preceding = torch.addcmul(d_begin[i], whole[i], gradient)
-        d_begin[i] = gradient
-        gradient = preceding
-    return d_begin
+def _stacked(tensors: list[Tensor]) -> Tensor:
+    """Along a new first dimension; a single one is not copied."""
+    return tensors[0].unsqueeze(0) if len(tensors) == 1 else torch.stack(tensors)

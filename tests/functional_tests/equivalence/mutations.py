@@ -419,7 +419,7 @@ _MAMBA = [
     Mutation(
         "states are not carried from chunk to chunk",
         f"{CORE}.ssm.ssd:_carry",
-        lambda right: lambda a, own: (torch.zeros_like(own), own[-1]),
+        lambda right: lambda whole, own, state: (torch.zeros_like(own), own[-1]),
         {},
         "loss",
     ),
@@ -440,7 +440,7 @@ _MAMBA = [
     Mutation(
         "the gradient of the decays forgets what they divide",
         f"{CORE}.ssm.ssd:_carry_back",
-        lambda right: lambda a, d_begin: right(a, d_begin) * 0,
+        lambda right: lambda whole, d_begin, d_state: [part * 0 for part in right(whole, d_begin, d_state)],
         {},
         "gradients",
     ),

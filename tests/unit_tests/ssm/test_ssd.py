@@ -45,6 +45,16 @@ def test_any_chunk_size_gives_the_recurrence_and_its_gradients(size: int, recomp
         torch.testing.assert_close(gradient, right, rtol=0, atol=1e-10)
 
 
+def test_a_group_for_each_head() -> None:
+    x, dt, rates, b, c = inputs()
+    one_each = [x[:, :, :G], dt[:, :, :G], rates[:G], b, c]
+    per_group = H // G  # of the recurrence, which is of H heads: the first of each group
+    expected, _ = recurrence(
+        *(part.repeat_interleave(per_group, 2) for part in one_each[:2]), rates[:G].repeat_interleave(per_group), b, c
+    )
+    torch.testing.assert_close(chunked_scan(*one_each, 8)[0], expected[:, :, ::per_group], rtol=0, atol=1e-10)
+
+
 def test_many_blocks_of_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """A CPU takes some chunks at a time."""
     whole = chunked_scan(*inputs(), 4)[0]
