@@ -241,10 +241,11 @@ class _Chunks:
 
 
 def _decay(a: Tensor) -> Tensor:
-    """[c, b, g, r, Q (to), Q (from)]: exp(a_i - a_j) for tokens i after j, zero for the others."""
-    size = a.size(-1)
-    earlier = a.new_full((size, size), -torch.inf).triu_()  # [to, from]: 0 where to > from
-    return (a.unsqueeze(-1) - a.unsqueeze(-2)).add_(earlier).exp_()
+    """[c, b, g, r, Q (to), Q (from)]: exp(a_i - a_j) for tokens i after j, zero for the others.
+
+    These are cleared before, lest they overflow, and after; exponents of -inf would cost a CPU more than all others.
+    """
+    return (a.unsqueeze(-1) - a.unsqueeze(-2)).tril_(-1).exp_().tril_(-1)
 
 
 def _carry(whole: Tensor, own: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
