@@ -1,4 +1,4 @@
-"""The matrix of Mamba models and hybrids: state space layers, alone or among attention, feed-forward layers and experts.
+"""The matrix of Mamba models and hybrids: state space layers, alone or among attention, feed-forward blocks, experts.
 
 Samples have two chunks of the state space, of which context parallel ranks have parts. Balancing losses are those of
 sequences, which depend on no micro-batch.
@@ -15,8 +15,7 @@ from tests.functional_tests.equivalence.encoders import COMMON_NUMERIC, Family
 
 LAYERS = 8
 """Of all rows: patterns have as many letters, and pipelines up to eight stages."""
-REPLACED = ("--seq-length", "32", "--max-position-embeddings")
-BASE = [word for word in axes.BASE if word not in REPLACED]
+BASE = list(axes.BASE)
 BASE += f"""--seq-length 128 --max-position-embeddings 128 --global-batch-size {GLOBAL_BATCH} --num-layers {LAYERS}
     --spec megatron.core.models.mamba.mamba_layer_specs mamba_stack_spec --is-hybrid-model --vocab-size 60
     --normalization RMSNorm --swiglu --disable-bias-linear --mamba-head-dim 8 --mamba-state-dim 8""".split()
