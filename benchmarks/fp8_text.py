@@ -21,7 +21,6 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import torch
-
 from benchmarks.hybrid_text import COMMON, data, run
 
 SCALINGS = ("delayed", "tensorwise", "blockwise", "mxfp8")
