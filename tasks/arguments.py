@@ -9,6 +9,7 @@ from megatron.training.settings import refuse_unless, was_given
 
 FINETUNING = ("epochs", "keep_last", "train_data", "valid_data")
 RETRIEVAL = ("qa_data_dev", "qa_data_test", "faiss_use_gpu", "faiss_match", "faiss_topk_retrievals")
+NEGATIVES = ("train_with_neg", "train_hard_neg", "val_av_rank_hard_neg", "val_av_rank_other_neg")
 READ_BY: dict[str, tuple[str, ...]] = {
     "WIKITEXT103": ("valid_data", "overlapping_eval"),
     "LAMBADA": ("valid_data", "strict_lambada"),
@@ -17,6 +18,7 @@ READ_BY: dict[str, tuple[str, ...]] = {
     "RACE": FINETUNING,
     "RETRIEVER-EVAL": RETRIEVAL,
     "ICT-ZEROSHOT-NQ": RETRIEVAL,
+    "RET-FINETUNE-NQ": ("epochs", "train_data", "valid_data", *NEGATIVES),
     "LM_EVAL": ("lm_eval_tasks", "lm_eval_include_path", "num_fewshot", "limit"),
 }
 """Task -> the task flags that it reads."""
@@ -43,6 +45,12 @@ def add_task_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPars
         "--faiss-match", choices=("string", "regex"), default="string", help="what the answers are that a passage has"
     )
     group.add_argument("--faiss-topk-retrievals", type=int, default=100, help="passages retrieved for each question")
+    group.add_argument("--train-with-neg", action="store_true", help="learn from passages that do not answer, too")
+    group.add_argument("--train-hard-neg", type=int, default=0, help="of these, how many for each question")
+    for kind in ("hard", "other"):
+        group.add_argument(
+            f"--val-av-rank-{kind}-neg", type=int, default=30, help=f"{kind} negatives of a question to rank with"
+        )
     group.add_argument("--lm-eval-tasks", nargs="+", metavar="NAME", help="tasks of lm-eval for LM_EVAL")
     group.add_argument("--lm-eval-include-path", metavar="DIR", help="folder with further tasks of lm-eval")
     group.add_argument("--num-fewshot", type=int, help="LM_EVAL: solved examples before each question")

@@ -19,6 +19,7 @@ from megatron.training.settings import configuration_errors_end_the_program
 from tasks.arguments import add_task_arguments, refuse_flags_of_other_tasks
 from tasks.finetuning import run as finetuning
 from tasks.lm_eval_harness import run as lm_eval_harness
+from tasks.retrieval import finetune as retrieval_finetune
 from tasks.retrieval import run as retrieval
 from tasks.zeroshot_gpt import run as zeroshot
 
@@ -30,6 +31,7 @@ TASKS: dict[str, Callable[[Any], Callable[[], None]]] = {
     "RACE": finetuning.prepare,
     "RETRIEVER-EVAL": retrieval.prepare,
     "ICT-ZEROSHOT-NQ": retrieval.prepare,
+    "RET-FINETUNE-NQ": retrieval_finetune.prepare,
     "LM_EVAL": lm_eval_harness.prepare,
 }
 """Task -> (settings, not yet checked) -> what runs it. The task's files are read, and refused, before anything else."""

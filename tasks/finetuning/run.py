@@ -2,39 +2,31 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from megatron.core.dist_checkpointing.collective import on_first_rank
-from megatron.core.enums import ModelType
-from megatron.training import get_args, get_model, initialize_megatron, print_rank_0
-from megatron.training.checkpoint.context import CheckpointContext
+from megatron.training import get_args, get_model, initialize_megatron
 from megatron.training.checkpoint.hf_settings import hf_directory
 from megatron.training.checkpoint.load import load_run
 from megatron.training.checkpoint.paths import checkpoint_exists
 from megatron.training.checkpoint.same_tokenizer import require_same_tokenizer
-from megatron.training.checkpoint.save import save_run
 from megatron.training.initialize import close_program
-from megatron.training.periodic import interval_paused, save
 from megatron.training.run import Run
-from megatron.training.settings import Source, refuse_unless
-from megatron.training.train_step import StepResult
-from megatron.training.training import close, set_up, train_to_the_end
+from megatron.training.settings import refuse_unless
 from tasks.checkpoints import require_checkpoint
 from tasks.files import matching
 from tasks.finetuning.accuracy import Count, measure, write_predictions
 from tasks.finetuning.classifier import encoder_of, forward_step, model_provider_of
 from tasks.finetuning.corpora import CORPORA, Corpus, short_name
-from tasks.finetuning.examples import Epochs, Example, ExampleSet, Repeated, batches_per_epoch
+from tasks.finetuning.examples import Epochs, Example, ExampleSet, Repeated
+from tasks.finetuning.loop import set_length, train_for_epochs
 from tasks.finetuning.pretrained import load_start
 
 DEFAULTS = {"tokenizer_type": "BertWordPieceLowerCase", "model_family": "bert"}
 PREDICTIONS = "predictions.pt"
-BEST = "best"
 
 
 @dataclass(frozen=True)
@@ -95,24 +87,6 @@ def read_training(corpus: Corpus, args: Any) -> list[Example]:
     return examples
 
 
-def set_length(args: Any, num_examples: int) -> int:
-    """Set the length of the run to `--epochs`; the steps of one of them."""
-    for name in ("train_iters", "train_samples", "rampup_batch_size"):
-        flag = f"--{name.replace('_', '-')}"
-        refuse_unless(getattr(args, name) is None, f"{flag} has no meaning here: --epochs is the length of the run")
-    refuse_unless(args.micro_batch_size, "--micro-batch-size is required and must be positive")
-    ranks = args.world_size // (args.tensor_model_parallel_size * args.pipeline_model_parallel_size)
-    batch = args.global_batch_size or args.micro_batch_size * max(ranks, 1)
-    per_epoch = batches_per_epoch(num_examples, batch, args.keep_last)
-    refuse_unless(
-        per_epoch,
-        f"--train-data has {num_examples} examples, too few for a batch of {batch}; lower --micro-batch-size or "
-        "--global-batch-size, or pass --keep-last",
-    )
-    args.put("train_iters", per_epoch * args.epochs, Source("flag", "--epochs"))
-    return per_epoch
-
-
 # --- the run --------------------------------------------------------------------------------------
 
 
@@ -129,14 +103,14 @@ def evaluate(args: Any, task: Finetuning) -> None:
 
 
 def finetune(args: Any, task: Finetuning) -> None:
-    """Train for `--epochs`; after each of them measure, save, and keep the best model apart."""
+    """Train for `--epochs`, measuring after each of them."""
     initialize_megatron(parsed_args=args, args_defaults=DEFAULTS, for_training=True)
-    provider: Any = partial(provide_data, task)
-    provider.is_distributed = True
+
+    def overall(run: Run, epoch: int) -> Count:
+        return measure(run.model, task.valid, task.corpus, epoch, run.state.iteration)[0]
+
     model_provider = model_provider_of(task.corpus)
-    run = set_up(provider, model_provider, ModelType.encoder_or_decoder, forward_step, load_start)
-    train_to_the_end(run, [EndOfEpoch(task, Best.so_far(run.args))])
-    close(run)
+    train_for_epochs(partial(provide_data, task), model_provider, forward_step, load_start, task.per_epoch, overall)
 
 
 def provide_data(task: Finetuning, num_samples: list[int]) -> tuple[Epochs, Repeated, None]:
@@ -152,57 +126,3 @@ def provide_data(task: Finetuning, num_samples: list[int]) -> tuple[Epochs, Repe
     )
     everything = [example for one in task.valid for example in one.examples]
     return train, Repeated(everything, encode, num_samples[1]), None
-
-
-@dataclass
-class Best:
-    """The best model of a run, kept in the folder `best` of `--save`."""
-
-    folder: Path | None
-    percent: float = -1.0
-
-    @classmethod
-    def so_far(cls, args: Any) -> Best:
-        """Nothing yet, or what an interrupted run has left. All ranks call this."""
-        folder = Path(args.save) / BEST if args.save else None
-        if folder is None or not args.load:
-            return cls(folder)
-        return cls(folder, on_first_rank(f"cannot read {folder}", lambda: _percent_in(folder)))
-
-    def update(self, run: Run, overall: Count, epoch: int) -> None:
-        """Save the model if it is better than all before it. All ranks call this."""
-        if self.folder is None or overall.percent <= self.percent:
-            return
-        self.percent = overall.percent
-        args = run.args.variant(
-            save=str(self.folder), no_save_optim=True, no_save_rng=True, async_save=False, save_keep_last=1
-        )
-        args.save_retain_interval = None
-        save_run(args, run.state, run.model, None, None, CheckpointContext())
-        note = {"epoch": epoch, "iteration": run.state.iteration, "percent": self.percent}
-        path = self.folder / "accuracy.json"
-        on_first_rank(f"cannot write {path}", lambda: path.write_text(json.dumps(note) + "\n"))
-        print_rank_0(f"  the best model so far ({self.percent:.4f} %, epoch {epoch}) is in {self.folder}")
-
-
-def _percent_in(folder: Path) -> float:
-    note = folder / "accuracy.json"
-    return json.loads(note.read_text())["percent"] if note.exists() and checkpoint_exists(folder) else -1.0
-
-
-@dataclass
-class EndOfEpoch:
-    """An action of the training loop."""
-
-    task: Finetuning
-    best: Best
-
-    def __call__(self, run: Run, result: StepResult) -> None:
-        """Measure and save when an epoch is over."""
-        epoch, step = divmod(run.state.iteration, self.task.per_epoch)
-        if step:
-            return
-        with interval_paused(run):
-            overall, _ = measure(run.model, self.task.valid, self.task.corpus, epoch - 1, run.state.iteration)
-            self.best.update(run, overall, epoch - 1)
-        save(run)

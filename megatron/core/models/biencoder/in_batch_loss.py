@@ -17,13 +17,16 @@ from megatron.core.utils import get_pg_rank, get_pg_size
 
 
 def in_batch_scores(queries: Tensor, contexts: Tensor, group: ProcessGroup | None, *, scaled: bool = False) -> Tensor:
-    """[b, n] fp32: inner products of this rank's queries with the contexts of every rank of `group`.
+    """[b, n] fp32, with m contexts for each query [b, n m]: inner products of this rank's queries with the contexts of
+    every rank of `group`.
 
     Each rank's loss is a function of all contexts: all-gather; backward reduce-scatters, so that the vectors of a
     rank's contexts get the gradients of every rank's loss.
 
     Args:
-        queries, contexts: [b, p], the i-th context being the right one of the i-th query.
+        queries: [b, p].
+        contexts: [b, p], the i-th being the right one of the i-th query; or as many times more, those of a query one
+            after the other, its right one first.
         scaled: divide by the square root of p.
     """
     if get_pg_size(group) > 1:
@@ -34,7 +37,8 @@ def in_batch_scores(queries: Tensor, contexts: Tensor, group: ProcessGroup | Non
 
 def in_batch_loss(scores: Tensor, group: ProcessGroup | None) -> tuple[Tensor, Tensor]:
     """(sum over this rank's queries of -log softmax of their own context, which column that is [b])."""
-    own = torch.arange(scores.size(0), device=scores.device) + get_pg_rank(group) * scores.size(0)
+    num_queries, width = scores.size(0), scores.size(1) // get_pg_size(group)  # of one rank
+    own = torch.arange(0, width, width // num_queries, device=scores.device) + get_pg_rank(group) * width
     return cross_entropy(scores, own, reduction="sum"), own
 
 
