@@ -156,6 +156,7 @@ def passages_guessed(folder: Path, whole_word: bool) -> list[bool]:
         (True, 1, "--micro-batch-size 8"),
         (True, 2, "--micro-batch-size 2 --tensor-model-parallel-size 2"),
         (False, 2, "--micro-batch-size 7 --pipeline-model-parallel-size 2"),
+        (True, 2, "--micro-batch-size 3"),
     ],
 )
 def test_lambada_equals_greedy_decoding(
