@@ -47,10 +47,8 @@ def add_task_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPars
     group.add_argument("--faiss-topk-retrievals", type=int, default=100, help="passages retrieved for each question")
     group.add_argument("--train-with-neg", action="store_true", help="learn from passages that do not answer, too")
     group.add_argument("--train-hard-neg", type=int, default=0, help="of these, how many for each question")
-    for kind in ("hard", "other"):
-        group.add_argument(
-            f"--val-av-rank-{kind}-neg", type=int, default=30, help=f"{kind} negatives of a question to rank with"
-        )
+    group.add_argument("--val-av-rank-hard-neg", type=int, default=30, help="hard negatives of a question to rank with")
+    group.add_argument("--val-av-rank-other-neg", type=int, default=30, help="other negatives of a question to do so")
     group.add_argument("--lm-eval-tasks", nargs="+", metavar="NAME", help="tasks of lm-eval for LM_EVAL")
     group.add_argument("--lm-eval-include-path", metavar="DIR", help="folder with further tasks of lm-eval")
     group.add_argument("--num-fewshot", type=int, help="LM_EVAL: solved examples before each question")
