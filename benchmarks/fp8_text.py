@@ -21,8 +21,17 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import torch
-from benchmarks.hybrid_text import COMMON, data, run
 
+from benchmarks.sparse_text import data, run
+
+VOCABULARY = 2048
+COMMON = """
+    --hidden-size 128 --num-attention-heads 4 --ffn-hidden-size 352 --swiglu --normalization RMSNorm
+    --disable-bias-linear --seq-length 128 --max-position-embeddings 128 --attention-dropout 0 --hidden-dropout 0
+    --micro-batch-size 8 --global-batch-size 8 --lr 3e-3 --min-lr 3e-4 --lr-decay-style cosine --lr-warmup-iters 20
+    --weight-decay 0.1 --adam-beta2 0.95 --split 90,10,0 --num-workers 0 --log-interval 10 --eval-iters 40
+    --no-progress-bar --seed 1
+""".split()
 SCALINGS = ("delayed", "tensorwise", "blockwise", "mxfp8")
 HISTORY = ["--fp8-amax-history-len", "16", "--fp8-amax-compute-algo", "max"]
 FP8 = ["--bf16", "--fp8-format", "hybrid", "--fp8-recipe"]
@@ -63,7 +72,7 @@ def main() -> None:
     args.folder.mkdir(parents=True, exist_ok=True)
     result: dict[str, Any] = json.loads(args.output.read_text()) if args.output.exists() else {}
     models = result.get("models", {})
-    data_flags = data(args.folder)
+    data_flags = data(args.folder, VOCABULARY)
     for name in args.models:
         if name in models:
             continue

@@ -56,13 +56,13 @@ MODELS: dict[str, tuple[str, list[str]]] = {
 }
 
 
-def run(*words: str, log: Path) -> None:
+def run(*words: str, log: Path = Path(os.devnull)) -> None:
     """A program of this repository; what it says goes to a file."""
     with log.open("w") as file:
         subprocess.run([sys.executable, *words], cwd=ROOT, check=True, stdout=file, stderr=file, env=os.environ)
 
 
-def data(folder: Path) -> list[str]:
+def data(folder: Path, vocabulary: int) -> list[str]:
     """Flags of the tokenizer and the data set, which are made first."""
     corpus, vocab, prefix = folder / "corpus.jsonl", folder / "vocab", folder / "corpus"
     tokenizer = ["--tokenizer-type", "GPT2BPETokenizer"]
@@ -70,8 +70,8 @@ def data(folder: Path) -> list[str]:
     if not (folder / "corpus_text_document.idx").exists():
         log = folder / "data.log"
         run("examples/data/corpus_to_jsonl.py", str(corpus), log=log)
-        size = str(VOCABULARY)
-        run("tools/train_bpe.py", "--input", str(corpus), "--vocab-size", size, "--output-dir", str(vocab), log=log)
+        sizes = ["--vocab-size", str(vocabulary), "--output-dir", str(vocab)]
+        run("tools/train_bpe.py", "--input", str(corpus), *sizes, log=log)
         words = ["--input", str(corpus), "--output-prefix", str(prefix), *tokenizer, "--append-eod", "--workers", "1"]
         run("tools/preprocess_data.py", *words, log=log)
     return [*tokenizer, "--data-path", f"{prefix}_text_document"]
@@ -126,7 +126,7 @@ def main() -> None:
     args = parser.parse_args()
     folder = args.folder.resolve()
     folder.mkdir(parents=True, exist_ok=True)
-    data_flags = data(folder)
+    data_flags = data(folder, VOCABULARY)
     models = {name: train(name, folder, data_flags, args.steps) for name in args.models}
     for name, found in models.items():
         last = {what: list(found[what].values())[-1] for what in ("training loss", "validation loss")}
