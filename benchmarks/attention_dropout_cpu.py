@@ -10,12 +10,9 @@ each piece of memory once, divided by those of q, k, v and the result.
 from __future__ import annotations
 
 import argparse
-import json
-import platform
-import statistics
 import sys
-import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +22,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from benchmarks.block_timing import kept_bytes, median_seconds
+from benchmarks.harness import write_result
 from megatron.core.fusions.blocked_attention import Rules, blocked_attention
 from megatron.core.fusions.dropout import dropout
 from megatron.core.fusions.fused_softmax import ScaledUpperTriangMaskedSoftmax
@@ -53,38 +52,21 @@ def unfused(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 CONTENDERS: dict[str, Attention] = {"blocks": ours, "sdpa": sdpa, "unfused": unfused}
 
 
-def kept_bytes(attend: Attention, inputs: list[Tensor]) -> int:
-    """That autograd stores."""
-    stored: dict[int, torch.UntypedStorage] = {}
-
-    def note(tensor: Tensor) -> Tensor:
-        stored[tensor.untyped_storage()._cdata] = tensor.untyped_storage()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        attend(*inputs)
-    return sum(storage.nbytes() for storage in stored.values())
-
-
 def measure(length: int, dtype: torch.dtype, rounds: int) -> list[dict[str, Any]]:
     """One row for each contender."""
     inputs = [torch.randn(1, HEADS, length, WIDTH).to(dtype).requires_grad_() for _ in range(3)]
     unit = 4 * inputs[0].numel() * inputs[0].element_size()
-    times: dict[str, list[float]] = {name: [] for name in CONTENDERS}
-    for _ in range(rounds + 1):
-        for name, attend in CONTENDERS.items():
-            start = time.process_time()
-            attend(*inputs).sum().backward()
-            times[name].append(time.process_time() - start)
+    passes = {name: partial(attend, *inputs) for name, attend in CONTENDERS.items()}
+    seconds = median_seconds(passes, rounds, "cpu")
     return [
         {
             "sequence": length,
             "type": str(dtype).removeprefix("torch."),
             "attention": name,
-            "milliseconds": 1e3 * statistics.median(times[name][1:]),
-            "kept": kept_bytes(attend, inputs) / unit,
+            "milliseconds": 1e3 * seconds[name],
+            "kept": kept_bytes(forward) / unit,
         }
-        for name, attend in CONTENDERS.items()
+        for name, forward in passes.items()
     ]
 
 
@@ -102,11 +84,8 @@ def main() -> None:
             for row in rows[-len(CONTENDERS) :]:
                 print("{sequence:6} {type:9} {attention:8} {milliseconds:9.1f} ms {kept:7.2f}".format(**row))
     if args.output:
-        versions = {"torch": torch.__version__, "python": platform.python_version(), "threads": torch.get_num_threads()}
-        capability = torch.backends.cpu.get_cpu_capability()
         settings = {"heads": HEADS, "width": WIDTH, "dropout": P, "rounds": args.rounds}
-        result = {**versions, "capability": capability, "settings": settings, "rows": rows}
-        args.output.write_text(json.dumps(result, indent=1) + "\n")
+        write_result(args.output, settings=settings, rows=rows)
 
 
 if __name__ == "__main__":

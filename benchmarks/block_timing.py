@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import json
-import platform
-import statistics
-import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor
+
+from benchmarks.harness import take_turns, versions, write_result
 
 Passes = Mapping[str, Callable[[], Tensor]]
 """Contender -> its forward pass."""
@@ -32,23 +30,15 @@ def kept_bytes(forward: Callable[[], Tensor]) -> int:
     return sum(storage.nbytes() for storage in stored.values())
 
 
-def clock(device: str) -> float:
-    """Seconds: of this process on a CPU, elapsed on a GPU."""
-    if device == "cpu":
-        return time.process_time()
-    torch.cuda.synchronize()
-    return time.perf_counter()
+def both_passes(forward: Callable[[], Tensor]) -> None:
+    """Forward and backward."""
+    forward().sum().backward()
 
 
 def median_seconds(passes: Passes, rounds: int, device: str) -> dict[str, float]:
     """Of forward and backward, the contenders in turn; a first round is not counted."""
-    times: dict[str, list[float]] = {name: [] for name in passes}
-    for _ in range(rounds + 1):
-        for name, forward in passes.items():
-            start = clock(device)
-            forward().sum().backward()
-            times[name].append(clock(device) - start)
-    return {name: statistics.median(measured[1:]) for name, measured in times.items()}
+    contenders = {name: partial(both_passes, forward) for name, forward in passes.items()}
+    return take_turns(contenders, rounds, device=device).medians()
 
 
 def figures(passes: Passes, seconds: Mapping[str, float]) -> dict[str, Any]:
@@ -87,7 +77,4 @@ def run(
             print(f"  {name:28} {milliseconds:9.1f} ms {row['kept_mb'][name]:9.1f} MiB kept")
         print(f"  {summary(row)}")
     if args.output:
-        versions = {"torch": torch.__version__, "transformers": transformers.__version__}
-        versions |= {"python": platform.python_version(), "threads": torch.get_num_threads(), "device": args.device}
-        capability = torch.backends.cpu.get_cpu_capability()
-        args.output.write_text(json.dumps({**versions, "capability": capability, "rows": rows}, indent=1) + "\n")
+        write_result(args.output, args.device, versions=versions("torch", "transformers"), rows=rows)

@@ -14,9 +14,7 @@ moments flattened and cut into ranges as over two data parallel ranks.
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import platform
 import resource
 import shutil
 import statistics
@@ -35,6 +33,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch.distributed.checkpoint as dcp
 
+from benchmarks.harness import write_result
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.manifest import damaged_files, read_manifest
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
@@ -258,16 +257,9 @@ def main() -> None:
     for name, value in claims.items():
         print(f"{name:52s} {value}")
     if args.output:
-        machine = {
-            "cpu": platform.processor() or platform.machine(),
-            "cores": os.cpu_count(),
-            "threads": torch.get_num_threads(),
-            "load_average_by_round": [round(value, 1) for value in load],
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-        }
-        result = {"machine": machine, "bytes": num_bytes, "rounds": args.rounds, "claims": claims, "rows": rows}
-        args.output.write_text(json.dumps(result, indent=1) + "\n")
+        loads = [round(value, 1) for value in load]
+        settings = {"load_average_by_round": loads, "bytes": num_bytes, "rounds": args.rounds}
+        write_result(args.output, **settings, claims=claims, rows=rows)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,6 @@ import ctypes
 import io
 import json
 import os
-import platform
 import re
 import shutil
 import statistics
@@ -36,6 +35,7 @@ sys.path.insert(0, str(ROOT))
 import numpy
 import torch
 
+from benchmarks.harness import versions, write_result
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from megatron.core.datasets.helpers import build_blending_indices, build_sample_index
@@ -309,15 +309,6 @@ MEASUREMENTS: dict[str, Callable[[Path], dict[str, Any]]] = {
 }
 
 
-def machine() -> dict[str, Any]:
-    """What the numbers were read on."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
-    versions = {"python": platform.python_version(), "numpy": numpy.__version__, "torch": torch.__version__}
-    return {"cpu": model, "cores": os.cpu_count(), "load": os.getloadavg()[0], **versions}
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", nargs="+", choices=MEASUREMENTS, default=list(MEASUREMENTS))
@@ -332,7 +323,7 @@ def main() -> None:
             results[name] = MEASUREMENTS[name](Path(folder)) | {"load": os.getloadavg()[0]}
         print(name, json.dumps(results[name], indent=1), flush=True)
         if args.output:
-            args.output.write_text(json.dumps({"machine": machine(), "results": results}, indent=1) + "\n")
+            write_result(args.output, versions=versions("numpy"), results=results)
 
 
 if __name__ == "__main__":

@@ -34,7 +34,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from torch import Tensor
 
-from benchmarks.train_cpu import machine, prepare_one_process
+from benchmarks.harness import write_result
+from benchmarks.training_steps import prepare_one_process
 from megatron.core.export import ModelShape, from_hf, load_whole_state
 from megatron.core.export.families.gpt2 import weights as gpt2_weights
 from megatron.core.inference.contexts import DynamicInferenceContext
@@ -235,7 +236,7 @@ def main() -> None:
         results[number_type] = measure(args.layers, getattr(torch, number_type), args.rounds, args.workloads)
     if args.output:
         settings = {"layers": args.layers, "rounds": args.rounds, "static_batch": STATIC_BATCH}
-        args.output.write_text(json.dumps({"machine": machine(), "settings": settings, "results": results}, indent=1))
+        write_result(args.output, settings=settings, results=results)
 
 
 if __name__ == "__main__":

@@ -14,9 +14,7 @@ token is predicted.
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import platform
 import random
 import statistics
 import sys
@@ -29,12 +27,12 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-import lm_eval
 import tokenizers
 import torch
 import transformers
 from lm_eval.models.huggingface import HFLM
 
+from benchmarks.harness import versions, write_result
 from megatron.training import get_args, get_model, initialize_megatron
 from megatron.training.checkpoint.load import load_run
 from pretrain_gpt import model_provider
@@ -154,16 +152,8 @@ def main() -> None:
         found[kind] = compare(ours, theirs, asked, args.rounds)
         print(f"{kind:8} ratio {found[kind]['ratio']:.2f} {found[kind]['requests_per_cpu_second']}", flush=True)
     if args.output:
-        machine = {
-            "processor": platform.processor() or platform.machine(),
-            "threads": torch.get_num_threads(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "lm_eval": lm_eval.__version__,
-            "python": platform.python_version(),
-        }
         settings = {"size": args.size, "length": LENGTH, "batch": BATCH, "vocabulary": VOCAB, "rounds": args.rounds}
-        args.output.write_text(json.dumps({"machine": machine, "settings": settings, "kinds": found}, indent=1) + "\n")
+        write_result(args.output, versions=versions("transformers", "lm_eval"), settings=settings, kinds=found)
 
 
 if __name__ == "__main__":

@@ -11,9 +11,7 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
 import os
-import platform
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -26,6 +24,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor, nn
 
+from benchmarks.harness import write_result
 from megatron.core import parallel_state
 from megatron.core.distributed import (
     DistributedDataParallel,
@@ -183,8 +182,7 @@ def main() -> None:
             rows.extend(result)
     show(rows)
     if args.output:
-        versions = {"torch": torch.__version__, "python": platform.python_version(), "machine": platform.machine()}
-        args.output.write_text(json.dumps({"width": args.width, **versions, "rows": rows}, indent=2) + "\n")
+        write_result(args.output, width=args.width, rows=rows)
 
 
 if __name__ == "__main__":

@@ -9,9 +9,6 @@ level-1 timers, logging, TensorBoard and the metrics file on, and reads its log.
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import platform
 import re
 import statistics
 import subprocess
@@ -19,9 +16,10 @@ import sys
 import tempfile
 from pathlib import Path
 
-import torch
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-ROOT = Path(__file__).resolve().parents[1]
+from benchmarks.harness import ROOT, write_result
+
 FLAGS = """
     --num-layers 6 --hidden-size 384 --num-attention-heads 6 --seq-length 512 --max-position-embeddings 512
     --micro-batch-size 4 --global-batch-size 4 --lr 1e-4 --mock-data --tokenizer-type NullTokenizer
@@ -58,9 +56,7 @@ def main() -> None:
     median = statistics.median(shares)
     print(f"outside forward, backward and optimizer: {median:.2%} of a step (median of {len(shares)} steps)")
     if args.output:
-        machine = {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count()}
-        result = {"machine": machine, "torch": torch.__version__, "share_outside": shares}
-        args.output.write_text(json.dumps(result, indent=2) + "\n")
+        write_result(args.output, share_outside=shares)
 
 
 if __name__ == "__main__":

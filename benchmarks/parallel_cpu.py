@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import socket
 import statistics
 import subprocess
@@ -30,9 +29,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import torch
+from benchmarks.harness import ROOT, write_result
 
-ROOT = Path(__file__).resolve().parents[1]
 LENGTH, LAYERS, MICROBATCHES = 256, 8, 4
 FLAGS = f"""
     --num-layers {LAYERS} --num-attention-heads 4 --seq-length {LENGTH}
@@ -204,20 +202,6 @@ def show(rows: list[dict[str, Any]]) -> None:
             print(f"{row['layout']:26}{first}" + "".join(f"{share:13.2%}" for share in shares))
 
 
-def machine() -> dict[str, Any]:
-    """What the numbers were read on."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
-    return {
-        "cpu": model,
-        "cores": os.cpu_count(),
-        "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-    }
-
-
 def main() -> None:
     """Measure, print, and write down if asked to."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -237,8 +221,7 @@ def main() -> None:
     if args.output:
         shape = {"layers": LAYERS, "hidden": args.hidden, "sequence": LENGTH, "microbatches": MICROBATCHES}
         settings = {**shape, "rounds": len(found[base]), "steps": args.steps, "base": base}
-        result = {"machine": machine(), "settings": settings, "layouts": rows, "all_steps": found}
-        args.output.write_text(json.dumps(result, indent=1) + "\n")
+        write_result(args.output, settings=settings, layouts=rows, all_steps=found)
 
 
 if __name__ == "__main__":

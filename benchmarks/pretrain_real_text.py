@@ -32,7 +32,7 @@ sys.path.insert(0, str(ROOT))
 
 import numpy
 
-from benchmarks.train_cpu import machine
+from benchmarks.harness import machine
 from megatron.training.datasets.run_data import load_run_data
 from tools.unigram_entropy import entropy
 

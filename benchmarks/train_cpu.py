@@ -17,12 +17,9 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
 import os
-import platform
 import statistics
 import sys
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -36,6 +33,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks import encoder_contenders
+from benchmarks.harness import Ceiling, take_turns, write_result
 from benchmarks.training_steps import BATCH, LENGTH, Step, our_config, prepare_one_process, scheduled_step, torch_step
 from megatron.core.host_memory import keep_freed_memory
 
@@ -203,19 +201,6 @@ def gpt_batches() -> Iterator[tuple[Tensor, Tensor]]:
 # --- measuring ------------------------------------------------------------------------------------------
 
 
-def gemm_peak(dtype: torch.dtype, seconds: float = 0.3) -> float:
-    """FLOP per second of CPU time of a large square product."""
-    n = 2048
-    a, b = torch.randn(n, n).to(dtype), torch.randn(n, n).to(dtype)
-    out = torch.empty(n, n, dtype=dtype)
-    torch.mm(a, b, out=out)
-    count, start = 0, time.process_time()
-    while time.process_time() - start < seconds:
-        torch.mm(a, b, out=out)
-        count += 1
-    return count * 2 * n**3 / (time.process_time() - start)
-
-
 def contenders(model: str, size: Any, number_type: str, names: list[str] | None) -> dict[str, Step]:
     """The chosen contenders, ready to train."""
     table: dict[str, tuple[Callable[..., Step], str]] = dict(CONTENDERS[number_type])
@@ -237,20 +222,10 @@ def measure(
     steps = contenders(model, size, number_type, names)
     batches = gpt_batches() if model == "gpt" else ((batch,) for batch in encoder_contenders.batches(model))
     num_tokens = TOKENS if model == "gpt" else encoder_contenders.TOKENS[model]
-    speeds: dict[str, list[float]] = {name: [] for name in steps}
-    losses: dict[str, list[float]] = {name: [] for name in steps}
-    peaks = []
-    for i in range(warmup + rounds):
-        batch = next(batches)
-        for name, step in steps.items():
-            start = time.process_time()
-            loss = step(*batch)
-            elapsed = time.process_time() - start
-            losses[name].append(loss)
-            if i >= warmup:
-                speeds[name].append(num_tokens / elapsed)
-        peaks.append(gemm_peak(dtype))
-    peak = statistics.median(peaks)
+    ceiling = Ceiling(dtype)
+    turns = take_turns(steps, rounds, warmup=warmup, arguments=batches, between=ceiling.sample)
+    speeds = {name: [num_tokens / each for each in seconds] for name, seconds in turns.seconds.items()}
+    losses, peak = turns.results, ceiling.flops
     return {
         "gemm_peak_gflops_per_cpu_second": peak / 1e9,
         "contenders": {
@@ -282,20 +257,6 @@ def show(title: str, result: dict[str, Any]) -> None:
             f"{c['tokens_per_cpu_second'] / best:14.3f}{first:11.4f} ->{last:7.4f}"
         )
     sys.stdout.flush()
-
-
-def machine() -> dict[str, Any]:
-    """What the numbers were read on."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
-    return {
-        "cpu": model,
-        "threads": torch.get_num_threads(),
-        "capability": torch.backends.cpu.get_cpu_capability(),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-    }
 
 
 def main() -> None:
@@ -330,8 +291,7 @@ def main() -> None:
             "rounds": args.rounds,
         }
         settings |= {"allocator": args.allocator, "model": args.model}
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.write_text(json.dumps({"machine": machine(), "settings": settings, "results": results}, indent=1))
+        write_result(args.output, settings=settings, results=results)
 
 
 if __name__ == "__main__":

@@ -64,11 +64,11 @@ def initialize_megatron(
     if for_training and device.is_cpu():
         keep_freed_memory()
     _set_padded_vocab_size(args)
-    if args.rank == 0:
-        print_args(args)
     if skip_mpu_initialization:
         args.freeze()
         return
+    if args.rank == 0:
+        print_args(args)
     is_own = _initialize_distributed(args, store)
     if is_own and for_training:
         start_failure_watch(60.0 * args.distributed_timeout_minutes, heeds_sigterm=not args.exit_signal_handler)

@@ -87,6 +87,8 @@ def _parser_words(flag: Flag) -> dict[str, Any]:
         words["choices"] = flag.choices
     if flag.nargs is not None:
         words["nargs"] = flag.nargs
+    if flag.one_or_more:
+        words["action"] = StoreOneOrMore
     return words | {"type": flag.type}
 
 
@@ -104,6 +106,19 @@ class _HelpFormatter(argparse.HelpFormatter):
             return text
         shown = default.name if isinstance(default, enum.Enum) else default
         return f"{text} (default: {str(shown).replace('%', '%%')})"
+
+
+class StoreOneOrMore(argparse._StoreAction):
+    """Stores several values as a list, and one as it is."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        setattr(namespace, self.dest, values[0] if len(values) == 1 else values)
 
 
 def _noting(base: type[argparse.Action]) -> type[argparse.Action]:
@@ -124,11 +139,12 @@ def _noting(base: type[argparse.Action]) -> type[argparse.Action]:
     return NotedAction
 
 
-_NOTED_ACTIONS: dict[str | None, type[argparse.Action]] = {
+_NOTED_ACTIONS: dict[Any, type[argparse.Action]] = {
     None: _noting(argparse._StoreAction),
     "store": _noting(argparse._StoreAction),
     "store_true": _noting(argparse._StoreTrueAction),
     "store_false": _noting(argparse._StoreFalseAction),
     "store_const": _noting(argparse._StoreConstAction),
     "append": _noting(argparse._AppendAction),
+    StoreOneOrMore: _noting(StoreOneOrMore),
 }

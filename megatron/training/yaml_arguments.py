@@ -23,6 +23,7 @@ from typing import Any
 
 from megatron.training.config.flags import all_flags, layer_pattern
 from megatron.training.library_configs import core_transformer_config_from_args
+from megatron.training.parser import StoreOneOrMore
 from megatron.training.settings import ConfigurationError, Settings, Source, refuse_unless
 
 BLOCKS = ("language_model", "model_parallel")
@@ -129,7 +130,8 @@ def convert(action: argparse.Action, value: Any, where: str) -> Any:
     try:
         if action.nargs is not None:
             items = value if isinstance(value, list) else str(value).split()
-            return [_checked(action, item, where) for item in items]
+            checked = [_checked(action, item, where) for item in items]
+            return checked[0] if isinstance(action, StoreOneOrMore) and len(checked) == 1 else checked
         if action.type is layer_pattern and isinstance(value, list):
             return [int(item) for item in value]
         return _checked(action, value, where)

@@ -119,6 +119,31 @@ def test_the_documented_calls_work(address: str, expected: str) -> None:
     assert "Error 400" in run.stdout and "at most 64 tokens" in run.stdout
 
 
+@pytest.mark.parametrize("penalty", [1.0, 0.0])
+def test_beams_are_those_of_transformers(address: str, folder: Path, penalty: float) -> None:
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
+    ids = tokenizer(PROMPT, return_tensors="pt")
+    wanted = model.generate(
+        **ids,
+        max_new_tokens=10,
+        num_beams=4,
+        num_return_sequences=4,
+        length_penalty=penalty,
+        do_sample=False,
+        pad_token_id=95,
+        return_dict_in_generate=True,
+        output_scores=True,
+    )
+    body = {"prompts": [PROMPT], "tokens_to_generate": 10, "beam_width": 4, "length_penalty": penalty, "no_log": True}
+    request = urllib.request.Request(f"http://{address}/api", json.dumps(body).encode(), method="PUT")
+    with urllib.request.urlopen(request) as answer:
+        found = json.load(answer)
+    texts = tokenizer.batch_decode(wanted.sequences, skip_special_tokens=True)
+    assert found["text"] == texts and found["segments"] == [list(text) for text in texts]
+    assert found["scores"] == pytest.approx(wanted.sequences_scores.tolist(), abs=1e-4)
+
+
 ENTER, RIGHT = ("Enter", 13), ("ArrowRight", 39)
 
 

@@ -77,6 +77,24 @@ def _rope(kind: str, factor: float, **others: float) -> dict[str, Any]:
 
 _WINDOW = {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 0}
 _EXPERTS = {**_LLAMA, "head_dim": 16, "num_experts": 4, "moe_intermediate_size": 48}
+_LATENT = {
+    **{name: value for name, value in _LLAMA.items() if name != "rope_parameters"},
+    "rms_norm_eps": 1e-6,
+    "num_key_value_heads": HEADS,
+    "kv_lora_rank": 24,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 4,
+    "v_head_dim": 6,
+    "moe_intermediate_size": 48,
+    "n_routed_experts": 8,
+}
+_STRETCHED = {"rope_type": "yarn", "rope_theta": BASE, "factor": 4.0, _ORIGINAL: 16}
+_V2 = {**_LATENT, "q_lora_rank": None, "rope_parameters": {**_STRETCHED, "mscale": 0.707, "mscale_all_dim": 0.707}}
+_V2 |= {"n_shared_experts": 2, "num_experts_per_tok": 3, "first_k_dense_replace": 1, "topk_method": "greedy"}
+_V3 = {**_LATENT, "q_lora_rank": 32, "rope_parameters": {**_STRETCHED, "mscale": 1.0, "mscale_all_dim": 1.0}}
+_V3 |= {"n_shared_experts": 1, "num_experts_per_tok": 4, "n_group": 4, "topk_group": 2, "first_k_dense_replace": 2}
+_V3 |= {"routed_scaling_factor": 2.5, "norm_topk_prob": True, "num_mtp_layers": 0}
+_GROUPS = {"topk_method": "group_limited_greedy", "n_group": 4, "topk_group": 3, "routed_scaling_factor": 16.0}
 
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     # name: (beginning of their classes' names, settings)
@@ -94,6 +112,22 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "mixtral": ("Mixtral", {**_LLAMA, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 8}),
     "qwen3-moe": ("Qwen3Moe", {**_EXPERTS, "num_experts_per_tok": 2, "norm_topk_prob": True}),
     "qwen3-moe-softmax-first": ("Qwen3Moe", {**_EXPERTS, "num_experts_per_tok": 3, "norm_topk_prob": False}),
+    "qwen2-moe": (
+        "Qwen2Moe",
+        {
+            **_EXPERTS,
+            "head_dim": 8,
+            "num_experts_per_tok": 2,
+            "shared_expert_intermediate_size": 32,
+            "mlp_only_layers": [2],
+        },
+    ),
+    "deepseek-v2-moe": ("DeepseekV2", _V2),
+    "deepseek-v2-moe-groups": (
+        "DeepseekV2",
+        {**_V2, **_GROUPS, "q_lora_rank": 32, "rope_parameters": {"rope_type": "default", "rope_theta": BASE}},
+    ),
+    "deepseek-v3-moe": ("DeepseekV3", _V3),
     "bert": ("Bert", _BERT),
     "megatron-bert": ("MegatronBert", _BERT),
     "t5": ("T5", _T5),
@@ -102,6 +136,8 @@ _HEADS = {"Bert": "ForPreTraining", "MegatronBert": "ForPreTraining", "GPT2": "L
 _HEADS["T5"] = "ForConditionalGeneration"
 
 
+SWEPT = ("deepseek-v2-moe-groups",)
+"""Cases of which most is tested with the slow tests."""
 WITH_EXPERTS = [case for case in CASES if "mixtral" in case or "moe" in case]
 
 
@@ -133,6 +169,9 @@ def make(case: str, directory: Path) -> Any:
     with torch.no_grad():  # biases and norms start as zeros and ones, which would hide a mistake
         for param in model.parameters():
             param.add_(0.1 * torch.randn(param.shape))
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                buffer.add_(0.1 * torch.randn(buffer.shape))
     model.save_pretrained(directory)
     return model
 

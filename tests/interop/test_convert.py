@@ -25,6 +25,7 @@ from tests.functional_tests.program import ROOT
 from tests.interop.hf_models import (
     CASES,
     HEADS,
+    SWEPT,
     VOCAB,
     WITH_EXPERTS,
     closeness,
@@ -79,7 +80,9 @@ def target(case: str, tp: int, pp: int, ep: int = 1) -> list[str]:
     return [*layout(tp, 1 if case == "t5" else pp), *experts]
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=pytest.mark.slow if case in SWEPT else ()) for case in CASES]
+)
 def test_a_chain_of_conversions_returns_the_bits(case: str, made: Any, tmp_path: Path) -> None:
     source = made(case)[0]
     loader = "mixtral_hf" if case == "mixtral" else "hf"

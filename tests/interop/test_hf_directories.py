@@ -17,7 +17,7 @@ from torch import Tensor
 from megatron.core.export import HFFolder, HFState, ModelShape, family_of_settings, write_hf_folder
 from tests.functional_tests.program import run_program
 from tests.interop import hf_models
-from tests.interop.hf_models import CASES, closeness, inputs, make, our_scores, start, their_scores
+from tests.interop.hf_models import CASES, SWEPT, closeness, inputs, make, our_scores, start, their_scores
 from tests.worker_pool import run_ranks
 
 COPIES = {"cls.predictions.decoder.bias", "encoder.embed_tokens.weight", "decoder.embed_tokens.weight"}
@@ -27,6 +27,12 @@ LAYOUTS = {
     "TP2": ["--tensor-model-parallel-size", "2", "--sequence-parallel"],
     "PP2": ["--pipeline-model-parallel-size", "2"],
 }
+
+AGREEMENTS = [
+    pytest.param(case, layout, marks=pytest.mark.slow if case in SWEPT and layout != "TP1" else ())
+    for case in CASES
+    for layout in LAYOUTS
+]
 
 
 def through_ours(case: str, flags: list[str], directory: Path, out: Path) -> list[Tensor] | None:
@@ -55,8 +61,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return get
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(("case", "layout"), AGREEMENTS)
 def test_scores_agree_and_the_bits_return(case: str, layout: str, made: Any, tmp_path: Path) -> None:
     check_scores_and_bits(case, LAYOUTS[layout], 1 if layout == "TP1" else 2, made, tmp_path)
 

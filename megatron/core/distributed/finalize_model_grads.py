@@ -42,15 +42,16 @@ def finalize_model_grads(
         _reduce_shared_grads(model, groups.embd, _shared_word_embedding)
         _reduce_grads_of_stacks(model, groups)
     if getattr(config, "moe_router_enable_expert_bias", False):
-        update_expert_bias(_biased_routers(model), groups)
+        update_expert_bias([router for router in _routers(model) if router.expert_bias is not None], groups)
+    for router in _routers(model):
+        router.begin_batch()
     if num_tokens is not None:
         _divide_by_tokens(model, num_tokens, groups)
     update_delayed_scales(model, groups)
 
 
-def _biased_routers(model: list[nn.Module]) -> list[TopKRouter]:
-    routers = [module for chunk in model for module in chunk.modules() if isinstance(module, TopKRouter)]
-    return [router for router in routers if router.expert_bias is not None]
+def _routers(model: list[nn.Module]) -> list[TopKRouter]:
+    return [module for chunk in model for module in chunk.modules() if isinstance(module, TopKRouter)]
 
 
 def _gradient(param: nn.Parameter) -> Tensor | None:

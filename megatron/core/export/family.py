@@ -98,6 +98,7 @@ class Family:
             raise NotExpressible(f"this is no {self.model_type} model: {'; '.join(misfits)}")
         names = {**self.hints, **self.renamed}
         known = {theirs: settings[ours] for ours, theirs in names.items() if settings.get(ours) is not None}
+        known = {key: value for key, value in known.items() if not isinstance(value, list)}  # what has one value there
         return {
             "architectures": [self.architecture],
             "model_type": self.model_type,

@@ -35,6 +35,12 @@ def is_gated(settings: Mapping[str, Any]) -> bool:
     return bool(settings.get("swiglu") or settings.get("geglu"))
 
 
+def pattern_of_layers(moe_layer_freq: int | list[int] | None, num_layers: int) -> list[bool]:
+    """Which layers are mixtures of experts, by `--moe-layer-freq`."""
+    freq = moe_layer_freq or 1
+    return [layer % freq == 0 for layer in range(num_layers)] if isinstance(freq, int) else list(map(bool, freq))
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModelShape:
     """What decides which parameters a model has, and how their rows are grouped."""
@@ -55,6 +61,15 @@ class ModelShape:
     num_tokentypes: int = 0
     binary_head: bool = False
     num_experts: int | None = None
+    moe_layer_freq: int | list[int] = 1
+    moe_router_enable_expert_bias: bool = False
+    moe_shared_expert_gate: bool = False
+    q_lora_rank: int | None = None
+    """Of latent attention, whose queries come from a latent too."""
+
+    def has_experts(self, layer: int) -> bool:
+        """Whether layer `layer` (from 0) is a mixture of experts."""
+        return bool(self.num_experts) and pattern_of_layers(self.moe_layer_freq, self.num_layers)[layer]
 
     @classmethod
     def of_config(cls, config: TransformerConfig, **others: Any) -> ModelShape:
@@ -87,6 +102,10 @@ class ModelShape:
             num_tokentypes=2 if settings.get("bert_binary_head") else 0,
             binary_head=bool(settings.get("bert_binary_head")),
             num_experts=settings.get("num_experts"),
+            moe_layer_freq=settings.get("moe_layer_freq") or 1,
+            moe_router_enable_expert_bias=bool(settings.get("moe_router_enable_expert_bias")),
+            moe_shared_expert_gate=bool(settings.get("moe_shared_expert_gate")),
+            q_lora_rank=settings.get("q_lora_rank"),
         )
 
 

@@ -28,9 +28,15 @@ FUSED_NORMS = {
     "mlp.linear_fc1.layer_norm_": "pre_mlp_layernorm.",
 }
 """Name of a norm in sharded checkpoints -> its name in the model."""
+LATENT_NORMS = {
+    "self_attention.linear_q_up_proj.layer_norm_": "self_attention.q_layernorm.",
+    "self_attention.linear_kv_up_proj.layer_norm_": "self_attention.kv_layernorm.",
+}
+"""The same of latent attention, where no single linear layer follows the norm before attention."""
 _NORM_OF_MIXER = re.compile(r"(.*\blayers\.\d+)\.norm\.(\w+)")
 """A state space layer's norm, not that within its mixer."""
 _BEFORE_EXPERTS = "pre_mlp_layernorm."
+_MLP_NORM = {fused: plain for fused, plain in FUSED_NORMS.items() if plain == _BEFORE_EXPERTS}
 """No single linear layer follows the norm before experts: it keeps its name in sharded checkpoints."""
 _LAYER = re.compile(r"(?P<block>.*?\blayers)\.(?P<number>\d+)\.(?P<rest>.+)")
 _EXPERT = re.compile(r"(?P<head>.*\.experts)\.local_experts\.(?P<number>\d+)\.(?P<rest>.+)")
@@ -133,7 +139,7 @@ class Stacked(NamedTuple):
 
 def plain_name(name: str) -> str:
     """Name in the model of what sharded checkpoints, and Transformer Engine, name otherwise."""
-    for fused, plain in FUSED_NORMS.items():
+    for fused, plain in (FUSED_NORMS | LATENT_NORMS).items():
         name = name.replace(f".{fused}", f".{plain}")
     return name.replace(".mixer.in_proj.layer_norm_", ".norm.")
 
@@ -150,21 +156,25 @@ class Naming:
     """Layers that are mixtures of experts, as `decoder.layers.3`."""
     layers_differ: bool = False
     """Some layers are such mixtures, some not: then each has keys of its own, and there is no axis for them."""
+    latent: bool = False
+    """Attention is latent."""
 
     @classmethod
     def of(cls, names: Iterable[str]) -> Naming:
         """Of the model that has these parameters."""
+        names = list(names)
         matches = [match for match in map(_LAYER.fullmatch, names) if match is not None]
         layers = {f"{match['block']}.{match['number']}" for match in matches}
         mixtures = {f"{m['block']}.{m['number']}" for m in matches if m["rest"].startswith("mlp.router.")}
-        return cls(frozenset(mixtures), bool(mixtures) and mixtures != layers)
+        latent = any(".self_attention.linear_kv_down_proj." in name for name in names)
+        return cls(frozenset(mixtures), bool(mixtures) and mixtures != layers, latent)
 
     def sharded_name(self, name: str) -> str:
         """The name that a norm has there, after the linear layer that follows it."""
         match = _NORM_OF_MIXER.fullmatch(name)
         if match is not None:
             return f"{match[1]}.mixer.in_proj.layer_norm_{match[2]}"
-        for fused, plain in FUSED_NORMS.items():
+        for fused, plain in (LATENT_NORMS | _MLP_NORM if self.latent else FUSED_NORMS).items():
             head, found, kind = name.rpartition(f".{plain}")
             if found and not (plain == _BEFORE_EXPERTS and head in self.with_experts):
                 return f"{head}.{fused}{kind}"

@@ -47,7 +47,7 @@ def sample(logits: Tensor, draws: Sequence[Draw]) -> Tensor:
         draws: one a row; greedy rows take nothing from their generators.
     """
     logits = logits.float()
-    if all(draw.params.is_greedy and draw.params.repetition_penalty == 1 for draw in draws):
+    if all(draw.params.is_plain_argmax for draw in draws):
         return logits.argmax(dim=-1).cpu()
     rows = logits.cpu()
     return torch.tensor([_draw_one(row, draw) for row, draw in zip(rows, draws)], dtype=torch.int64)
@@ -57,6 +57,7 @@ def _draw_one(logits: Tensor, draw: Draw) -> int:
     """The token that one row [v] of logits gives."""
     params = draw.params
     logits = penalized(logits, draw.history, params.repetition_penalty)
+    logits = without_forbidden(logits, draw.history, params.forbidden_pairs)
     if params.is_greedy:
         return int(logits.argmax())
     values, tokens = candidates(logits / params.temperature, params.top_k, params.nucleus(draw.num_generated))
@@ -78,6 +79,16 @@ def penalized(logits: Tensor, history: Sequence[int], penalty: float) -> Tensor:
     values = logits[seen]
     logits = logits.clone()
     logits[seen] = torch.where(values > 0, values / penalty, values * penalty)
+    return logits
+
+
+def without_forbidden(logits: Tensor, history: Sequence[int], pairs: Sequence[tuple[int, int]]) -> Tensor:
+    """[v] without the tokens that may not follow the last one of `history`."""
+    forbidden = [after for before, after in pairs if history and before == history[-1]]
+    if not forbidden:
+        return logits
+    logits = logits.clone()
+    logits[forbidden] = -torch.inf
     return logits
 
 

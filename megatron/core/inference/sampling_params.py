@@ -53,6 +53,9 @@ class SamplingParams:
     stop_token_ids: tuple[int, ...] = field(default=())
     """Tokens that end the text; the one that does is the last generated token."""
 
+    forbidden_pairs: tuple[tuple[int, int], ...] = field(default=())
+    """(before, after): token `after` is never drawn right after `before`."""
+
     ignore_termination: bool = False
     """Go on after an end-of-document token."""
 
@@ -93,6 +96,11 @@ class SamplingParams:
     @property
     def is_greedy(self) -> bool:
         return self.temperature == 0 or self.top_k == 1
+
+    @property
+    def is_plain_argmax(self) -> bool:
+        """Greedy, and nothing changes the logits."""
+        return self.is_greedy and self.repetition_penalty == 1 and not self.forbidden_pairs
 
     def nucleus(self, num_generated: int) -> float:
         """`top_p` after this many generated tokens."""

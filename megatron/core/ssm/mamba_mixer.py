@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict, ShardedTensor, ShardedTensorFactory
 from megatron.core.extensions.mamba_kernels import kernel_scan, kernels_fit
-from megatron.core.inference.contexts.base_context import BaseInferenceContext
+from megatron.core.inference.contexts.dynamic_context import DynamicInferenceContext
 from megatron.core.inference.contexts.static_context import StaticInferenceContext
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.ssm import ssd
@@ -184,12 +184,13 @@ class MambaMixer(MegatronModule):
     ) -> tuple[Tensor, Tensor | None]:
         """(output, bias to be added or None).
 
-        With an `inference_context`, the whole prompt comes in the first call and leaves its states there, and one token
-        comes in each that follows.
+        With a static `inference_context`, the whole prompt comes in the first call and leaves its states there, and one
+        token comes in each that follows. With a dynamic one, each text goes on from the states in its slot.
         """
         context = inference_context if inference_context is not None else inference_params
         if context is not None:
-            self._require_rows(context)
+            if context.is_dynamic_batching():
+                return self._forward_texts(hidden_states, context)
             if context.sequence_len_offset > 0:
                 return self.step(hidden_states, *self._states(context, hidden_states.size(1)))[:2]
         projected, _ = self.in_proj(hidden_states)
@@ -218,12 +219,60 @@ class MambaMixer(MegatronModule):
             )
         projected, _ = self.in_proj(hidden_states)
         z, xbc, dt = self._parted(projected)
-        mixed = conv_step(xbc[0], conv_state, self.conv1d.weight, self.conv1d.bias)
-        x, B, C = self._wide_parts(F.silu(mixed), self.sizes)
-        y = ssd.step(x, self._time_steps(dt[0], self.dt_bias), self._decay_rates(self.A_log), B, C, ssm_state)
-        y = y + self._skip(self.D) * x
-        out, bias = self._gated_out(y.flatten(-2).unsqueeze(0).to(z.dtype), z)
+        out, bias = self._gated_out(self._stepped(xbc[0], dt[0], conv_state, ssm_state).unsqueeze(0), z)
         return out, bias, conv_state, ssm_state
+
+    def _stepped(self, xbc: Tensor, dt: Tensor, conv_state: Tensor, ssm_state: Tensor) -> Tensor:
+        """y [b, inner] of one token more of each row; the states change in place."""
+        mixed = conv_step(xbc, conv_state, self.conv1d.weight, self.conv1d.bias)
+        x, B, C = self._wide_parts(F.silu(mixed), self.sizes)
+        y = ssd.step(x, self._time_steps(dt, self.dt_bias), self._decay_rates(self.A_log), B, C, ssm_state)
+        return (y + self._skip(self.D) * x).flatten(-2).to(xbc.dtype)
+
+    def _forward_texts(self, hidden_states: Tensor, context: DynamicInferenceContext) -> tuple[Tensor, Tensor | None]:
+        """(output [t, 1, h], bias or None) of texts that lie behind each other, each going on from its own states."""
+        assert self.layer_number is not None
+        projected, _ = self.in_proj(hidden_states)
+        z, xbc, dt = self._parted(projected)
+        conv, ssm = context.states(
+            self.layer_number, lambda rows: self.allocate_inference_cache(rows, 0, context.params_dtype)
+        )
+        pieces = context.pieces()
+        for state in (conv, ssm):
+            state[pieces.fresh] = 0
+        y = xbc.new_zeros(*xbc.shape[:2], self.sizes.inner)
+        if count := len(pieces.single):
+            own = conv[pieces.single], ssm[pieces.single]
+            y[:count, 0] = self._stepped(xbc[:count, 0], dt[:count, 0], *own)
+            conv[pieces.single], ssm[pieces.single] = own
+        for begin, end, slot in pieces.several:
+            row = slice(slot, slot + 1)
+            y[begin:end] = self._continued(xbc[begin:end], dt[begin:end], conv[row], ssm[row])
+        return self._gated_out(y, z)
+
+    def _continued(self, xbc: Tensor, dt: Tensor, conv_state: Tensor, ssm_state: Tensor) -> Tensor:
+        """y [s, b, inner] of several tokens more; the states change in place.
+
+        Args:
+            conv_state: [b, channels, taps], the last inputs.
+            ssm_state: [b, a/tp, p, n].
+        """
+        seen = torch.cat((conv_state.permute(2, 0, 1).to(xbc.dtype), xbc))
+        conv_state.copy_(last_inputs(seen, self.d_conv))
+        mixed = causal_conv(seen, self.conv1d.weight, self.conv1d.bias)[self.d_conv :]
+        x, B, C = self._wide_parts(F.silu(mixed), self.sizes)
+        dt, A = self._time_steps(dt, self.dt_bias), self._decay_rates(self.A_log)
+        y, final = ssd.continue_from(ssm_state, *self._scan(x, dt, A, B, C), dt, A, C)
+        ssm_state.copy_(final)
+        return (y + self._skip(self.D) * x).flatten(-2).to(xbc.dtype)
+
+    def cache_bytes(self, dtype: torch.dtype) -> tuple[int, int]:
+        """(0, bytes that the states of a text take)."""
+        conv, ssm = self.d_conv * sum(self.sizes.parts_of_conv), math.prod(self._state_shape())
+        return 0, conv * dtype.itemsize + ssm * torch.float32.itemsize
+
+    def _state_shape(self) -> tuple[int, int, int]:
+        return self.sizes.heads, self.sizes.head_dim, self.sizes.state
 
     def allocate_inference_cache(
         self, batch_size: int, max_seqlen: int, dtype: torch.dtype | None = None
@@ -231,14 +280,7 @@ class MambaMixer(MegatronModule):
         """States before the first token: (convolution's [b, channels, taps], state space's [b, a/tp, p, n], fp32)."""
         sizes, where = self.sizes, self.conv1d.weight.device
         conv = torch.zeros(batch_size, sum(sizes.parts_of_conv), self.d_conv, device=where, dtype=dtype)
-        return conv, torch.zeros(batch_size, sizes.heads, sizes.head_dim, sizes.state, device=where)
-
-    def _require_rows(self, context: BaseInferenceContext) -> None:
-        if context.is_dynamic_batching():
-            raise NotImplementedError(
-                "texts that are each at a position of their own have no room for the states of state space layers; "
-                "use a StaticInferenceContext"
-            )
+        return conv, torch.zeros(batch_size, *self._state_shape(), device=where)
 
     def _states(
         self, context: StaticInferenceContext, rows: int, like: tuple[Tensor, Tensor] | None = None

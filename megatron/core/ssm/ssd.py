@@ -67,6 +67,25 @@ def step(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor) 
     return torch.einsum("bhpn,bhn->bhp", state, C)
 
 
+def continue_from(state: Tensor, y: Tensor, final: Tensor, dt: Tensor, A: Tensor, C: Tensor) -> tuple[Tensor, Tensor]:
+    """(y, the state after the last token) of a `chunked_scan` that begins from `state` instead of zero; changes y and
+    `final`, which are of the scan from zero. Both are linear in the state: what it gives fades by the sum of dt A.
+
+    Args:
+        state: [b, h, p, n].
+        y: [s, b, h, p].
+        final: [b, h, p, n].
+        dt: [s, b, h].
+        A: [h].
+        C: [s, b, g, n].
+    """
+    fading = (dt * A).cumsum(0).exp()  # [s, b, h]
+    C = C.repeat_interleave(state.size(1) // C.size(2), dim=2)
+    y.addcmul_(torch.einsum("bhpn,sbhn->sbhp", state, C), fading.unsqueeze(-1))
+    final.addcmul_(state, fading[-1][..., None, None])
+    return y, final
+
+
 class _ChunkedScan(torch.autograd.Function):
     """`chunked_scan`, block by block of chunks, with a backward that needs no derivative of the Q x Q decays.
 

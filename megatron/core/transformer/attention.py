@@ -121,6 +121,11 @@ class Attention(MegatronModule, ABC):
         assert self.config.kv_channels is not None
         return self.config.kv_channels
 
+    def cache_bytes(self, dtype: torch.dtype) -> tuple[int, int]:
+        """(bytes that the key and the value of a token take in a context, 0)."""
+        assert self.config.kv_channels is not None
+        return 2 * self.num_query_groups_per_partition * self.config.kv_channels * dtype.itemsize, 0
+
     def scale_of_scores(self) -> float | None:
         """Factor on the scores; None is 1/sqrt(head width)."""
         return self.config.softmax_scale

@@ -89,6 +89,10 @@ class MultiLatentAttention(Attention):
     def context_width(self) -> int:
         return self.config.v_head_dim
 
+    def cache_bytes(self, dtype: torch.dtype) -> tuple[int, int]:
+        """(bytes that the latent of a token, with its key's rotating channels, takes in a context, 0)."""
+        return (self.config.kv_lora_rank + self.config.qk_pos_emb_head_dim) * dtype.itemsize, 0
+
     def scale_of_scores(self) -> float | None:
         config = self.config
         if config.softmax_scale is not None:

@@ -14,6 +14,9 @@ from megatron.core.transformer.enums import AttnBackend
 from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
 from megatron.core.transformer.transformer_config_rules import LATENT_ATTENTION_RULES, TRANSFORMER_RULES
 
+BalancingType = Literal["aux_loss", "seq_aux_loss", "global_aux_loss", "sinkhorn", "none"]
+"""Ways of `moe_router_load_balancing_type`."""
+
 
 @dataclass
 class TransformerConfig(ModelParallelConfig):
@@ -190,14 +193,17 @@ class TransformerConfig(ModelParallelConfig):
     # --- mixture of experts ---
     moe_shared_expert_intermediate_size: int | None = None
     """Total inner width of the experts that see every token; unset is none."""
+    moe_shared_expert_gate: bool = False
+    """Multiply their result by a learnt gate for each token."""
     moe_shared_expert_overlap: bool = False
     """Compute the shared experts while tokens travel to the others."""
     moe_layer_freq: int | list[int] = 1
     """Which layers hold experts: every n-th, or a list with 1 for each such layer."""
     moe_ffn_hidden_size: int | None = None
     """Inner width of one expert; unset is that of the feed-forward block."""
-    moe_router_load_balancing_type: Literal["aux_loss", "seq_aux_loss", "sinkhorn", "none"] = "aux_loss"
-    """How tokens are spread evenly over experts."""
+    moe_router_load_balancing_type: BalancingType | list[BalancingType] = "aux_loss"
+    """How tokens are spread evenly over experts: a loss over a micro-batch, over each sequence, over the batch so far,
+    several of these, an assignment, or nothing."""
     moe_router_topk: int = 2
     """Experts that see each token."""
     moe_router_topk_limited_devices: int | None = None
@@ -226,8 +232,8 @@ class TransformerConfig(ModelParallelConfig):
     """Compute a rank's experts in one grouped matrix product."""
     moe_use_legacy_grouped_gemm: bool = False
     """No effect: there is one grouped product."""
-    moe_aux_loss_coeff: float = 0
-    """Weight of the load balancing loss."""
+    moe_aux_loss_coeff: float | list[float] = 0
+    """Weight of the load balancing loss; of several, one for each."""
     moe_z_loss_coeff: float | None = None
     """Weight of the loss that keeps router outputs small."""
     moe_input_jitter_eps: float | None = None

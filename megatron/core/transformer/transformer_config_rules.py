@@ -13,6 +13,7 @@ from torch.nn.functional import gelu, silu
 
 from megatron.core.config_rules import require, require_divisible, require_one_of, shown
 from megatron.core.transformer.context_parallel_rules import CONTEXT_PARALLEL_RULES
+from megatron.core.transformer.moe.balancing import LOSSES
 from megatron.core.transformer.transformer_depth_rules import DEPTH_RULES
 from megatron.core.utils import init_method_normal, scaled_init_method_normal
 
@@ -263,6 +264,8 @@ def require_positive_shared_expert(config: TransformerConfig) -> None:
     """A shared expert has a width."""
     size = config.moe_shared_expert_intermediate_size
     require(size is None or size > 0, f"{shown(config, 'moe_shared_expert_intermediate_size')} must be positive")
+    for name in ("moe_shared_expert_gate", "moe_shared_expert_overlap"):
+        require(size or not getattr(config, name), f"{name} needs moe_shared_expert_intermediate_size")
 
 
 def derive_capacity_factor(config: TransformerConfig) -> None:
@@ -271,12 +274,43 @@ def derive_capacity_factor(config: TransformerConfig) -> None:
     if factor is not None and factor < 0:
         config.moe_expert_capacity_factor = None
     if config.moe_expert_capacity_factor is not None:
-        require_one_of(config, "moe_router_load_balancing_type", ("aux_loss", "seq_aux_loss", "none"))
+        require(
+            config.moe_router_load_balancing_type != "sinkhorn",
+            "moe_expert_capacity_factor does not work with moe_router_load_balancing_type 'sinkhorn'; it can be "
+            f"{', '.join(map(repr, (*LOSSES, 'none')))}",
+        )
     if config.moe_pad_expert_input_to_capacity:
         require(
             config.moe_expert_capacity_factor is not None,
             "moe_pad_expert_input_to_capacity needs moe_expert_capacity_factor",
         )
+
+
+def require_balancing_fits(config: TransformerConfig) -> None:
+    """Several balancing losses differ, and each has its coefficient; a list of one is that one."""
+    for name in ("moe_router_load_balancing_type", "moe_aux_loss_coeff"):
+        value = getattr(config, name)
+        if isinstance(value, list) and len(value) == 1:
+            setattr(config, name, value[0])
+    kinds, coeffs = config.moe_router_load_balancing_type, config.moe_aux_loss_coeff
+    known = (*LOSSES, "sinkhorn", "none")
+    for kind in [kinds] if isinstance(kinds, str) else kinds:
+        require(kind in known, f"moe_router_load_balancing_type {kind!r}: it can be {', '.join(map(repr, known))}")
+    if not isinstance(kinds, str):
+        require(
+            set(kinds) <= set(LOSSES),
+            f"{shown(config, 'moe_router_load_balancing_type')}: only {', '.join(LOSSES)} can stand together",
+        )
+        require(
+            kinds and len(set(kinds)) == len(kinds),
+            f"{shown(config, 'moe_router_load_balancing_type')}: name each loss once",
+        )
+    needed, found = (1 if isinstance(x, (str, int, float)) else len(x) for x in (kinds, coeffs))
+    require(
+        needed == found,
+        f"{shown(config, 'moe_aux_loss_coeff')} must have one value for each of the {needed} of "
+        f"{shown(config, 'moe_router_load_balancing_type')}",
+    )
 
 
 def require_router_fits(config: TransformerConfig) -> None:
@@ -396,6 +430,7 @@ TRANSFORMER_RULES: tuple[Any, ...] = (
     require_swiglu_for_fp8_store,
     require_plain_rotation,
     derive_init_methods,
+    require_balancing_fits,
     require_router_fits,
     derive_router_groups,
     require_fp8_for_router_padding,

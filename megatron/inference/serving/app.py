@@ -135,7 +135,8 @@ def build_app(service: Service) -> FastAPI:
             body = json.loads(await request.body())
         except (ValueError, RecursionError):
             raise Refusal(400, "the body is not JSON") from None
-        return await unless_gone(request, legacy_api.generate(service, body))
+        client = request.client.host if request.client else "unknown"
+        return await unless_gone(request, legacy_api.generate(service, body, client))
 
     @app.post("/completions")
     async def old_completions(request: Request, body: completions.Body) -> Any:
@@ -169,4 +170,18 @@ def build_app(service: Service) -> FastAPI:
 async def _answer(request: Request, answer: openai_api.Answer) -> Any:
     if not answer.body.stream:
         return await unless_gone(request, answer.whole())
-    return StreamingResponse(answer.events(), media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+    return EventStream(answer)
+
+
+class EventStream(StreamingResponse):
+    """Server-sent events of an answer, which is cancelled when the client goes away, even before the first of them."""
+
+    def __init__(self, answer: openai_api.Answer) -> None:
+        super().__init__(answer.events(), media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+        self.answer = answer
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self.answer.cancel()

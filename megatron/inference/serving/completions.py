@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -66,7 +65,7 @@ async def complete(service: Service, body: Body) -> dict[str, Any]:
         for row, prompt in enumerate(prompts)
     ]
     tickets = service.tickets((prompt, params, stop) for prompt, params in zip(prompts, settings))
-    pieces = await asyncio.gather(*(ticket.whole() for ticket in tickets))
+    pieces = await service.all_of(tickets)
     rows = zip(prompts, tickets, pieces)
     return {"choices": [_choice(service, body, index, *row) for index, row in enumerate(rows)]}
 

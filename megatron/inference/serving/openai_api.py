@@ -169,10 +169,15 @@ class Answer(ABC):
         """What has come of it."""
 
     async def whole(self) -> dict[str, Any]:
-        pieces = await asyncio.gather(*(ticket.whole() for ticket in self.tickets))
+        pieces = await self.service.all_of(self.tickets)
         choices = [self.choice(index, piece) for index, piece in enumerate(pieces)]
         usage = _usage(self.prompts * self.body.n, sum(len(piece.tokens) for piece in pieces))
         return {**self.head, "choices": choices, "usage": usage}
+
+    def cancel(self) -> None:
+        """Nobody waits for it any more."""
+        for ticket in self.tickets:
+            ticket.cancel()
 
     async def events(self) -> AsyncIterator[str]:
         """Server-sent events: choices as they grow, their usage if asked for, [DONE]."""
@@ -211,7 +216,8 @@ class Answer(ABC):
             yield "data: [DONE]\n\n"
         finally:
             for task in tasks:
-                task.cancel()  # which closes the pieces, which cancels the request
+                task.cancel()
+            self.cancel()
 
 
 class CompletionAnswer(Answer):

@@ -88,6 +88,13 @@ class Ticket:
         self.request: DynamicInferenceRequest | None = None
         """When it is completed."""
         self.number = loop.submit(tokens, params, self._hear)
+        self._ended = False
+
+    def cancel(self) -> None:
+        """It is not wanted any more; nothing if it has ended."""
+        if not self._ended:
+            self._ended = True
+            self._loop.cancel(self.number)
 
     def _hear(self, item: Progress | BaseException) -> None:
         with suppress(RuntimeError):  # the event loop has been closed: nobody waits any more
@@ -99,19 +106,19 @@ class Ticket:
         Raises:
             EngineGone: the engine has stopped.
         """
-        seen, done = 0, False
+        seen = 0
         try:
-            while not done:
+            while not self._ended:
                 item = await self._queue.get()
                 if isinstance(item, BaseException):
-                    done = True
+                    self._ended = True
                     raise item
-                done = item.reason is not None
-                text = self._text.take(item.tokens, done)
+                self._ended = item.reason is not None
+                text = self._text.take(item.tokens, self._ended)
                 reason = item.reason
                 if self._text.stopped:
                     reason = FinishReason.STOP
-                if done:
+                if self._ended:
                     self.request = item.request
                 yield Piece(
                     text,
@@ -124,8 +131,7 @@ class Ticket:
                 if self._text.stopped:
                     return
         finally:
-            if not done:
-                self._loop.cancel(self.number)
+            self.cancel()
 
     async def whole(self) -> Piece:
         """All pieces in one."""

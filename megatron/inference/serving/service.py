@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import secrets
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -12,7 +13,7 @@ from typing import Any
 from megatron.core.inference.contexts import MaxSequenceLengthOverflowError
 from megatron.core.inference.sampling_params import SamplingParams
 from megatron.inference.serving.loop import EngineGone, EngineLoop, Overloaded
-from megatron.inference.serving.progress import Ticket
+from megatron.inference.serving.progress import Piece, Ticket
 
 Message = dict[str, Any]
 
@@ -128,9 +129,17 @@ class Service:
                 submitted.append(self.ticket(*request))
         except Refusal:
             for ticket in submitted:
-                self.loop.cancel(ticket.number)
+                ticket.cancel()
             raise
         return submitted
+
+    async def all_of(self, tickets: Sequence[Ticket]) -> list[Piece]:
+        """What becomes of each; none goes on if one fails, or if nobody waits for them any more."""
+        try:
+            return await asyncio.gather(*(ticket.whole() for ticket in tickets))
+        finally:
+            for ticket in tickets:
+                ticket.cancel()
 
     def words(self, tokens: Sequence[int], begin: int = 0) -> tuple[list[str], list[int]]:
         """The text of each token, and where it begins in the texts of all, of which the first begins at `begin`."""

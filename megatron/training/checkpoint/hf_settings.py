@@ -45,7 +45,7 @@ def take_hf_settings(args: Settings, path: Path) -> None:
             args.put(name, value, source)
     tokenizer = tokenizer_of(path)
     for name, value in {**family.suggestions(folder.config), **tokenizer}.items():
-        if not was_given(args, name):
+        if name not in settings and not was_given(args, name):
             args.put(name, value, source)
     vocabulary = int(folder.config["vocab_size"])
     padded = vocab_size_with_padding(vocabulary, args.make_vocab_size_divisible_by, args.tensor_model_parallel_size)

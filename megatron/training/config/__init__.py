@@ -157,7 +157,7 @@ FLAG_GROUPS: tuple[FlagGroup, ...] = (
         {
             TransformerConfig: """
                 num_moe_experts expert_model_parallel_size expert_tensor_parallel_size moe_layer_freq
-                moe_ffn_hidden_size moe_shared_expert_intermediate_size moe_shared_expert_overlap
+                moe_ffn_hidden_size moe_shared_expert_intermediate_size moe_shared_expert_gate moe_shared_expert_overlap
                 moe_grouped_gemm moe_layer_recompute moe_router_load_balancing_type moe_router_dtype
                 moe_router_score_function moe_router_topk moe_router_pre_softmax moe_router_num_groups
                 moe_router_group_topk moe_router_topk_scaling_factor moe_router_enable_expert_bias

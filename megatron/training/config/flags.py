@@ -9,7 +9,7 @@ import re
 import types
 import typing
 from collections.abc import Callable
-from dataclasses import MISSING, Field, dataclass, field, fields
+from dataclasses import MISSING, Field, dataclass, field, fields, replace
 from functools import cache
 from typing import Any, Literal, Union
 
@@ -37,13 +37,19 @@ class Flag:
     type: Callable[[str], Any] = str
     choices: tuple[Any, ...] = ()
     nargs: str | int | None = None
+    one_or_more: bool = False
+    """Several values are a list, one is not."""
 
     @property
     def help(self) -> str:
         """The field's docstring; a switch that turns something off says so."""
         text = field_docs(self.owner).get(self.field, "")
-        turns_off = self.switch and (self.inverted or self.default is True)
-        return f"Turn off: {text[:1].lower()}{text[1:]}" if turns_off and text else text
+        return f"Turn off: {text[:1].lower()}{text[1:]}" if self.turns_off and text else text
+
+    @property
+    def turns_off(self) -> bool:
+        """Whether giving the flag turns its field off."""
+        return self.switch and (self.inverted or self.default is True)
 
 
 @cache
@@ -65,9 +71,18 @@ def flag_names() -> dict[str, str]:
 
 
 def in_terms_of_flags(message: str) -> str:
-    """`message` with every field named by its flag: the words that the user has typed."""
+    """`message` with every field named by its flag: the words that the user has typed.
+
+    "add_bias_linear to be off" becomes "--disable-bias-linear".
+    """
     spelled = flag_names()
-    return re.sub(r"\b[A-Za-z]\w*_\w+\b", lambda found: spelled.get(found[0], found[0]), message)
+    turning_off = {name for flag in all_flags().values() if flag.turns_off for name in (flag.field, flag.dest)}
+
+    def flag_for(found: re.Match[str]) -> str:
+        name, off = found[1], found[2] or ""
+        return spelled.get(name, name) + (off if name not in turning_off else "")
+
+    return re.sub(r"\b([A-Za-z]\w*_\w+)\b( to be off\b)?", flag_for, message)
 
 
 def flag_of(group: str, owner: type, name: str, *, hidden: bool = False) -> Flag:
@@ -92,6 +107,7 @@ def flag_of(group: str, owner: type, name: str, *, hidden: bool = False) -> Flag
         type=shape.type,
         choices=shape.choices,
         nargs=shape.nargs,
+        one_or_more=shape.one_or_more,
     )
 
 
@@ -106,6 +122,7 @@ class ValueShape:
     choices: tuple[Any, ...] = ()
     nargs: str | int | None = None
     switch: bool = field(default=False, kw_only=True)
+    one_or_more: bool = field(default=False, kw_only=True)
 
 
 def value_shape(annotation: Any, spelling: Spelling) -> ValueShape:
@@ -115,6 +132,8 @@ def value_shape(annotation: Any, spelling: Spelling) -> ValueShape:
     kinds = [kind for kind in union_members(annotation) if kind is not type(None)]
     if len(kinds) == 2 and int in kinds and list[int] in kinds:
         return ValueShape(layer_pattern)
+    if len(kinds) == 2 and list[kinds[0]] == kinds[1]:  # type: ignore[valid-type]
+        return replace(value_shape(kinds[0], spelling), nargs="+", one_or_more=True)
     (kind,) = kinds
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if kind is bool:

@@ -114,12 +114,13 @@ def derive_sequence_length(args: argparse.Namespace) -> None:
 
 
 def require_positions_for_sequence(args: argparse.Namespace) -> None:
-    """Every token of a sample has a position."""
+    """Every token of a sample has a position; YaRN stretches those that latent attention rotates by."""
+    stretch = args.rotary_scaling_factor if args.multi_latent_attention else 1
     for name in ("seq_length", "decoder_seq_length"):
         length, positions = getattr(args, name), args.max_position_embeddings
         if length is not None and positions is not None:
             refuse_unless(
-                positions >= length,
+                positions * stretch >= length,
                 f"--max-position-embeddings ({positions}) is smaller than {_flag(name)} ({length}); raise "
                 "the former or shorten the latter",
             )

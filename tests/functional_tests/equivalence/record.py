@@ -17,11 +17,11 @@ from typing import Any
 
 import torch
 
-from tests.functional_tests.equivalence import layouts
+from tests.functional_tests.equivalence import layouts, sparse
 from tests.functional_tests.equivalence.covering import Row
 from tests.functional_tests.equivalence.encoders import FAMILIES
 
-MATRICES: dict[str, Any] = {"gpt": layouts, **FAMILIES}
+MATRICES: dict[str, Any] = {"gpt": layouts, **FAMILIES, "sparse": sparse}
 """By model family: what has `matrix`, `pairs`, `deviations`, `num_ranks`, `not_plain` and `name_of`."""
 PAGE = Path(__file__).resolve().parents[3] / "docs" / "equivalence.md"
 QUANTITIES = ("loss", "gradients", "gradient norm", "weights", "validation loss")

@@ -14,7 +14,7 @@ from typing import Any
 from megatron.training.verify.compare import Deviation, compare
 from megatron.training.verify.measure import Measurement, Program, Samples, measure
 from tests.functional_tests.equivalence import axes, sparse_mutations
-from tests.functional_tests.equivalence.covering import Design, Row, Rule
+from tests.functional_tests.equivalence.covering import Combination, Design, Row, Rule
 from tests.functional_tests.equivalence.mutations import planted
 from tests.worker_pool import run_ranks
 
@@ -53,6 +53,8 @@ NUMERIC_AXES: dict[str, dict[str, str]] = {
     "balancing": {
         "aux_loss": "--moe-aux-loss-coeff 0.05",
         "seq_aux_loss": "--moe-router-load-balancing-type seq_aux_loss --moe-aux-loss-coeff 0.05",
+        "several": "--moe-router-load-balancing-type aux_loss seq_aux_loss --moe-aux-loss-coeff 0.03 0.05",
+        "of the batch": "--moe-router-load-balancing-type seq_aux_loss global_aux_loss --moe-aux-loss-coeff 0.02 0.05",
         "bias": "--moe-router-load-balancing-type none --moe-router-score-function sigmoid "
         "--moe-router-enable-expert-bias --moe-router-bias-update-rate 0.1 --moe-router-topk-scaling-factor 2.5",
     },
@@ -84,6 +86,14 @@ RULES = [
     Rule(("tp", "cp", "dp", "ep", "etp"), of_experts),
     Rule(("pp", "schedule"), lambda pp, schedule: schedule == "1f1b" or pp == "2"),
     Rule(("tp", "drop"), lambda tp, drop: drop == "none" or tp == "1"),  # a rank drops of its own tokens
+    # One process has the micro-batches of all replicas as one: what else depends on its size must not.
+    Rule(("balancing", "drop"), lambda balancing, drop: drop == "none" or balancing != "of the batch"),
+    Rule(
+        ("balancing", "documents", "tokens", "loss"),
+        lambda balancing, documents, tokens, loss: (
+            balancing != "of the batch" or loss == "per token" or (documents, tokens) == ("off", "even")
+        ),
+    ),
     Rule(("cp", "drop"), lambda cp, drop: drop == "none" or cp == "1"),
     Rule(("experts", "recompute"), lambda experts, what: what != "activations" or experts == "grouped"),
     Rule(("attention", "recompute"), lambda attention, what: what != "latents" or attention != "heads"),
@@ -115,11 +125,16 @@ def fast_selection() -> list[Row]:
     return small.cover(list(small.combinations(small.axes, 1)))
 
 
+def pairs() -> list[Combination]:
+    """Every two values of two axes that may stand together."""
+    large = design(8)
+    return list(large.combinations(large.axes, 2))
+
+
 @cache
 def matrix() -> list[Row]:
     """Every two values that may stand together, on up to eight ranks; then what planted mistakes need."""
-    large = design(8)
-    rows = large.cover(list(large.combinations(large.axes, 2)), fast_selection())
+    rows = design(8).cover(pairs(), fast_selection())
     for mutation in sparse_mutations.MUTATIONS:
         rows.append(smallest_layout(mutation.name))
     return list({name_of(row): row for row in rows}.values())
@@ -132,24 +147,31 @@ def smallest_layout(name: str) -> Row:
     return row
 
 
+def not_plain(row: Row) -> Row:
+    """What distinguishes a layout from one process without anything special."""
+    return {name: value for name, value in row.items() if value != next(iter(ALL_AXES[name]))}
+
+
 def name_of(row: Row) -> str:
     """E.g. `tp=2 ep=2`: what is not plain."""
-    plain = {name: next(iter(values)) for name, values in ALL_AXES.items()}
-    return " ".join(f"{name}={value}" for name, value in row.items() if value != plain[name]) or "plain"
+    return " ".join(f"{name}={value}" for name, value in not_plain(row).items()) or "plain"
 
 
-def flags_of(row: Row, names: dict[str, dict[str, str]]) -> list[str]:
+def flags_of(row: Row, names: dict[str, dict[str, str]], steps: int) -> list[str]:
     """The command line with the values of these axes."""
-    words = [*BASE, "--num-layers", str(num_layers(row)), "--train-iters", str(STEPS)]
+    words = [*BASE, "--num-layers", str(num_layers(row)), "--train-iters", str(steps)]
     return words + [word for name, values in names.items() for word in values[row[name]].split()]
 
 
-def deviations(row: Row, mutation: str | None = None) -> list[Deviation]:
+def deviations(row: Row, steps: int = STEPS, mutation: str | None = None) -> list[Deviation]:
     """How far a layout is from one process in float64, with a planted mistake or without one."""
     uneven = row["tokens"] == "uneven"
-    reference = reference_run(tuple(flags_of(row, NUMERIC_AXES)), uneven)
+    words = flags_of(row, NUMERIC_AXES, steps)
+    if row["balancing"] == "of the batch":  # it depends on how many micro-batches a replica has in a step
+        words += ["--micro-batch-size", row["dp"]]
+    reference = reference_run(tuple(words), uneven)
     options = {"mutation": mutation}
-    found = run_ranks(num_ranks(row), run_here, flags_of(row, ALL_AXES), uneven, options)[0]
+    found = run_ranks(num_ranks(row), run_here, flags_of(row, ALL_AXES, steps), uneven, options)[0]
     return compare(found, reference)
 
 

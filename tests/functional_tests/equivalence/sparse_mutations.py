@@ -44,6 +44,20 @@ MUTATIONS = [
         "gradients",
     ),
     Mutation(
+        "the balancing loss of the batch counts one replica",
+        f"{MOE}.router:all_reduce",
+        nothing,
+        {"dp": "2", "balancing": "of the batch"},
+        "gradients",
+    ),
+    Mutation(
+        "the balancing loss of the batch remembers the step before",
+        f"{MOE}.router:TopKRouter.begin_batch",
+        lambda right: lambda self: None,
+        {"dp": "2", "balancing": "of the batch"},
+        "loss",
+    ),
+    Mutation(
         "the routers' losses are not averaged over micro-batches",
         f"{MOE}.aux_loss:MoEAuxLossAutoScaler.set_loss_scale",
         lambda right: lambda scale: right(1.0),

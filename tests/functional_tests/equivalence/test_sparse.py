@@ -38,7 +38,7 @@ def test_every_layout_equals_one_process() -> None:
 )
 def test_mistake_is_noticed(name: str) -> None:
     try:
-        wrong = violations(sparse.deviations(sparse.smallest_layout(name), name))
+        wrong = violations(sparse.deviations(sparse.smallest_layout(name), mutation=name))
         found = [str(deviation) for deviation in wrong]
     except RankFailure as failure:
         found = [str(failure)]

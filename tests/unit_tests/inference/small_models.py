@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from megatron.core import parallel_state
-from megatron.core.inference.contexts import DynamicInferenceContext
+from megatron.core.inference.contexts import DynamicInferenceContext, cache_sizes_of
 from megatron.core.inference.engines import DynamicInferenceEngine
 from megatron.core.inference.model_inference_wrappers.gpt.gpt_inference_wrapper import GPTInferenceWrapper
 from megatron.core.inference.model_inference_wrappers.inference_wrapper_config import InferenceWrapperConfig
@@ -92,20 +92,21 @@ class Words:
 def build_engine(model: GPTModel, *, chunk_size: int = 8, chunks: int = 65, **settings: Any) -> DynamicInferenceEngine:
     """An engine over a pool of `chunks`; `settings` are the context's."""
     config = model.config
-    groups = config.num_query_groups or config.num_attention_heads
+    sizes = cache_sizes_of([model], torch.float32, parallel_state.get_pipeline_model_parallel_group())
     common = {
         "params_dtype": torch.float32,
-        "num_layers": config.num_layers // config.pipeline_model_parallel_size,
+        "num_layers": config.num_layers,
         "kv_channels": config.kv_channels,
-        "num_attention_heads": groups,
+        "num_attention_heads": config.num_attention_heads,
         "max_sequence_length": MAX_LENGTH,
         "chunk_size_tokens": chunk_size,
-        "tensor_model_parallel_size": config.tensor_model_parallel_size,
         "token_multiple": config.tensor_model_parallel_size if config.sequence_parallel else 1,
         "buffer_guaranteed_fraction": 0.0,
+        "max_requests_override": 8 if sizes.per_text else None,
+        "cache_sizes": sizes,
     }
-    token_bytes = 2 * common["num_layers"] * (groups // config.tensor_model_parallel_size) * config.kv_channels * 4
-    size = (chunks + 0.5) * chunk_size * token_bytes / 2**30
+    texts = settings.get("max_requests_override") or common["max_requests_override"] or 0
+    size = ((chunks + 0.5) * chunk_size * sizes.per_token + texts * sizes.per_text) / 2**30
     context = DynamicInferenceContext(**(common | {"buffer_size_gb": size} | settings))
     wrapper = GPTInferenceWrapper(
         model, InferenceWrapperConfig(config.hidden_size, torch.float32, -1, PADDED_VOCAB_SIZE), context

@@ -15,6 +15,7 @@ from megatron.core.inference.sampling_params import SamplingParams
 from tests.unit_tests.inference.small_models import (
     LATENT,
     LLAMA,
+    MAX_LENGTH,
     VOCAB_SIZE,
     build_engine,
     build_model,
@@ -70,6 +71,13 @@ CONTEXTS = {
 @pytest.mark.parametrize("context", CONTEXTS.values(), ids=CONTEXTS)
 def test_greedy_text_is_that_of_the_whole_model(kind: str, context: dict) -> None:
     assert run_ranks(1, continuations, (), SETTINGS[kind], GREEDY, PROMPTS, context)[0] == expected(kind)
+
+
+def test_texts_in_one_pass_may_have_more_tokens_together_than_there_are_positions() -> None:
+    prompts = PROMPTS * 3
+    assert sum(map(len, prompts)) > MAX_LENGTH
+    found = run_ranks(1, continuations, (), {}, GREEDY, prompts, {"chunks": 64})[0]
+    assert found == expected("learned positions") * 3
 
 
 @pytest.mark.parametrize("layout, context", [((), "prompts in pieces"), ((2, 2, True), "many chunks")], ids=str)
@@ -230,3 +238,21 @@ def refusals() -> None:
 
 def test_what_cannot_be_generated_is_refused() -> None:
     run_ranks(1, refusals)
+
+
+def bytes_held(layout: tuple, settings: dict) -> None:
+    engine = build_engine(build_model(*layout, **settings), chunk_size=4)
+    engine.generate(PROMPTS, GREEDY)
+    context = engine.context
+    pools = {id(pool): pool.nbytes for pair in context._pools.values() for pool in pair}
+    tokens = context.chunk_allocator.chunk_count_total * context.chunk_size_tokens
+    tp, pp = (*layout, 1, 1)[:2]
+    heads = settings.get("num_query_groups", 4) // tp
+    of_token = 12 + 4 if "kv_lora_rank" in settings else 2 * heads * 8
+    assert sum(pools.values()) == tokens * context.bytes_per_token == tokens * 4 // pp * of_token * 4
+
+
+@pytest.mark.parametrize("layout", [(), (2, 2)], ids=str)
+@pytest.mark.parametrize("settings", [LLAMA, LATENT], ids=["llama", "latents"])
+def test_a_cached_token_takes_what_was_computed(settings: dict, layout: tuple) -> None:
+    run_ranks(4 if layout else 1, bytes_held, layout, settings)

@@ -40,6 +40,7 @@ ADDED_FLAGS = {
     "--async-strategy",
     "--ckpt-verify",
     "--pipeline-schedule",
+    "--moe-shared-expert-gate",
     "--window-size",
     "--yarn-rotary-scaling-factor",
     "--yarn-original-max-position-embeddings",
@@ -69,7 +70,10 @@ ADDED_CHOICES = {
     "position_embedding_type": {"yarn"},
     "ckpt_format": {"safetensors"},
     "ckpt_convert_format": {"safetensors"},
+    "moe_router_load_balancing_type": {"global_aux_loss"},
 }
+ONE_OR_MORE = {"moe_router_load_balancing_type", "moe_aux_loss_coeff"}
+"""Take several values too."""
 
 
 @pytest.fixture(scope="module")
@@ -107,7 +111,8 @@ def check_shape(fact: dict[str, str], action: argparse.Action) -> None:
     elif fact["type"].startswith("enum:"):
         assert isinstance(action.type, MemberOf)
     else:
-        assert (action.type, action.nargs) == (kinds[fact["type"]], None)
+        nargs = "+" if fact["dest"] in ONE_OR_MORE else None
+        assert (action.type, action.nargs) == (kinds[fact["type"]], nargs)
 
 
 def check_choices(fact: dict[str, str], action: argparse.Action) -> None:
@@ -230,6 +235,10 @@ def test_layer_pattern_is_no_code(text: str, capsys: pytest.CaptureFixture[str])
 def test_messages_speak_of_flags() -> None:
     spoken = in_terms_of_flags("num_moe_experts (3) and layernorm_epsilon fit no unknown_word")
     assert spoken == "--num-experts (3) and --norm-epsilon fit no unknown_word"
+    spoken = in_terms_of_flags("num_moe_experts needs add_bias_linear to be off, or apply_rope_fusion to be off")
+    assert spoken == "--num-experts needs --disable-bias-linear, or --no-rope-fusion"
+    spoken = in_terms_of_flags("it needs sequence_parallel to be off")
+    assert spoken == "it needs --sequence-parallel to be off"
 
 
 def test_parsing_is_fast() -> None:

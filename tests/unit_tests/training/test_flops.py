@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from megatron.core.models.gpt import GPTModel
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec, get_gpt_layer_local_spec
+from megatron.core.models.mamba import MambaModel
+from megatron.core.models.mamba.mamba_layer_specs import mamba_stack_spec
 from megatron.training.arguments import core_transformer_config_from_args
 from megatron.training.flops import num_floating_point_operations
+from megatron.training.rules.hybrid import sizes_of
 from tests.unit_tests.training.settings_for_tests import validated
 
 GPT_345M = (
@@ -78,3 +83,81 @@ def test_a_tabled_hybrid() -> None:
     )
     args = validated(flags, model_family="mamba").variant(padded_vocab_size=50304)
     assert num_floating_point_operations(args, 8) == 5811090751488
+
+
+# -- a whole training step, traced -----------------------------------------------------------------------
+
+SWIGLU = "--swiglu --ffn-hidden-size 192 --disable-bias-linear --normalization RMSNorm --position-embedding-type rope"
+EXPERTS = "--num-experts 4 --moe-router-topk 2 --moe-ffn-hidden-size 256 --moe-router-load-balancing-type none"
+LATENT = (
+    "--multi-latent-attention --kv-lora-rank 32 --q-lora-rank 48 --qk-head-dim 16 --qk-pos-emb-head-dim 8 "
+    "--v-head-dim 16 --position-embedding-type rope"
+)
+HYBRID = (
+    "--is-hybrid-model --hybrid-override-pattern M*M- --mamba-head-dim 32 --mamba-num-groups 2 --mamba-state-dim 32 "
+    "--spec megatron.core.models.mamba.mamba_layer_specs mamba_stack_spec"
+)
+WIDE = "--hidden-size 256 --untie-embeddings-and-output-weights"
+TRACED = {
+    "as many keys as queries": WIDE,
+    "grouped queries": f"{WIDE} --group-query-attention --num-query-groups 2",
+    "SwiGLU": f"{WIDE} {SWIGLU}",
+    "experts": f"{WIDE} {SWIGLU} {EXPERTS}",
+    "experts, one by one": f"{WIDE} {EXPERTS} --disable-bias-linear --moe-layer-freq 2",
+    "grouped experts, a shared one": f"{WIDE} {EXPERTS} --moe-grouped-gemm --moe-shared-expert-intermediate-size 128 "
+    "--disable-bias-linear",
+    "latent attention": f"{WIDE} {LATENT}",
+    "a hybrid": f"{WIDE} {HYBRID}",
+}
+
+
+def built(args: Any) -> torch.nn.Module:
+    """The model that the settings describe."""
+    config = core_transformer_config_from_args(args)
+    shape: dict[str, Any] = {
+        "vocab_size": args.padded_vocab_size,
+        "max_sequence_length": args.seq_length,
+        "share_embeddings_and_output_weights": not args.untie_embeddings_and_output_weights,
+        "position_embedding_type": args.position_embedding_type,
+    }
+    if getattr(args, "model_family", None) == "mamba":
+        pattern = {"hybrid_override_pattern": args.hybrid_override_pattern}
+        return MambaModel(config, mamba_stack_spec, **pattern, **shape)
+    return GPTModel(config, get_gpt_decoder_block_spec(config, use_transformer_engine=False), **shape)
+
+
+def inside(model: torch.nn.Module, counter: FlopCounterMode, ending: str) -> float:
+    """Operations counted in the modules of such names."""
+    kind, counts = type(model).__name__, counter.get_flop_counts()
+    names = [name for name, _ in model.named_modules() if name.endswith(ending)]
+    return float(sum(sum(counts[f"{kind}.{name}"].values()) for name in names))
+
+
+def product_added(total: Any, a: Any, b: Any, *_: Any, **__: Any) -> int:
+    """Operations of `addmm_`, which torch's counter does not know."""
+    return 2 * a[0] * a[1] * b[1]
+
+
+@pytest.mark.parametrize("flags", TRACED.values(), ids=TRACED)
+def test_traced_training_step(flags: str) -> None:
+    """Within 1 % of what torch counts in forward and backward, of attention the half that causality needs.
+
+    Left out of both is a mixer's recurrence: the formula has the fewest operations, torch those of chunks.
+    """
+    family = {"model_family": "mamba"} if "--is-hybrid-model" in flags else {}
+    args = validated(f"{flags} --attention-backend unfused", **family).variant(padded_vocab_size=512)
+    model, batch_size = built(args).eval(), 2
+    tokens = torch.arange(batch_size * args.seq_length).view(batch_size, -1) % args.padded_vocab_size
+    positions = torch.arange(args.seq_length).expand_as(tokens)
+    known = {torch.ops.aten.addmm_: product_added}
+    with FlopCounterMode(model, display=False, depth=9, custom_mapping=known) as counter:
+        model(tokens, positions, None, labels=tokens).sum().backward()
+    traced = counter.get_total_flops() - inside(model, counter, "core_attention") / 2
+    expected = num_floating_point_operations(args, batch_size)
+    if family:
+        projections = inside(model, counter, "mixer.in_proj") + inside(model, counter, "mixer.out_proj")
+        assert projections > 0
+        traced -= inside(model, counter, "mixer") - projections
+        sizes, mixers = sizes_of(args), args.hybrid_override_pattern.count("M")
+        expected -= 3 * 7 * mixers * batch_size * args.seq_length * sizes.inner * sizes.state
+    assert expected == pytest.approx(traced, rel=0.01)

@@ -39,6 +39,7 @@ FACTS = list(
 )
 ADDED_FIELDS = {
     "pipeline_schedule",
+    "moe_shared_expert_gate",
     "torch_compile",
     "yarn_rotary_scaling_factor",
     "yarn_original_max_position_embeddings",
@@ -162,6 +163,12 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"moe_shared_expert_intermediate_size": 0}, "must be positive"),
     ({"moe_pad_expert_input_to_capacity": True}, "needs moe_expert_capacity_factor"),
     ({"moe_router_group_topk": 2}, "needs moe_router_num_groups"),
+    ({"moe_router_load_balancing_type": "even"}, "'even': it can be 'aux_loss', 'seq_aux_loss', 'global_aux_loss'"),
+    ({"moe_router_load_balancing_type": ["aux_loss", "sinkhorn"]}, "only aux_loss, .* can stand together"),
+    ({"moe_router_load_balancing_type": ["aux_loss", "aux_loss"], "moe_aux_loss_coeff": [1, 2]}, "each loss once"),
+    ({"moe_router_load_balancing_type": ["aux_loss", "seq_aux_loss"]}, r"moe_aux_loss_coeff \(0\) must have one value"),
+    ({"moe_aux_loss_coeff": [0.1, 0.1]}, "one value for each of the 1 of"),
+    ({"moe_expert_capacity_factor": 1.0, "moe_router_load_balancing_type": "sinkhorn"}, "does not work with"),
     ({"moe_router_group_topk": 3, "moe_router_num_groups": 2}, "must not exceed moe_router_num_groups"),
 ]
 

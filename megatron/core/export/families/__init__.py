@@ -7,13 +7,29 @@ from typing import Any
 
 from ..family import Family, NotExpressible
 from .bert import BERT, MEGATRON_BERT
+from .deepseek import DEEPSEEK_V2, DEEPSEEK_V3
 from .gpt2 import GPT2
 from .llama import LLAMA, MISTRAL, QWEN2, QWEN3
 from .mamba2 import MAMBA2
-from .mixtral import MIXTRAL, QWEN3_MOE
+from .mixtral import MIXTRAL, QWEN2_MOE, QWEN3_MOE
 from .t5 import T5
 
-_ALL = (GPT2, LLAMA, MISTRAL, QWEN2, QWEN3, MIXTRAL, QWEN3_MOE, BERT, MEGATRON_BERT, T5, MAMBA2)
+_ALL = (
+    GPT2,
+    LLAMA,
+    MISTRAL,
+    QWEN2,
+    QWEN3,
+    MIXTRAL,
+    QWEN2_MOE,
+    QWEN3_MOE,
+    DEEPSEEK_V2,
+    DEEPSEEK_V3,
+    BERT,
+    MEGATRON_BERT,
+    T5,
+    MAMBA2,
+)
 FAMILIES: dict[str, Family] = {family.model_type: family for family in _ALL}
 """`model_type` -> family. Where a model of ours is of several, the first one stands for them."""
 

@@ -9,36 +9,43 @@ from ..family import Family, require
 from ..weights import KINDS, ModelShape, Weight, fused_qkv, same, stacked
 from .rope import read_rope, write_rope
 
-FeedForward = Callable[[ModelShape, str, str], Iterator[Weight]]
-"""(shape, beginnings of our and of their names in a layer) -> the rows of its feed-forward block."""
+Block = Callable[[ModelShape, int, str, str], Iterator[Weight]]
+"""(shape, number of a layer, beginnings of our and of their names in it) -> the rows of one of its blocks."""
 
 
-def dense(shape: ModelShape, ours: str, theirs: str) -> Iterator[Weight]:
+def dense(shape: ModelShape, number: int, ours: str, theirs: str) -> Iterator[Weight]:
     """A gated feed-forward block."""
+    yield from gated(shape, f"{ours}mlp.", f"{theirs}mlp.")
+
+
+def gated(shape: ModelShape, ours: str, theirs: str) -> Iterator[Weight]:
+    """Two projections side by side, of which one gates the other, and one back."""
     for kind in KINDS if shape.add_bias_linear else KINDS[:1]:
-        gate_and_up = (f"{theirs}mlp.gate_proj.{kind}", f"{theirs}mlp.up_proj.{kind}")
-        yield stacked(f"{ours}mlp.linear_fc1.{kind}", *gate_and_up)
-        yield same(f"{ours}mlp.linear_fc2.{kind}", f"{theirs}mlp.down_proj.{kind}")
+        yield stacked(f"{ours}linear_fc1.{kind}", f"{theirs}gate_proj.{kind}", f"{theirs}up_proj.{kind}")
+        yield same(f"{ours}linear_fc2.{kind}", f"{theirs}down_proj.{kind}")
 
 
-def weights(shape: ModelShape, feed_forward: FeedForward = dense) -> Iterator[Weight]:
+def grouped_queries(shape: ModelShape, number: int, ours: str, theirs: str) -> Iterator[Weight]:
+    """Attention whose query, key and value are projections of the hidden states."""
+    for kind in KINDS if shape.add_qkv_bias or shape.add_bias_linear else KINDS[:1]:
+        names = [f"{theirs}self_attn.{part}_proj.{kind}" for part in "qkv"]
+        yield fused_qkv(shape, f"{ours}self_attention.linear_qkv.{kind}", *names)
+    if shape.qk_layernorm:
+        for part in "qk":
+            yield same(f"{ours}self_attention.{part}_layernorm.weight", f"{theirs}self_attn.{part}_norm.weight")
+    for kind in KINDS if shape.add_bias_linear else KINDS[:1]:
+        yield same(f"{ours}self_attention.linear_proj.{kind}", f"{theirs}self_attn.o_proj.{kind}")
+
+
+def weights(shape: ModelShape, feed_forward: Block = dense, attention: Block = grouped_queries) -> Iterator[Weight]:
     """Key map of `LlamaForCausalLM` and its relatives."""
-    of_qkv = KINDS if shape.add_qkv_bias or shape.add_bias_linear else KINDS[:1]
-    of_linear = KINDS if shape.add_bias_linear else KINDS[:1]
     yield same("embedding.word_embeddings.weight", "model.embed_tokens.weight")
     for n in range(shape.num_layers):
         ours, theirs = f"decoder.layers.{n}.", f"model.layers.{n}."
         yield same(f"{ours}input_layernorm.weight", f"{theirs}input_layernorm.weight")
-        for kind in of_qkv:
-            names = [f"{theirs}self_attn.{part}_proj.{kind}" for part in "qkv"]
-            yield fused_qkv(shape, f"{ours}self_attention.linear_qkv.{kind}", *names)
-        if shape.qk_layernorm:
-            for part in "qk":
-                yield same(f"{ours}self_attention.{part}_layernorm.weight", f"{theirs}self_attn.{part}_norm.weight")
-        for kind in of_linear:
-            yield same(f"{ours}self_attention.linear_proj.{kind}", f"{theirs}self_attn.o_proj.{kind}")
+        yield from attention(shape, n, ours, theirs)
         yield same(f"{ours}pre_mlp_layernorm.weight", f"{theirs}post_attention_layernorm.weight")
-        yield from feed_forward(shape, ours, theirs)
+        yield from feed_forward(shape, n, ours, theirs)
     yield same("decoder.final_layernorm.weight", "model.norm.weight")
     if not shape.tied:
         yield same("output_layer.weight", "lm_head.weight")
@@ -156,12 +163,12 @@ def _write_qwen_window(settings: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _read_qwen2(config: Mapping[str, Any]) -> dict[str, Any]:
+def read_qwen2(config: Mapping[str, Any]) -> dict[str, Any]:
     biases = {"add_bias_linear": False, "add_qkv_bias": True}
     return {**_read_common(config), **biases, "window_size": _read_qwen_window(config), "qk_layernorm": False}
 
 
-def _write_qwen2(settings: Mapping[str, Any]) -> dict[str, Any]:
+def write_qwen2(settings: Mapping[str, Any]) -> dict[str, Any]:
     require(_biases(settings) == (False, True), "not query, key and value alone have biases")
     require(not settings.get("qk_layernorm"), "qk_layernorm is set")
     width = settings["hidden_size"] // settings["num_attention_heads"]
@@ -228,5 +235,5 @@ def relative(
 
 LLAMA = relative("llama", "LlamaForCausalLM", _read_llama, _write_llama)
 MISTRAL = relative("mistral", "MistralForCausalLM", read_mistral, write_mistral)
-QWEN2 = relative("qwen2", "Qwen2ForCausalLM", _read_qwen2, _write_qwen2)
+QWEN2 = relative("qwen2", "Qwen2ForCausalLM", read_qwen2, write_qwen2)
 QWEN3 = relative("qwen3", "Qwen3ForCausalLM", read_qwen3, write_qwen3, attention_bias=(False,))

@@ -1,6 +1,7 @@
 """What a model remembers of the tokens it has seen."""
 
 from .base_context import BaseInferenceContext
+from .cache_sizes import CacheSizes, cache_sizes_of
 from .dynamic_chunk_allocator import ChunkAllocator
 from .dynamic_context import DynamicInferenceContext
 from .overflow import (
@@ -14,6 +15,7 @@ from .static_context import StaticInferenceContext
 
 __all__ = [
     "BaseInferenceContext",
+    "CacheSizes",
     "ChunkAllocator",
     "ChunkOverflowError",
     "ContextOverflowError",
@@ -22,4 +24,5 @@ __all__ = [
     "RequestOverflowError",
     "StaticInferenceContext",
     "TokenOverflowError",
+    "cache_sizes_of",
 ]

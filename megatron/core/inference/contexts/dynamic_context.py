@@ -5,7 +5,7 @@ t tokens of a pass, a heads, g query groups, d head width, c tokens of a chunk.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from megatron.core import device
 from megatron.core.inference.contexts.base_context import BaseInferenceContext
+from megatron.core.inference.contexts.cache_sizes import CacheSizes
 from megatron.core.inference.contexts.dynamic_chunk_allocator import ChunkAllocator
 from megatron.core.inference.contexts.overflow import (
     ChunkOverflowError,
@@ -22,7 +23,7 @@ from megatron.core.inference.contexts.overflow import (
 )
 from megatron.core.inference.contexts.paged_attention import attend_to_chunks, attend_to_past
 from megatron.core.inference.contexts.prefix_cache import PrefixCache
-from megatron.core.inference.contexts.step_plan import CachedSequence, Part, StepPlan
+from megatron.core.inference.contexts.step_plan import CachedSequence, Part, Pieces, StepPlan
 from megatron.core.transformer.rotary import apply_rotary_pos_emb
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import divide
@@ -51,7 +52,9 @@ class DynamicInferenceContext(BaseInferenceContext):
         max_requests_override, max_tokens_override: texts, and tokens of a pass, at most.
         tensor_model_parallel_size: ranks that share the heads; a multiple of it tokens run in a pass if
             `token_multiple` says so.
-        enable_prefix_caching: texts with an equal beginning share its chunks.
+        enable_prefix_caching: texts with an equal beginning share its chunks; never where layers keep states.
+        cache_sizes: what a model keeps, of `cache_sizes_of`; instead of what `num_layers`, `kv_channels` and
+            `num_attention_heads` give. States of `max_requests` texts are part of the buffer.
 
     Raises:
         ValueError: one text of the greatest length does not fit into the buffer.
@@ -77,25 +80,33 @@ class DynamicInferenceContext(BaseInferenceContext):
         tensor_model_parallel_size: int | None = None,
         token_multiple: int = 1,
         enable_prefix_caching: bool = True,
+        cache_sizes: CacheSizes | None = None,
     ) -> None:
         super().__init__(materialize_only_last_token_logits=True)
         heads = divide(num_attention_heads, tensor_model_parallel_size or 1)
         self.params_dtype, self.max_sequence_length = params_dtype, max_sequence_length
         self.chunk_size_tokens, self.token_multiple = chunk_size_tokens, token_multiple
-        self.bytes_per_token = 2 * num_layers * heads * kv_channels * params_dtype.itemsize
-        count = int(buffer_size_gb * GIB / (self.bytes_per_token * chunk_size_tokens))
+        plain = CacheSizes(2 * num_layers * heads * kv_channels * params_dtype.itemsize)
+        self.cache_sizes = plain if cache_sizes is None else cache_sizes
         longest = -(-max_sequence_length // chunk_size_tokens)
-        if count < longest + 1:
-            needed = (longest + 1) * chunk_size_tokens * self.bytes_per_token / GIB
+        buffer, factor = int(buffer_size_gb * GIB), buffer_overflow_factor or 1.0
+        of_longest = max_sequence_length * self.bytes_per_token + self.cache_sizes.per_text
+        self.max_requests = max_requests_override or self.round_up_requests(int(buffer / max(of_longest, 1) * factor))
+        count = self.max_requests * longest + 1  # where tokens take nothing
+        if self.bytes_per_token:
+            room = buffer - self.max_requests * self.cache_sizes.per_text
+            count = max(room // (self.bytes_per_token * chunk_size_tokens), 0)
+        if count < longest + 1 or self.max_requests * self.cache_sizes.per_text > buffer:
+            needed = (longest + 1) * chunk_size_tokens * self.bytes_per_token
+            needed += self.max_requests * self.cache_sizes.per_text
             raise ValueError(
                 f"buffer_size_gb ({buffer_size_gb}) holds {count} chunks of {chunk_size_tokens} tokens; one text of "
-                f"{max_sequence_length} tokens needs {longest + 1}: give {needed:.3g} GiB or more, or shorter texts"
+                f"{max_sequence_length} tokens needs {longest + 1}: give {needed / GIB:.3g} GiB or more, or shorter "
+                "texts"
             )
         tokens = count * chunk_size_tokens
-        requests, factor = tokens / max_sequence_length, buffer_overflow_factor
-        if factor is not None:
-            requests, tokens = requests * factor, int(tokens / 50 * factor)
-        self.max_requests = max_requests_override or self.round_up_requests(int(requests))
+        if buffer_overflow_factor is not None:
+            tokens = int(tokens / 50 * factor)
         self.max_tokens = max_tokens_override or max(self.round_up_tokens(tokens), self.max_requests)
         if self.max_tokens < self.max_requests:
             raise ValueError(f"max_tokens ({self.max_tokens}) must be at least max_requests ({self.max_requests})")
@@ -103,8 +114,10 @@ class DynamicInferenceContext(BaseInferenceContext):
         if buffer_guaranteed_fraction > 0:
             guaranteed = max(longest, int(count * buffer_guaranteed_fraction))
         self.chunk_allocator = ChunkAllocator(count, min(guaranteed, count - 1 - longest))
-        self.prefix_cache = PrefixCache(self.chunk_allocator, chunk_size_tokens, enable_prefix_caching)
+        shares = enable_prefix_caching and not self.cache_sizes.per_text  # states are of whole texts
+        self.prefix_cache = PrefixCache(self.chunk_allocator, chunk_size_tokens, shares)
         self._pools: dict[int, tuple[Tensor, Tensor]] = {}
+        self._states: dict[int, tuple[Tensor, ...]] = {}
         self.reset()
 
     @classmethod
@@ -121,6 +134,11 @@ class DynamicInferenceContext(BaseInferenceContext):
     def round_up_tokens(cls, value: int) -> int:
         """A number of tokens, rounded up."""
         return cls.round_up(max(value, 1), cls.TOKEN_ROUNDER)
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Of keys and values, in all layers of this rank."""
+        return self.cache_sizes.per_token
 
     def reset(self) -> None:
         """Without texts; what was remembered of beginnings is forgotten too."""
@@ -324,6 +342,16 @@ class DynamicInferenceContext(BaseInferenceContext):
                 values = torch.zeros(*shape, value.size(3), dtype=self.params_dtype, device=key.device)
             self._pools[layer_number] = keys, values
         return self._pools[layer_number]
+
+    def states(self, layer_number: int, make: Callable[[int], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+        """A layer's states, one row for each slot; made by `make(rows)` when they are first asked for."""
+        if layer_number not in self._states:
+            self._states[layer_number] = make(self.max_requests)
+        return self._states[layer_number]
+
+    def pieces(self) -> Pieces:
+        """Where the texts of the pass lie, and their slots."""
+        return self.plan.pieces()
 
     def attend(
         self,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -44,6 +45,18 @@ class Part:
         return self.stop == len(self.sequence.tokens)
 
 
+@dataclass(frozen=True)
+class Pieces:
+    """Where the texts of a pass lie in it, and in buffers that have one row, a slot, for each text."""
+
+    single: Tensor
+    """[n] int64: slots of the texts with one token in the pass, which are its first n tokens."""
+    several: list[tuple[int, int, int]]
+    """(begin, end, slot) of the others."""
+    fresh: Tensor
+    """int64: slots of the texts whose first token is in the pass."""
+
+
 class StepPlan:
     """Parts of one pass, those of a single token first, on one row of t tokens.
 
@@ -79,6 +92,7 @@ class StepPlan:
         self.chunk_of_token = torch.tensor(chunks + [dummy_chunk] * padding, device=self.device)
         self.offset_in_chunk = self.position_ids[0] % chunk_size
         self._tables: dict[int | None, ChunkTable] = {}
+        self._pieces: Pieces | None = None
 
     def _row(self, values: list[int]) -> Tensor:
         return torch.tensor([values], dtype=torch.int64, device=self.device)
@@ -118,3 +132,14 @@ class StepPlan:
                 self.device,
             )
         return self._tables[window]
+
+    def pieces(self) -> Pieces:
+        """For layers that keep states of texts instead of something of each token."""
+        if self._pieces is None:
+            slots = [part.sequence.slot for part in self.parts]
+            ends = list(accumulate(part.stop - part.start for part in self.parts))
+            several = [(ends[i - 1] if i else 0, ends[i], slots[i]) for i in range(self.num_single, len(slots))]
+            fresh = [part.sequence.slot for part in self.parts if part.start == 0]
+            single, first = (torch.tensor(x, dtype=torch.int64, device=self.device) for x in (slots, fresh))
+            self._pieces = Pieces(single[: self.num_single], several, first)
+        return self._pieces

@@ -9,11 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from megatron.core import parallel_state
 from megatron.core.inference.contexts import BaseInferenceContext, StaticInferenceContext
 from megatron.core.inference.model_inference_wrappers.inference_wrapper_config import InferenceWrapperConfig
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.process_groups_config import has_default_process_groups
 from megatron.core.tensor_parallel.mappings import gather_from_tensor_model_parallel_region
-from megatron.core.utils import get_attr_wrapped_model, get_model_config, unwrap_model
+from megatron.core.utils import get_attr_wrapped_model, get_model_config, get_pg_size, unwrap_model
 
 Inputs = dict[str, Any]
 
@@ -28,6 +30,9 @@ class AbstractModelInferenceWrapper(ABC):
     Raises:
         ValueError: the model is cut over context parallel ranks.
     """
+
+    takes_whole_rows = False
+    """A pass is over all tokens so far, because nothing is kept of those before."""
 
     def __init__(
         self,
@@ -45,6 +50,9 @@ class AbstractModelInferenceWrapper(ABC):
             )
         self.inference_wrapper_config = inference_wrapper_config
         self.inference_context = inference_context or StaticInferenceContext.from_config(inference_wrapper_config)
+        self.num_stages = self.config.pipeline_model_parallel_size
+        if has_default_process_groups():  # the stacks of a T5 each count their own stages
+            self.num_stages = get_pg_size(parallel_state.get_pipeline_model_parallel_group())
         self.token_multiple = self.config.tensor_model_parallel_size if self.config.sequence_parallel else 1
         true_size = get_attr_wrapped_model(self.chunks[-1], "true_vocab_size", allow_none=True)
         self.vocab_size: int = true_size or inference_wrapper_config.padded_vocab_size
@@ -85,7 +93,7 @@ class AbstractModelInferenceWrapper(ABC):
         batch_size, length = tokens.shape[:2]
         limit = self.inference_wrapper_config.inference_batch_times_seqlen_threshold
         is_static = self.inference_context.is_static_batching()
-        if self.config.pipeline_model_parallel_size == 1:
+        if self.num_stages == 1:
             return self.forward_pass_without_pipeline_parallel(inference_input)
         if is_static and 0 <= limit < batch_size * length:
             return self.forward_pass_with_pipeline_parallel_large_input_batch(inference_input, recv_buffer_seq_len)
@@ -136,12 +144,16 @@ class AbstractModelInferenceWrapper(ABC):
             data_iterator=iterators if len(self.chunks) > 1 else iterators[0],
             model=self.chunks if len(self.chunks) > 1 else self.model,
             num_microbatches=len(pieces),
-            seq_length=pieces[0]["tokens"].size(1),
             micro_batch_size=num_rows,
+            **self.lengths_of_pass(pieces[0]),
             forward_only=True,
             collect_non_loss_data=True,
         )
         return _joined(collected, pieces[0])
+
+    def lengths_of_pass(self, inputs: Inputs) -> dict[str, int]:
+        """What a pipeline's schedule must know of the rows that go through it."""
+        return {"seq_length": inputs["tokens"].size(1)}
 
     def _whole_logits(self, logits: Tensor) -> Tensor:
         """[b, s, v] of this rank's part of the vocabulary."""

@@ -5,9 +5,9 @@ b rows, l tokens of the longest row with its continuation, s tokens of a pass, v
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -49,6 +49,7 @@ class StaticBatch:
     Args:
         termination_id: the token that ends a row; it is not counted as generated.
         seed: of the settings without one, together with the row's number.
+        constants: what each pass of the model has besides its tokens.
 
     Raises:
         ValueError: there is no prompt, or the texts do not fit into the context.
@@ -61,7 +62,9 @@ class StaticBatch:
         params: SamplingParams,
         termination_id: int,
         seed: int,
+        constants: Mapping[str, Any] | None = None,
     ) -> None:
+        self.constants = dict(constants or {})
         if not prompts or not all(prompts):
             raise ValueError("each prompt needs at least one token")
         self.wrapper, self.params, self.termination_id = wrapper, params, termination_id
@@ -91,17 +94,19 @@ class StaticBatch:
     def _pass(self, start: int, stop: int) -> Tensor:
         """[b * w, 2 + 2n] as of `rows_told`, of the w last positions from `start` to `stop` - 1."""
         multiple = self.wrapper.token_multiple
-        width = -(-(stop - start) // multiple) * multiple
+        begin = 0 if self.wrapper.takes_whole_rows else start
+        width = -(-(stop - begin) // multiple) * multiple
         tokens = torch.full((len(self.rows), width), self.termination_id if self.termination_id >= 0 else 0)
         for number, row in enumerate(self.rows):
-            part = (row.tokens + [int(tokens[number, 0])] * self.length)[start:stop]
-            tokens[number, : stop - start] = torch.tensor(part)
-        positions = torch.arange(start, start + width)
-        positions[stop - start :] = 0
+            part = (row.tokens + [int(tokens[number, 0])] * self.length)[begin:stop]
+            tokens[number, : stop - begin] = torch.tensor(part)
+        positions = torch.arange(begin, begin + width)
+        positions[stop - begin :] = 0
         wanted = torch.zeros_like(tokens, dtype=torch.bool)
-        wanted[:, 0 if self.wants_prompt else stop - start - 1 : stop - start] = True
+        wanted[:, start - begin if self.wants_prompt else stop - begin - 1 : stop - begin] = True
         where = device.current_device()
         inputs = {
+            **self.constants,
             "tokens": tokens.to(where),
             "position_ids": positions.expand_as(tokens).to(where),
             "output_positions": wanted.to(where),

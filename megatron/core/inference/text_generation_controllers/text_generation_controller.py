@@ -99,6 +99,27 @@ class TextGenerationController:
         """The text of each token."""
         return [self.tokenizer.detokenize([token]) for token in tokens]
 
+    def pad_input_prompt_tokens(
+        self, batch_prompt_tokens_list: list[list[int]], padded_batch_size: int, padded_sequence_length: int
+    ) -> Tensor:
+        """[padded_batch_size, padded_sequence_length] int64: prompts filled up with the end-of-document token."""
+        tokens = torch.full((padded_batch_size, padded_sequence_length), int(self.tokenizer.eod))
+        for row, own in zip(tokens, batch_prompt_tokens_list):
+            row[: len(own)] = torch.tensor(own)
+        return tokens
+
+    def prep_inference_input(
+        self, prompts_tokens: Tensor, active_requests: OrderedDict[str, InferenceRequest]
+    ) -> dict[str, Any]:
+        """What the passes over a batch [b, l] of prompts are cut from."""
+        return self.inference_wrapped_model.prep_inference_input(prompts_tokens)
+
+    def constant_inputs(
+        self, prompts: Sequence[Sequence[int]], active_requests: OrderedDict[str, InferenceRequest]
+    ) -> dict[str, Any]:
+        """What each pass over a batch has besides its tokens."""
+        return {}
+
     # --- one batch at a time ------------------------------------------------------------------------------
 
     def generate_all_output_tokens_static_batch(
@@ -116,7 +137,8 @@ class TextGenerationController:
         requests = list(active_requests.values())
         params = requests[0].sampling_params or SamplingParams()
         prompts = [request.prompt_tokens or self.tokenize_prompt(request.prompt) for request in requests]
-        batch = StaticBatch(self.inference_wrapped_model, prompts, params, int(self.tokenizer.eod), seed)
+        constants = self.constant_inputs(prompts, active_requests)
+        batch = StaticBatch(self.inference_wrapped_model, prompts, params, int(self.tokenizer.eod), seed, constants)
         streams = active_streams or {}
 
         def report(rows: list[Row]) -> None:

@@ -12,6 +12,7 @@ from torch.distributed import ProcessGroup
 from megatron.core import device
 from megatron.core.collectives import all_reduce
 from megatron.core.process_groups_config import default_process_groups, has_default_process_groups
+from megatron.core.transformer.moe.balancing import names_of_balancing_losses
 from megatron.core.utils import get_pg_size
 
 
@@ -110,9 +111,7 @@ def mean_aux_losses(num_microbatches: int, num_moe_layers: int) -> dict[str, tup
 
 def names_of_aux_losses(config: Any) -> list[str]:
     """The losses that routers of this configuration have."""
-    names = []
-    if config.moe_router_load_balancing_type in ("aux_loss", "seq_aux_loss") and config.moe_aux_loss_coeff:
-        names.append("load_balancing_loss")
+    names = list(names_of_balancing_losses(config).values())
     if config.moe_z_loss_coeff is not None:
         names.append("z_loss")
     return names

@@ -7,10 +7,34 @@ one process.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from megatron.core.transformer.moe.routing import spread, wide
+
+LOSSES = {
+    "aux_loss": "load_balancing_loss",
+    "seq_aux_loss": "seq_load_balancing_loss",
+    "global_aux_loss": "global_load_balancing_loss",
+}
+"""Balancing losses, and their names in the log where there are several."""
+
+
+def balancing_losses(config: Any) -> dict[str, float]:
+    """Balancing loss -> its coefficient, in the order of `moe_router_load_balancing_type`; without those of zero."""
+    kinds, coeffs = config.moe_router_load_balancing_type, config.moe_aux_loss_coeff
+    kinds = [kinds] if isinstance(kinds, str) else kinds
+    coeffs = coeffs if isinstance(coeffs, list) else [coeffs]
+    return {kind: coeff for kind, coeff in zip(kinds, coeffs) if kind in LOSSES and coeff}
+
+
+def names_of_balancing_losses(config: Any) -> dict[str, str]:
+    """Balancing loss -> its name in the log: a loss that stands alone is `load_balancing_loss`, whichever it is."""
+    kinds = balancing_losses(config)
+    alone = len(kinds) == 1 and "global_aux_loss" not in kinds
+    return {kind: "load_balancing_loss" if alone else LOSSES[kind] for kind in kinds}
 
 
 def scores_of_all_experts(logits: Tensor, topk: int, score_function: str) -> tuple[Tensor, Tensor]:

@@ -15,6 +15,8 @@ from megatron.core.tensor_parallel.initialization import parameter_device, regis
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.moe.aux_loss import MoEAuxLossAutoScaler, save_to_aux_losses_tracker
 from megatron.core.transformer.moe.balancing import (
+    balancing_losses,
+    names_of_balancing_losses,
     router_z_loss,
     scores_of_all_experts,
     sequence_load_balancing_loss,
@@ -41,6 +43,8 @@ class Router(MegatronModule, ABC):
         """Ranks with other tokens of the same micro-batch."""
         self.replicas = groups.dp
         """Ranks with other micro-batches."""
+        self.batch_group = groups.tp_dp_cp
+        """Both: all ranks with a copy of this router."""
         self.layer_number: int | None = None
         self.weight = nn.Parameter(
             torch.empty(
@@ -77,14 +81,20 @@ class Router(MegatronModule, ABC):
 class TopKRouter(Router):
     """The k experts with the best scores, see `choose_experts`, balanced as `moe_router_load_balancing_type` says.
 
-    `aux_loss` and `seq_aux_loss` add a loss to the router, over each micro-batch and over each sequence; `sinkhorn`
-    chooses by a balanced assignment; with `moe_router_enable_expert_bias` a bias on the scores follows the load, see
-    `update_expert_bias`. Losses and counts are of all tokens of a micro-batch whatever ranks share it. Communicates:
-    all-reduce of the tokens per expert over tensor × context parallel ranks for these losses.
+    `aux_loss`, `seq_aux_loss` and `global_aux_loss`, one or several of them, add a loss to the router, over each
+    micro-batch, over each sequence, and over all micro-batches of the step so far, those of replicas included;
+    `sinkhorn` chooses by a balanced assignment; with `moe_router_enable_expert_bias` a bias on the scores follows the
+    load, see `update_expert_bias`. Losses and counts are of all tokens of a micro-batch whatever ranks share it.
+    Communicates: all-reduce of the tokens per expert for each of these losses, over tensor × context parallel ranks,
+    for `global_aux_loss` over those of all replicas.
     """
 
     expert_bias: Tensor | None
     local_tokens_per_expert: Tensor | None
+    batch_tokens_per_expert: Tensor | None
+    """[E] fp32: mean over replicas, of the micro-batches of this step so far; for `global_aux_loss`."""
+    batch_steps: int
+    """How many micro-batches those are."""
 
     def __init__(self, config: TransformerConfig, model_comm_pgs: ProcessGroupCollection | None = None) -> None:
         super().__init__(config, model_comm_pgs)
@@ -95,10 +105,17 @@ class TopKRouter(Router):
             counts = torch.zeros_like(bias)
         self.register_buffer("expert_bias", bias)
         self.register_buffer("local_tokens_per_expert", counts, persistent=False)
+        self.losses = balancing_losses(config)
+        self.names_in_log = names_of_balancing_losses(config)
+        batch = None
+        if "global_aux_loss" in self.losses:
+            batch = torch.zeros(self.num_experts, dtype=torch.float32, device=device.current_device())
+        self.register_buffer("batch_tokens_per_expert", batch, persistent=False)
+        self.batch_steps = 0
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         """Cast and move the module, but not cast the bias and the counts: a step of the bias is lost in bf16."""
-        names = ("expert_bias", "local_tokens_per_expert")
+        names = ("expert_bias", "local_tokens_per_expert", "batch_tokens_per_expert")
         kept = {name: value for name in names if (value := getattr(self, name)) is not None}
         super()._apply(fn, recurse)
         for name, value in kept.items():
@@ -144,18 +161,23 @@ class TopKRouter(Router):
 
     def apply_balancing_loss(self, weights: Tensor, logits: Tensor, shape: torch.Size) -> Tensor:
         """`weights`, whose backward also pulls the router to an even load; `logits` [n, E] of [s, b, E] = `shape`."""
-        kind, coeff = self.config.moe_router_load_balancing_type, self.config.moe_aux_loss_coeff
-        if kind == "none" or coeff == 0 or not self._counts():
+        if not self.losses or not self._counts():
             return weights
         scores, chosen = scores_of_all_experts(logits, self.topk, self.config.moe_router_score_function)
-        ranks = get_pg_size(self.sharing_group)
-        if kind == "aux_loss":
+        for kind, coeff in self.losses.items():
+            loss = self._balancing_loss(kind, scores.view(shape), chosen.view(shape))
+            weights = self._with_loss(weights, loss, coeff, self.names_in_log[kind], len(logits))
+        return weights
+
+    def _balancing_loss(self, kind: str, scores: Tensor, chosen: Tensor) -> Tensor:
+        """This rank's part of one loss, of `scores` and `chosen` [s, b, E]."""
+        ranks, flat = get_pg_size(self.sharing_group), scores.flatten(0, 1)
+        if kind == "seq_aux_loss":
             counts = self._of_all_ranks(chosen.sum(0))
-            loss = switch_load_balancing_loss(scores, counts, len(logits) * ranks, self.topk)
-        else:
-            counts = self._of_all_ranks(chosen.view(shape).sum(0))
-            loss = sequence_load_balancing_loss(scores.view(shape), counts, shape[0] * ranks, self.topk)
-        return self._with_loss(weights, loss, coeff, "load_balancing_loss", len(logits))
+            return sequence_load_balancing_loss(scores, counts, len(scores) * ranks, self.topk)
+        of_microbatch = chosen.sum((0, 1))
+        counts = self._of_all_ranks(of_microbatch) if kind == "aux_loss" else self._of_the_batch(of_microbatch)
+        return switch_load_balancing_loss(flat, counts, len(flat) * ranks, self.topk)
 
     def apply_z_loss(self, logits: Tensor) -> Tensor:
         """`logits` [n, E], whose backward also keeps them small."""
@@ -169,6 +191,21 @@ class TopKRouter(Router):
         if get_pg_size(self.sharing_group) > 1:
             all_reduce(counts, group=self.sharing_group, what="tokens per expert")
         return counts
+
+    def _of_the_batch(self, counts: Tensor) -> Tensor:
+        """Mean over the micro-batches of all replicas so far; `counts` [E] are this rank's of the present one."""
+        assert self.batch_tokens_per_expert is not None
+        if get_pg_size(self.batch_group) > 1:
+            all_reduce(counts, group=self.batch_group, what="tokens per expert")
+        self.batch_tokens_per_expert += counts / get_pg_size(self.replicas)
+        self.batch_steps += 1
+        return self.batch_tokens_per_expert / self.batch_steps
+
+    def begin_batch(self) -> None:
+        """Forget the tokens of the step that has ended."""
+        if self.batch_tokens_per_expert is not None:
+            self.batch_tokens_per_expert.zero_()
+        self.batch_steps = 0
 
     def _with_loss(self, x: Tensor, loss: Tensor, coeff: float, name: str, num_tokens: int) -> Tensor:
         """`x` with this rank's part of a loss of the micro-batch attached, and noted for the log."""

@@ -20,7 +20,7 @@ class SharedExpertMLP(MLP):
     """An `MLP` of width `moe_shared_expert_intermediate_size`, cut like a dense one.
 
     Args:
-        gate: multiply each token's result by sigmoid(x · g), g [1, h] learnt.
+        gate: multiply each token's result by sigmoid(x · g), g [1, h] learnt; so does `moe_shared_expert_gate`.
     """
 
     def __init__(
@@ -35,7 +35,7 @@ class SharedExpertMLP(MLP):
         super().__init__(config, submodules, ffn_hidden_size=width, tp_group=groups.tp)
         self.tp_group = groups.tp
         self.gate_weight: nn.Parameter | None = None
-        if gate:
+        if gate or config.moe_shared_expert_gate:
             empty = torch.empty(1, config.hidden_size, dtype=config.params_dtype, device=parameter_device(config))
             self.gate_weight = nn.Parameter(empty)
             self.gate_weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 import threading
 import time
@@ -98,6 +99,58 @@ def legacy_answers(client: Any, service: Any, model: Any) -> None:
     assert first == second and first[0] != first[1]
 
 
+def legacy_beams(client: Any, service: Any, model: Any) -> None:
+    body = {"prompts": ["3141"], "tokens_to_generate": 4, "beam_width": 3, "stop_token": 49, "length_penalty": 0.0}
+    found, letters = client.put("/api", json=body).json(), Letters()
+    assert found["segments"] == [list(text) for text in found["text"]] and len(found["text"]) == 3
+    for text, score in zip(found["text"], found["scores"]):
+        tokens = letters.tokenize(text)
+        table = whole_logits(model, tokens).log_softmax(-1)
+        total = sum(float(table[place - 1, tokens[place]]) for place in range(4, len(tokens)))
+        total += float(table[-1, 49]) if len(tokens) < 8 else 0.0
+        assert abs(total - score) < 1e-3
+    assert found["scores"] == sorted(found["scores"], reverse=True)
+    nothing = client.put("/api", json=body | {"tokens_to_generate": 0, "logprobs": True}).json()
+    assert nothing["text"] == ["3141"]
+
+
+def newline_after_colon(client: Any, service: Any, model: Any) -> None:
+    """A newline is what the model would write, and is not written if it may not be."""
+    (newline,) = texts_of(model, ["318"], 1)
+
+    class Lines(Letters):
+        def tokenize(self, text: str) -> list[int]:
+            return super().tokenize(text.replace("\n", newline).replace(":", "8"))
+
+    service.tokenizer = Lines()
+    for way in ({"top_k": 1}, {"temperature": 0.01, "random_seed": 1}, {"beam_width": 2}):
+        for forbids in (False, True):
+            body = {"prompts": ["31:"], "tokens_to_generate": 1, "prevent_newline_after_colon": forbids, **way}
+            text = client.put("/api", json=body).json()["text"][0]
+            assert (text[-1] == newline) is not forbids, (text, body)
+
+
+def logged(client: Any, service: Any, model: Any) -> None:
+    """Who asks for what is logged, unless the client does not want it."""
+    heard: list[str] = []
+
+    class Ear(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            heard.append(record.getMessage())
+
+    ear, logger = Ear(), logging.getLogger("megatron.inference.serving.legacy_api")
+    logger.addHandler(ear)
+    logger.setLevel(logging.INFO)
+    try:
+        body = {"prompts": ["31"], "tokens_to_generate": 1}
+        client.put("/api", json=body | {"no_log": True})
+        assert not heard
+        client.put("/api", json=body)
+        assert json.dumps(body) in heard[0] and heard[0].startswith("request IP: testclient")
+    finally:
+        logger.removeHandler(ear)
+
+
 BAD_LEGACY = [
     ({}, 400, "prompts is missing"),
     ({"prompts": ["1"], "max_len": 3}, 400, "tokens_to_generate"),
@@ -117,7 +170,15 @@ BAD_LEGACY = [
     ({"prompts": [""]}, 200, "add_BOS"),
     ({"prompts": ["1"], "random_seed": -2}, 200, "random_seed"),
     ({"prompts": ["1", "2"], "beam_width": 2}, 200, "beam_width"),
-    ({"prompts": ["1"], "beam_width": 2}, 200, "not built"),
+    ({"prompts": ["1"], "beam_width": 0}, 200, "beam_width"),
+    ({"prompts": ["1"], "beam_width": 129}, 200, "beam_width"),
+    ({"prompts": ["1"], "length_penalty": 1}, 200, "length_penalty"),
+    ({"prompts": ["1"], "stop_token": "1"}, 200, "stop_token"),
+    ({"prompts": ["1"], "no_log": 0}, 200, "no_log"),
+    ({"prompts": ["1"], "prevent_newline_after_colon": None}, 200, "prevent_newline_after_colon"),
+    ({"prompts": ["1"], "top_p_decay": 0.0}, 200, "top_p_decay needs"),
+    ({"prompts": ["1"], "top_p": 0.5, "top_p_bound": 0.0}, 200, "top_p_bound must be above"),
+    ({"prompts": ["1"], "random_seed": None}, 200, "random_seed"),
     ({"prompts": ["~"]}, 400, "cannot be tokenized"),
     ({"prompts": ["1"], "tokens_to_generate": 1000}, 400, "at most 48 tokens"),
     ([1], 400, "prompts is missing"),
@@ -230,11 +291,21 @@ def openai_refusals(client: Any, service: Any, model: Any) -> None:
     assert "megatron_requests_rejected_total 0" in client.get("/metrics").text
 
 
-@pytest.mark.parametrize(
-    "check",
-    [legacy_answers, legacy_refusals, completions, streams, streamed_log_probs, page, openai_refusals],
-    ids=lambda check: check.__name__,
-)
+ROUTES = [
+    legacy_answers,
+    legacy_beams,
+    newline_after_colon,
+    logged,
+    legacy_refusals,
+    completions,
+    streams,
+    streamed_log_probs,
+    page,
+    openai_refusals,
+]
+
+
+@pytest.mark.parametrize("check", ROUTES, ids=lambda check: check.__name__)
 def test_routes(check: Any) -> None:
     run_ranks(1, with_server, check)
 

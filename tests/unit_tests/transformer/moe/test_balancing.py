@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,12 +15,15 @@ from megatron.core.transformer.moe.aux_loss import (
     save_to_aux_losses_tracker,
 )
 from megatron.core.transformer.moe.balancing import (
+    names_of_balancing_losses,
     router_z_loss,
     scores_of_all_experts,
     sequence_load_balancing_loss,
     sinkhorn,
     switch_load_balancing_loss,
 )
+from megatron.core.transformer.moe.router import TopKRouter
+from megatron.core.transformer.transformer_config import TransformerConfig
 
 
 @pytest.mark.parametrize("function", ["softmax", "sigmoid"])
@@ -42,6 +46,61 @@ def test_losses_by_their_formulas(function: str) -> None:
     )  # sequence b has the tokens 3 s + b
     apart = [switch_load_balancing_loss(scores[b::3], chosen[b::3].sum(0), 8, k) for b in range(3)]
     assert of_sequences.item() == pytest.approx(sum(a.item() for a in apart) / 3, rel=1e-12)
+
+
+def test_several_losses_each_with_its_coefficient() -> None:
+    """Three losses at once, of two micro-batches: the last looks at both, and forgets them with the step."""
+    torch.manual_seed(1)
+    coeffs = {"aux_loss": 0.5, "seq_aux_loss": 0.25, "global_aux_loss": 2.0}
+    config = TransformerConfig(
+        num_layers=1,
+        hidden_size=8,
+        num_attention_heads=2,
+        add_bias_linear=False,
+        num_moe_experts=4,
+        moe_ffn_hidden_size=8,
+        moe_router_load_balancing_type=list(coeffs),
+        moe_aux_loss_coeff=list(coeffs.values()),
+        params_dtype=torch.float64,
+    )
+    router = TopKRouter(config)
+    router.set_layer_number(1)
+    torch.nn.init.normal_(router.weight)
+    seen = torch.zeros(4)
+    for step in range(2):
+        x = torch.randn(6, 3, 8, dtype=torch.float64)
+        weights, _ = router(x)
+        (found,) = torch.autograd.grad(0 * weights.sum(), router.weight)
+        scores, chosen = scores_of_all_experts(x.flatten(0, 1) @ router.weight.t(), 2, "softmax")
+        seen = seen + chosen.sum(0)
+        losses = {
+            "load_balancing_loss": switch_load_balancing_loss(scores, chosen.sum(0), 18, 2),
+            "seq_load_balancing_loss": sequence_load_balancing_loss(
+                scores.view(6, 3, 4), chosen.view(6, 3, 4).sum(0), 6, 2
+            ),
+            "global_load_balancing_loss": switch_load_balancing_loss(scores, seen / (step + 1), 18, 2),
+        }
+        total = sum(coeff * loss for coeff, loss in zip(coeffs.values(), losses.values()))
+        (expected,) = torch.autograd.grad(total, router.weight)
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-14)
+        noted = mean_aux_losses(num_microbatches=1, num_moe_layers=1)
+        for name, loss in losses.items():
+            assert noted[name][1].tolist() == pytest.approx([loss.item()], rel=1e-6)
+    router.begin_batch()
+    assert router.batch_steps == 0 and not router.batch_tokens_per_expert.any()
+    clear_aux_losses_tracker()
+
+
+def test_a_loss_that_stands_alone_has_the_common_name() -> None:
+    alone = SimpleNamespace(moe_router_load_balancing_type="seq_aux_loss", moe_aux_loss_coeff=0.1)
+    assert names_of_balancing_losses(alone) == {"seq_aux_loss": "load_balancing_loss"}
+    both = SimpleNamespace(
+        moe_router_load_balancing_type=["seq_aux_loss", "global_aux_loss", "aux_loss"], moe_aux_loss_coeff=[0.1, 0.2, 0]
+    )
+    assert names_of_balancing_losses(both) == {
+        "seq_aux_loss": "seq_load_balancing_loss",
+        "global_aux_loss": "global_load_balancing_loss",
+    }
 
 
 def test_an_even_load_has_loss_one() -> None:

@@ -110,7 +110,7 @@ class LanguageModelEmbedding(MegatronModule):
         embeddings = self.word_embeddings(input_ids.transpose(0, 1))  # [s, b, h]
         if self.add_position_embedding:
             assert position_ids is not None
-            if position_ids.size(-1) > self.max_sequence_length:
+            if self._is_beyond_the_last(position_ids):
                 raise ValueError(
                     f"a sequence of {position_ids.size(-1)} tokens is longer than the "
                     f"{self.max_sequence_length} learned positions (max_sequence_length)"
@@ -122,6 +122,10 @@ class LanguageModelEmbedding(MegatronModule):
         if self.config.sequence_parallel and self.scatter_to_sequence_parallel:
             embeddings = scatter_to_sequence_parallel_region(embeddings, self.tp_group)
         return self._drop(embeddings)
+
+    def _is_beyond_the_last(self, position_ids: Tensor) -> bool:
+        """Whether a position has no embedding. Tokens of many texts in a row may be more than there are positions."""
+        return position_ids.size(-1) > self.max_sequence_length and int(position_ids.max()) >= self.max_sequence_length
 
     def _to_residual_type(self, embeddings: Tensor) -> Tensor:
         return embeddings.float() if self.config.fp32_residual_connection else embeddings
