@@ -66,7 +66,7 @@ def versions(*packages: str) -> dict[str, str]:
 
 
 def write_result(path: Path, device: str = "cpu", **parts: Any) -> None:
-    """One JSON file: the machine, and `parts`. What was there is replaced at once or not at all."""
+    """One JSON file: the machine, unless `parts` have it, and `parts`; it appears as a whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.partial")
     temporary.write_text(json.dumps({"machine": machine(device), **parts}, indent=1) + "\n")

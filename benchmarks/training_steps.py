@@ -15,7 +15,7 @@ Step = Callable[..., float]
 """Trains on one batch, handed in as the arguments that the contender takes."""
 
 
-def torch_step(model: nn.Module, loss_of: Callable[..., Tensor], how: str) -> Step:
+def torch_step(model: nn.Module, loss_of: Callable[..., Tensor], how: str, device: str = "cpu") -> Step:
     """A usual training step with fused AdamW.
 
     `how`: "fp32"; "bf16", weights in bf16 with fp32 main parameters; "autocast", fp32 weights with autocast to bf16.
@@ -28,7 +28,7 @@ def torch_step(model: nn.Module, loss_of: Callable[..., Tensor], how: str) -> St
     optimizer = torch.optim.AdamW(mains, lr=LR, betas=(0.9, 0.95), weight_decay=DECAY, fused=True)
 
     def step(*batch: Any) -> float:
-        with torch.autocast("cpu", torch.bfloat16, enabled=how == "autocast"):
+        with torch.autocast(device, torch.bfloat16, enabled=how == "autocast"):
             loss = loss_of(*batch)
         loss.backward()
         if how == "bf16":
@@ -67,16 +67,20 @@ def our_config(layers: int, hidden: int, heads: int, *, half: bool, **others: An
 
 def prepare_one_process() -> None:
     """Process groups of one rank, and the seed."""
-    from megatron.core import parallel_state
+    from megatron.core import device, parallel_state
     from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
     if not torch.distributed.is_initialized():
-        torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+        device.set_device(0)
+        backend, store = device.communication_backend(), torch.distributed.HashStore()
+        torch.distributed.init_process_group(backend, store=store, rank=0, world_size=1)
         parallel_state.initialize_model_parallel()
     model_parallel_cuda_manual_seed(1234)
 
 
-def scheduled_step(model: nn.Module, config: Any, forward_step: Callable[..., Any]) -> Step:
+def scheduled_step(
+    model: nn.Module, config: Any, forward_step: Callable[..., Any], length: int = LENGTH, batch_size: int = BATCH
+) -> Step:
     """A step of `model` by our schedule, data parallel buffers and optimizer."""
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
     from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
@@ -110,8 +114,8 @@ def scheduled_step(model: nn.Module, config: Any, forward_step: Callable[..., An
             data_iterator=iter([batch]),
             model=[model],
             num_microbatches=1,
-            seq_length=LENGTH,
-            micro_batch_size=BATCH,
+            seq_length=length,
+            micro_batch_size=batch_size,
             forward_only=False,
         )
         optimizer.step()

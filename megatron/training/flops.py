@@ -30,13 +30,18 @@ def feed_forward_width(args: Any, num_experts: int) -> int:
     return width
 
 
-def num_floating_point_operations(args: Any, batch_size: int) -> float:
+def num_floating_point_operations(args: Any, batch_size: int, whole_attention: bool = False) -> float:
     """FLOPs of one global batch (Narayanan et al., arXiv:2104.04473, appendix; with grouped queries, gated MLPs,
     head widths of their own and, in layers with experts, those that a token sees).
 
     Per token and layer: projections 2·params multiply-adds each in forward, twice that in backward; attention
     scores and their product with the values s·(heads × width) each, halved for causality.
+
+    Args:
+        whole_attention: count causal attention as if each token saw all others, as some publications do.
     """
+    if whole_attention:
+        return num_floating_point_operations(args, batch_size) + batch_size * _left_out_by_causality(args)
     of_family = _OF_FAMILY.get(getattr(args, "model_family", None) or "gpt")
     if of_family is not None:
         return batch_size * of_family(args)
@@ -69,6 +74,20 @@ def _scores_and_context(args: Any) -> float:
     if not args.multi_latent_attention:
         return 2 * args.kv_channels * heads
     return heads * (args.qk_head_dim + args.qk_pos_emb_head_dim + args.v_head_dim)
+
+
+def _left_out_by_causality(args: Any) -> float:
+    """FLOPs of one sample with which no query of a causal layer attends to what comes later: as many as it needs."""
+    family = getattr(args, "model_family", None) or "gpt"
+    if family == "ict":  # counted whole
+        return 0.0
+    width = args.kv_channels * args.num_attention_heads
+    if family == "t5":
+        return 6.0 * args.decoder_num_layers * args.decoder_seq_length**2 * width
+    if family == "mamba":
+        return 6.0 * layers_of(args).count(Symbols.ATTENTION) * args.seq_length**2 * width
+    layers = args.num_layers + (args.mtp_num_layers or 0)
+    return 3.0 * layers * _scores_and_context(args) * args.seq_length**2
 
 
 def _encoder_decoder_operations(args: Any) -> float:

@@ -1,0 +1,383 @@
+"""Whether what this device computes is right: every fused operation and attention back end beside fp64 on the CPU.
+
+A check is a row of CHECKS: small inputs, our operation, the plain one. Both get the same values (those that the type
+can hold); compared are the result and each gradient, by the norm of the difference over the norm of what is expected.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from megatron.core import dist_checkpointing
+from megatron.core.fusions import compiled
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.fusions.fused_bias_geglu import bias_geglu_impl
+from megatron.core.fusions.fused_bias_gelu import bias_gelu_impl
+from megatron.core.fusions.fused_bias_swiglu import bias_swiglu_impl
+from megatron.core.fusions.fused_cross_entropy import fused_vocab_parallel_cross_entropy
+from megatron.core.fusions.fused_layer_norm import layer_norm
+from megatron.core.fusions.fused_rms_norm import rms_norm
+from megatron.core.fusions.fused_rotary import RotatePairs
+from megatron.core.fusions.fused_softmax import ScaledMaskedSoftmax, ScaledSoftmax, ScaledUpperTriangMaskedSoftmax
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.ssm.causal_conv import causal_conv
+from megatron.core.ssm.ssd import chunked_scan
+from megatron.core.tensor_parallel.cross_entropy import vocab_parallel_cross_entropy
+from megatron.core.transformer.attention_backends import build_core_attention
+from megatron.core.transformer.enums import AttnBackend, AttnMaskType
+from megatron.core.transformer.moe.grouped_linear import grouped_linear
+from megatron.core.transformer.moe.permutation import permute, unpermute
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+Operation = Callable[..., Tensor]
+TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2}
+"""Of relative differences: sums of some hundred numbers in fp32, and a few roundings to 8 bits. TF32 is left off."""
+
+
+@dataclass(frozen=True)
+class Check:
+    """An operation beside its plain form."""
+
+    name: str
+    shapes: tuple[tuple[int, ...], ...]
+    """Of its inputs, which are standard normal."""
+    ours: Operation
+    plain: Operation
+    types: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16)
+    missing: Callable[[str], str | None] = lambda device: None
+    """What it lacks on a device; None: nothing."""
+
+
+@dataclass
+class Outcome:
+    """Of one check in one type."""
+
+    name: str
+    type: str
+    difference: float | None = None
+    tolerance: float | None = None
+    said: str = ""
+    """Why there is no difference to speak of."""
+
+    @property
+    def passed(self) -> bool:
+        """Right, or not there to be tried."""
+        if self.difference is None:
+            return self.said.startswith("missing")
+        return self.difference <= (self.tolerance or 0.0)
+
+
+# --- operations -----------------------------------------------------------------------------------------
+
+
+def normalized(x: Tensor, weight: Tensor) -> Tensor:
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-5) * weight
+
+
+def gated(function: Operation) -> Operation:
+    def plain(x: Tensor, bias: Tensor) -> Tensor:
+        gate, up = (x + bias).chunk(2, dim=-1)
+        return function(gate) * up
+
+    return plain
+
+
+GELU: Operation = partial(F.gelu, approximate="tanh")
+
+
+def angles(x: Tensor) -> Tensor:
+    """[s, 1, 1, d/2] for x [s, b, a, d]."""
+    rates = 0.5 ** torch.arange(x.size(-1) // 2, device=x.device, dtype=torch.float32)
+    return (torch.arange(x.size(0), device=x.device).unsqueeze(-1) * rates)[:, None, None]
+
+
+def rotated(x: Tensor) -> Tensor:
+    cos, sin = angles(x).double().cos(), angles(x).double().sin()
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+
+
+def causal_softmax(x: Tensor) -> Tensor:
+    later = torch.ones(x.shape[-2:], dtype=torch.bool, device=x.device).triu(1)
+    return (0.5 * x).masked_fill(later, -torch.inf).softmax(-1)
+
+
+def hidden_later(x: Tensor) -> Tensor:
+    return torch.ones(1, 1, *x.shape[-2:], dtype=torch.bool, device=x.device).triu(1)
+
+
+def targets(logits: Tensor) -> Tensor:
+    """[s, b], the same on every device."""
+    count = logits.shape[0] * logits.shape[1]
+    return (torch.arange(count, device=logits.device) * 7 % logits.size(-1)).view(logits.shape[:2])
+
+
+def plain_losses(logits: Tensor) -> Tensor:
+    return F.cross_entropy(logits.flatten(0, 1), targets(logits).flatten(), reduction="none").view(logits.shape[:2])
+
+
+SPLITS = [5, 0, 9, 2]
+"""Rows of each expert."""
+
+
+def plain_groups(x: Tensor, weight: Tensor) -> Tensor:
+    return torch.cat([rows @ matrix.t() for rows, matrix in zip(x.split(SPLITS), weight)])
+
+
+def routed(x: Tensor) -> Tensor:
+    """Which of 4 experts get each token."""
+    tokens = torch.arange(x.size(0), device=x.device).unsqueeze(-1)
+    experts = torch.arange(4, device=x.device)
+    return (tokens + experts) % 3 == 0
+
+
+def there_and_back(x: Tensor) -> Tensor:
+    rows, _, source = permute(x, routed(x))
+    return unpermute(rows * 2, source, x.size(0))
+
+
+def our_scan(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor) -> Tensor:
+    return chunked_scan(x, F.softplus(dt), -A.abs(), B, C, 8)[0]
+
+
+def plain_scan(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor) -> Tensor:
+    """Token by token."""
+    dt, A = F.softplus(dt), -A.abs()
+    B, C = (part.repeat_interleave(x.size(2) // part.size(2), dim=2) for part in (B, C))
+    state, outputs = x.new_zeros(*x.shape[1:], B.size(-1)), []
+    for t in range(x.size(0)):
+        decay = (dt[t] * A).exp()[..., None, None]
+        state = decay * state + (dt[t].unsqueeze(-1) * x[t]).unsqueeze(-1) * B[t].unsqueeze(-2)
+        outputs.append((state * C[t].unsqueeze(-2)).sum(-1))
+    return torch.stack(outputs)
+
+
+def plain_conv(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    padded = F.pad(x.permute(1, 2, 0), (weight.size(-1) - 1, 0))
+    return F.conv1d(padded, weight, bias, groups=x.size(-1)).permute(2, 0, 1)
+
+
+# --- attention ------------------------------------------------------------------------------------------
+
+SEQUENCE, WIDTH = 48, 16
+STARTS = (0, 11, 12, 48)
+"""Where packed sequences begin."""
+
+
+def our_attention(backend: AttnBackend, kind: str, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """[s, b, a * d] by the core that a layer would take."""
+    config = TransformerConfig(
+        num_layers=1,
+        hidden_size=q.size(2) * WIDTH,
+        num_attention_heads=q.size(2),
+        num_query_groups=k.size(2),
+        attention_dropout=0.0,
+        attention_backend=backend,
+        window_size=(7, 0) if kind == "window" else None,
+        params_dtype=q.dtype,
+        bf16=q.dtype == torch.bfloat16,
+    )
+    core = build_core_attention(config, layer_number=1, attn_mask_type=AttnMaskType.causal, attention_type="self")
+    packed = None
+    if kind == "packed":
+        borders = torch.tensor(STARTS, dtype=torch.int32, device=q.device)
+        packed = PackedSeqParams(
+            qkv_format="thd",
+            cu_seqlens_q=borders,
+            cu_seqlens_kv=borders,
+            max_seqlen_q=max(b - a for a, b in zip(STARTS, STARTS[1:])),
+            max_seqlen_kv=max(b - a for a, b in zip(STARTS, STARTS[1:])),
+        )
+    return core(q, k, v, None, packed_seq_params=packed)
+
+
+def plain_attention(kind: str, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Scores, mask, softmax, sum."""
+    k, v = (part.repeat_interleave(q.size(2) // part.size(2), dim=2) for part in (k, v))
+    q, k, v = (part.permute(1, 2, 0, 3) for part in (q, k, v))
+    place = torch.arange(q.size(-2))
+    distance = place.unsqueeze(-1) - place
+    hidden = distance < 0
+    if kind == "window":
+        hidden |= distance > 7
+    if kind == "packed":
+        number = torch.bucketize(place, torch.tensor(STARTS[1:-1]), right=True)
+        hidden |= number.unsqueeze(-1) != number
+    scores = (q @ k.transpose(-1, -2) * WIDTH**-0.5).masked_fill(hidden, -torch.inf)
+    return (scores.softmax(-1) @ v).permute(2, 0, 1, 3).flatten(2)
+
+
+def attention_checks() -> list[Check]:
+    """Each back end with each kind of causal attention."""
+    found = []
+    for backend in (AttnBackend.auto, AttnBackend.flash, AttnBackend.fused, AttnBackend.unfused):
+        for kind, groups in (("as many keys", 4), ("grouped", 2), ("window", 4), ("packed", 4)):
+            batch = 1 if kind == "packed" else 2
+            shapes = tuple((SEQUENCE, batch, heads, WIDTH) for heads in (4, groups, groups))
+            ours, plain = partial(our_attention, backend, kind), partial(plain_attention, kind)
+            found.append(Check(f"attention {backend.name}, {kind}", shapes, ours, plain))
+    return found
+
+
+# --- the table ------------------------------------------------------------------------------------------
+
+
+def fp8_missing(device: str) -> str | None:
+    """Why there is no product in fp8."""
+    if find_spec("megatron.core.fp8") is None:
+        return "fp8 is not built yet"
+    return None
+
+
+def fp8_product(a: Tensor, b: Tensor) -> Tensor:
+    """a bᵀ in e4m3 with one scale a tensor: by a kernel where there is one."""
+    from megatron.core.fp8.quantization import largest_magnitude, quantize_tensor, scale_for
+    from megatron.core.fp8.scaled_product import scaled_product
+
+    kind = torch.float8_e4m3fn
+    parts = [quantize_tensor(x.detach(), kind, scale_for(largest_magnitude(x.detach()), kind)) for x in (a, b)]
+    return scaled_product(parts[0], parts[1], a.dtype)
+
+
+def compiled_region(function: Operation) -> Operation:
+    return lambda *inputs: compiled.region(function)(*inputs)
+
+
+def norm_region(x: Tensor, weight: Tensor) -> Tensor:
+    return compiled.region(compiled.rms_norm)(x, weight, 1e-5, False)
+
+
+X, GAIN, TWICE = (6, 2, 32), (32,), (64,)
+SCORES, LOGITS = (2, 3, 8, 8), (6, 2, 40)
+RECURRENCE = ((20, 2, 4, 8), (20, 2, 4), (4,), (20, 2, 2, 8), (20, 2, 2, 8))
+FULL = (torch.float32,)
+CHECKS: list[Check] = [
+    Check(
+        "LayerNorm",
+        (X, GAIN, GAIN),
+        lambda x, w, b: layer_norm(x, w, b, 1e-5),
+        lambda x, w, b: F.layer_norm(x, GAIN, w, b, 1e-5),
+    ),  # fmt: skip
+    Check("RMSNorm", (X, GAIN), lambda x, w: rms_norm(x, w, 1e-5), normalized),
+    Check("SwiGLU", ((6, 2, 64), TWICE), bias_swiglu_impl, gated(F.silu)),
+    Check("GeGLU", ((6, 2, 64), TWICE), bias_geglu_impl, gated(GELU)),
+    Check("GELU with bias", (X, GAIN), lambda x, b: bias_gelu_impl(x, b), lambda x, b: GELU(x + b)),
+    Check(
+        "bias, residual",
+        (X, GAIN, X),
+        lambda x, b, r: get_bias_dropout_add(True, True)((x, b), r, 0.0),
+        lambda x, b, r: x + b + r,
+    ),  # fmt: skip
+    Check(
+        "rotary positions",
+        ((6, 2, 4, 8),),
+        lambda x: RotatePairs.apply(x, angles(x).cos(), angles(x).sin(), False),
+        rotated,
+    ),  # fmt: skip
+    Check("softmax", (SCORES,), lambda x: ScaledSoftmax.apply(x, 0.5), lambda x: (0.5 * x).softmax(-1)),
+    Check(
+        "softmax under a mask", (SCORES,), lambda x: ScaledMaskedSoftmax.apply(x, hidden_later(x), 0.5), causal_softmax
+    ),  # fmt: skip
+    Check("causal softmax", ((6, 8, 8),), lambda x: ScaledUpperTriangMaskedSoftmax.apply(x, 0.5), causal_softmax),
+    Check("cross entropy", (LOGITS,), lambda x: vocab_parallel_cross_entropy(x, targets(x)), plain_losses),
+    Check(
+        "fused cross entropy", (LOGITS,), lambda x: fused_vocab_parallel_cross_entropy(x * 1, targets(x)), plain_losses
+    ),  # fmt: skip
+    Check("products of experts", ((16, 32), (4, 16, 32)), lambda x, w: grouped_linear(x, w, SPLITS), plain_groups),
+    Check("tokens to experts and back", ((12, 32),), there_and_back, lambda x: 2 * x * routed(x).sum(-1, keepdim=True)),
+    Check("state space recurrence", RECURRENCE, our_scan, plain_scan, FULL),
+    Check("causal convolution", ((20, 2, 16), (16, 1, 4), (16,)), causal_conv, plain_conv),
+    Check("compiled RMSNorm", (X, GAIN), norm_region, normalized),
+    Check("compiled SwiGLU", ((6, 2, 64), TWICE), compiled_region(compiled.activation(F.silu, True)), gated(F.silu)),
+    *attention_checks(),
+]
+"""Every fused operation, then every attention back end."""
+
+PRODUCTS: list[Check] = [
+    Check(
+        "fp8 product, one scale",
+        ((32, 64), (48, 64)),
+        fp8_product,
+        lambda a, b: a @ b.t(),
+        (torch.bfloat16,),
+        fp8_missing,
+    ),  # fmt: skip
+]
+"""Coarser: numbers of 4 bits, only forward. Compared with a tolerance of their own."""
+FP8_TOLERANCE = 6e-2
+
+
+# --- trying ---------------------------------------------------------------------------------------------
+
+
+def relative(found: Tensor, expected: Tensor) -> float:
+    """Norm of the difference over the norm of what is expected."""
+    found, expected = found.detach().double().cpu(), expected.detach().double()
+    return float((found - expected).norm() / expected.norm().clamp(min=1e-30))
+
+
+def tried(check: Check, dtype: torch.dtype, device: str, tolerance: float, gradients: bool = True) -> Outcome:
+    """One check in one type; what goes wrong is said in the outcome."""
+    outcome = Outcome(check.name, str(dtype).removeprefix("torch."), tolerance=tolerance)
+    missing = check.missing(device)
+    if missing is not None:
+        outcome.said = f"missing: {missing}"
+        return outcome
+    generator = torch.Generator().manual_seed(1)
+    values = [torch.randn(shape, generator=generator).to(dtype) for shape in check.shapes]
+    try:
+        plain = [value.double().requires_grad_(gradients) for value in values]
+        ours = [value.to(device).requires_grad_(gradients) for value in values]
+        expected, found = check.plain(*plain), check.ours(*ours)
+        pairs = [(found, expected)]
+        if gradients:
+            weight = torch.randn(expected.shape, generator=generator).to(dtype)
+            expected.backward(weight.double())
+            found.backward(weight.to(device, found.dtype))
+            pairs += [(a.grad, b.grad) for a, b in zip(ours, plain)]  # type: ignore[misc]
+        outcome.difference = max(relative(a, b) for a, b in pairs)
+    except Exception as error:
+        outcome.said = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+    return outcome
+
+
+def checkpoint_round_trip(device: str) -> Outcome:
+    """What is saved of a model on the device is what another one loads."""
+    outcome = Outcome("checkpoint, there and back", "float32", tolerance=0.0)
+    try:
+        first, second = (small_model(device, seed) for seed in (1, 2))
+        with tempfile.TemporaryDirectory() as folder:
+            dist_checkpointing.save(first.sharded_state_dict(), folder)
+            second.load_state_dict(dist_checkpointing.load(second.sharded_state_dict(), folder))
+        pairs = zip(first.state_dict().items(), second.state_dict().values())
+        same = [a is None or torch.equal(a, b) for (name, a), b in pairs if isinstance(a, Tensor)]
+        outcome.difference = float(not all(same) or len(same) < 10)
+    except Exception as error:
+        outcome.said = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+    return outcome
+
+
+def small_model(device: str, seed: int) -> Any:
+    """A GPT of two layers."""
+    config = TransformerConfig(num_layers=2, hidden_size=32, num_attention_heads=4, attention_dropout=0.0)
+    torch.manual_seed(seed)
+    return GPTModel(config, get_gpt_layer_local_spec(), vocab_size=64, max_sequence_length=16).to(device)
+
+
+def run_gate(device: str) -> list[Outcome]:
+    """All checks; process groups exist."""
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    found = [tried(check, dtype, device, TOLERANCE[dtype]) for check in CHECKS for dtype in check.types]
+    found += [tried(check, dtype, device, FP8_TOLERANCE, False) for check in PRODUCTS for dtype in check.types]
+    return [*found, checkpoint_round_trip(device)]

@@ -1,0 +1,129 @@
+"""`benchmarks/gpu.py` with tiny models: what its gate says, its rows, and what becomes of those that fail."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+
+from benchmarks import gpu, gpu_gate, gpu_rows
+from benchmarks.plain_models import PlainModel, scan
+from megatron.core import parallel_state
+from megatron.core.fusions import compiled
+from megatron.core.ssm.ssd import chunked_scan
+from megatron.training.library_configs import core_transformer_config_from_args
+from megatron.training.settings import ConfigurationError
+from tests.worker_pool import run_ranks
+
+
+def options(path: Path | None, minutes: float = 5.0) -> Namespace:
+    return Namespace(device="cpu", tiny=True, in_process=True, output=path, minutes=minutes)
+
+
+def run_everything(path: Path) -> bool:
+    """The gate and all rows on this rank; whether all is right."""
+    parallel_state.initialize_model_parallel()
+    broken = {"broken": gpu_rows.Work("flags that no program has", "--no-such-flag", "", 60)}
+    with mock.patch.object(compiled, "BACKEND", compiled.BACKEND), mock.patch.dict(gpu_rows.ROWS, broken):
+        run = gpu.Run(options(path))
+        right = run.gate()
+        for name in gpu_rows.ROWS:
+            run.row(name)
+    return right
+
+
+def test_the_whole_of_it_with_tiny_models(tmp_path: Path) -> None:
+    (right,) = run_ranks(1, run_everything, tmp_path / "gpu.json")
+    found = json.loads((tmp_path / "gpu.json").read_text())
+    assert right, [one for one in found["gate"] if not one["passed"]]
+    assert found["machine"]["copy_gb_per_second"] > 0
+    names = {one["name"] for one in found["gate"]}
+    assert {check.name for check in (*gpu_gate.CHECKS, *gpu_gate.PRODUCTS)} < names and len(found["gate"]) > 60
+    assert "SystemExit" in found["rows"].pop("broken")["ours"]["said"]
+    for name, row in found["rows"].items():
+        for contender in ("ours", "plain"):
+            one = row.get(contender)
+            if one is None or (name == "llama_7b_fp8" and "fp8" in one.get("said", "")):
+                continue
+            first, last = one["first_and_last_loss"]
+            assert abs(first - math.log(256)) < 0.2 and math.isfinite(last), (name, contender, one)
+            assert one["tokens_per_second"] > 0 and "said" not in one
+        if row["target_ratio"] and name != "llama_7b_fp8":
+            speeds = [row[contender]["tokens_per_second"] for contender in ("ours", "plain")]
+            assert row["ratio"] == speeds[0] / speeds[1]
+
+
+def sizes_of_models() -> dict[str, tuple[int, int, float]]:
+    """Parameters of the small model and of its peer, and billions of the large one, by row."""
+    parallel_state.initialize_model_parallel()
+    found = {}
+    for name, work in gpu_rows.ROWS.items():
+        try:
+            small, large = (gpu_rows.settings_of(work, tiny) for tiny in (True, False))
+        except ConfigurationError as error:
+            assert "fp8" in str(error)
+            continue
+        with torch.device("meta"):
+            theirs, full = PlainModel(small), PlainModel(large)
+        ours = gpu_rows.our_model(small, core_transformer_config_from_args(small))
+        counts = [sum(param.numel() for param in model.parameters()) for model in (ours, theirs, full)]
+        found[name] = (counts[0], counts[1], counts[2] / 1e9)
+    return found
+
+
+def test_peers_are_the_same_models() -> None:
+    (found,) = run_ranks(1, sizes_of_models)
+    assert all(ours == theirs for ours, theirs, _ in found.values())
+    billions = {name: round(size, 1) for name, (_, _, size) in found.items()}
+    assert billions["gpt_2b"] == 1.8 and billions["llama_7b"] == 6.7
+    assert billions["moe_1b"] == 3.2 and billions["hybrid_1b"] == 0.9
+
+
+def test_the_recurrence_of_the_peer() -> None:
+    x, B, C = (torch.randn(2, 32, 4, width) for width in (8, 6, 6))
+    dt, rate = torch.rand(2, 32, 4), torch.rand(4)
+    ours, _ = chunked_scan(*(t.transpose(0, 1) for t in (x, dt)), -rate, *(t.transpose(0, 1) for t in (B, C)), 16)
+    theirs = scan(x * dt.unsqueeze(-1), -dt * rate, B, C, 8)
+    torch.testing.assert_close(theirs, ours.transpose(0, 1), rtol=1e-4, atol=1e-4)
+
+
+def test_what_is_wrong_does_not_pass() -> None:
+    def tried(ours: Any) -> gpu_gate.Outcome:
+        check = gpu_gate.Check("square", ((4, 5),), ours, lambda x: x * x, (torch.float32,))
+        return gpu_gate.tried(check, torch.float32, "cpu", 2e-5)
+
+    assert tried(lambda x: x**2).passed
+    assert not tried(lambda x: 1.001 * x * x).passed
+    assert not tried(lambda x: x.detach() * x).passed  # half the gradient
+    failed = tried(lambda x: x @ x)
+    assert not failed.passed and failed.said.startswith("RuntimeError: mat1 and mat2")
+    absent = gpu_gate.Check("none", (), lambda: None, lambda: None, missing=lambda device: f"no {device}")
+    outcome = gpu_gate.tried(absent, torch.float32, "cpu", 0.0)
+    assert outcome.passed and outcome.said == "missing: no cpu"
+
+
+def test_nothing_is_begun_without_time() -> None:
+    run = gpu.Run(options(None, minutes=0))
+    assert not run.gate()
+    run.row("moe_1b")
+    assert run.result["rows"]["moe_1b"]["ours"] == {"said": "not tried: 0 s are left"}
+    assert run.result["rows"]["moe_1b"]["ratio"] is None
+
+
+@pytest.mark.slow
+def test_parts_in_processes_of_their_own(tmp_path: Path) -> None:
+    program = Path(gpu.__file__)
+    command = [sys.executable, str(program), "--device", "cpu", "--tiny", "--output", str(tmp_path / "gpu.json")]
+    ended = subprocess.run([*command, "--rows", "gpt_2b"], capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    assert "0 wrong" in ended.stdout and "times plain torch, compiled" in ended.stdout
+    lost = gpu.apart("gpt_2b", "ours", "cpu", True, 0.5)
+    assert lost == {"said": "ended after 0 s"}
