@@ -68,6 +68,7 @@ ADDED_FLAGS = {
 }
 ADDED_CHOICES = {
     "position_embedding_type": {"yarn"},
+    "cross_entropy_fusion_impl": {"linear"},
     "ckpt_format": {"safetensors"},
     "ckpt_convert_format": {"safetensors"},
     "moe_router_load_balancing_type": {"global_aux_loss"},
