@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tests.functional_tests.program import metrics, refusals, run_program
+from tests.functional_tests.program import metrics, refusals, run_program, train_rows
 from tests.functional_tests.test_zeroshot_tasks import LENGTH, SIZES, folder, hf_model, tokenizer_of, vocabulary
 from tests.worker_pool import run_ranks
 
@@ -131,6 +131,31 @@ def test_results_of_local_tasks_equal_those_of_the_hf_backend(folder: Path, hf_b
             if isinstance(value, float):
                 assert rows[task][metric] == pytest.approx(value, rel=1e-4), (task, metric)
     assert rows["local_choice"]["acc,none"] == expected["local_choice"]["acc,none"]
+
+
+@pytest.mark.parametrize(("world_size", "flags"), [(1, ""), (2, "--tensor-model-parallel-size 2")])
+def test_during_training_it_says_what_it_says_of_the_saved_model(
+    world_size: int, flags: str, folder: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "choice.yaml").write_text(CHOICE.format(file=folder / "lambada.jsonl"))
+    shared = f"{SIZES} {vocabulary(folder)} --micro-batch-size 2 --lm-eval-include-path {tmp_path} --limit 12 {flags}"
+    train = "--mock-data --train-iters 4 --lr 1e-2 --eval-iters 0 --num-workers 0 --no-progress-bar --log-interval 1"
+    train += f" --save {tmp_path}/save --save-interval 4 --metrics-jsonl {tmp_path}/with"
+    asked = "--eval-tasks LM_EVAL=local_choice --eval-tasks-interval 2"
+    run_ranks(world_size, run_program, "pretrain_gpt.py", f"{shared} {train} {asked}".split())
+    plain = f"{shared} {train}".replace(f"{tmp_path}/with", f"{tmp_path}/without").replace("--limit 12", "")
+    plain = plain.replace(f"--lm-eval-include-path {tmp_path}", "").replace(f"{tmp_path}/save", f"{tmp_path}/other")
+    run_ranks(world_size, run_program, "pretrain_gpt.py", plain.split())
+    losses = [[row["lm loss"] for row in train_rows(tmp_path / name)] for name in ("with", "without")]
+    assert losses[0] == losses[1] and len(losses[0]) == 4
+    during = [row for row in metrics(tmp_path / "with") if row.get("task") == "local_choice"]
+    assert [row["iteration"] for row in during] == [2, 4]
+    task = f"--task LM_EVAL --lm-eval-tasks local_choice --load {tmp_path}/save --metrics-jsonl {tmp_path}/after"
+    run_ranks(1, run_program, "tasks/main.py", f"{shared} {task}".replace(flags, "").split())
+    (after,) = [row for row in metrics(tmp_path / "after") if row.get("task") == "local_choice"]
+    numbers = [name for name, value in after.items() if isinstance(value, float)]
+    assert "acc,none" in numbers
+    assert [during[-1][name] for name in numbers] == pytest.approx([after[name] for name in numbers], rel=1e-6)
 
 
 def test_unknown_tasks_are_refused(folder: Path) -> None:
