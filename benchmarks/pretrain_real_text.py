@@ -74,13 +74,19 @@ def paragraphs(path: Path) -> Iterator[dict[str, str]]:
                 yield {"text": " ".join(text.split())}
 
 
-def prepare(folder: Path) -> list[str]:
-    """The flags that name data and vocabulary, made in `folder`."""
-    chapters, corpus, vocab = folder / "chapters.jsonl", folder / "corpus.jsonl", folder / "vocab.txt"
+def own_corpus(folder: Path) -> Path:
+    """The text of this repository, a document a line, made in `folder`."""
+    chapters, corpus = folder / "chapters.jsonl", folder / "corpus.jsonl"
     run("examples/data/corpus_to_jsonl.py", str(chapters))
     documents = list(paragraphs(chapters))
     random.Random(1).shuffle(documents)
     corpus.write_text("".join(json.dumps(document) + "\n" for document in documents), encoding="utf-8")
+    return corpus
+
+
+def prepare(folder: Path, corpus: Path) -> list[str]:
+    """The flags that name data and vocabulary, made in `folder`."""
+    vocab = folder / "vocab.txt"
     run(
         "tools/train_wordpiece.py",
         *("--input", str(corpus), "--vocab-size", str(VOCAB), "--lower-case", "--output", str(vocab)),
@@ -119,6 +125,7 @@ def curves(path: Path, every: int) -> dict[str, list[dict[str, Any]]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", choices=FLAGS)
+    parser.add_argument("--corpus", type=Path, help="other text: a JSON object with a `text` for each document")
     parser.add_argument("--output", type=Path, help="write settings and curves to this JSON file")
     parser.add_argument("--folder", type=Path, help="keep data, vocabulary and metrics here")
     own, more = parser.parse_known_args()
@@ -126,7 +133,7 @@ def main() -> None:
         folder = own.folder or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
         flags = [*COMMON, *FLAGS[own.model], *more]
-        data = prepare(folder)
+        data = prepare(folder, own.corpus or own_corpus(folder))
         metrics = folder / f"{own.model}.jsonl"
         metrics.unlink(missing_ok=True)
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
