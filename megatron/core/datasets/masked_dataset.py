@@ -180,12 +180,20 @@ class MaskedWordPieceDataset(MegatronDataset):
         return arrays["sample_index"]
 
     def _build_index(self) -> dict[str, numpy.ndarray]:
-        starts = self.dataset.document_indices
+        starts, num_samples = self.dataset.document_indices, self.num_samples
+        assert num_samples is not None
+        where = f"the {self.index_split.name} split of {self.dataset_path}"
+        if num_samples and not len(self.indices):
+            raise ValueError(
+                f"{where} has none of its {len(starts) - 1} documents, {num_samples} samples are to be made of it: "
+                f"use more documents, or another split ({self.config.split})"
+            )
         begin, end = (int(self.indices[0]), int(self.indices[-1]) + 1) if len(self.indices) else (0, 0)
-        assert self.num_samples is not None
-        index = build_masked_sample_index(
-            starts[begin : end + 1], self.dataset.sequence_lengths, self.num_samples, self._grouping()
-        )
+        sentence_lengths = self.dataset.sequence_lengths
+        try:
+            index = build_masked_sample_index(starts[begin : end + 1], sentence_lengths, num_samples, self._grouping())
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from None
         return {"sample_index": index}
 
     def _check_index(self, arrays: dict[str, numpy.ndarray]) -> str | None:

@@ -160,7 +160,7 @@ def prefix(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(path)
 
 
-def bert(prefix: str, **changes: object) -> BERTMaskedWordPieceDataset:
+def bert(prefix: str, *, num_documents: int | None = None, **changes: object) -> BERTMaskedWordPieceDataset:
     settings = {
         **COMMON,
         "blend": ([prefix], None),
@@ -170,7 +170,9 @@ def bert(prefix: str, **changes: object) -> BERTMaskedWordPieceDataset:
     }
     config = BERTMaskedWordPieceDatasetConfig(**(settings | changes))  # type: ignore[arg-type]
     data = BERTMaskedWordPieceDataset.build_low_level_dataset(prefix, config)
-    documents = numpy.arange(BERTMaskedWordPieceDataset.numel_low_level_dataset(data), dtype=numpy.int32)
+    documents = numpy.arange(BERTMaskedWordPieceDataset.numel_low_level_dataset(data), dtype=numpy.int32)[
+        :num_documents
+    ]
     return BERTMaskedWordPieceDataset(data, prefix, documents, 150, Split.train, config)
 
 
@@ -275,3 +277,14 @@ def test_settings_are_checked(prefix: str) -> None:
         bert(prefix, masking_probability=1.5)
     with pytest.raises(ValueError, match="classification_head"):
         bert(prefix, classification_head=None)
+
+
+def test_a_split_that_gives_no_sample_is_named(prefix: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="train split of .*corpus has none of its 40 documents, 150 samples are to be"):
+        bert(prefix, num_documents=0, random_seed=77)  # of which no index is kept
+    path = str(tmp_path / "whole")
+    builder = IndexedDatasetBuilder(get_bin_path(path), dtype=DType.optimal_dtype(VOCAB_SIZE))
+    builder.add_document(torch.tensor([7, 8, 9]), [3])
+    builder.finalize(get_idx_path(path))
+    with pytest.raises(ValueError, match=r"train split of .*whole: no document has .* split into sentences"):
+        bert(path)
