@@ -28,6 +28,7 @@ from megatron.core.fusions.fused_layer_norm import layer_norm
 from megatron.core.fusions.fused_rms_norm import rms_norm
 from megatron.core.fusions.fused_rotary import RotatePairs
 from megatron.core.fusions.fused_softmax import ScaledMaskedSoftmax, ScaledSoftmax, ScaledUpperTriangMaskedSoftmax
+from megatron.core.fusions.linear_cross_entropy import linear_cross_entropy
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.packed_seq_params import PackedSeqParams
@@ -121,6 +122,11 @@ def targets(logits: Tensor) -> Tensor:
     """[s, b], the same on every device."""
     count = logits.shape[0] * logits.shape[1]
     return (torch.arange(count, device=logits.device) * 7 % logits.size(-1)).view(logits.shape[:2])
+
+
+def targets_of(x: Tensor, weight: Tensor) -> Tensor:
+    """`targets` of the logits that these give."""
+    return targets(x.new_empty(1).expand(*x.shape[:2], weight.size(0)))
 
 
 def plain_losses(logits: Tensor) -> Tensor:
@@ -293,6 +299,12 @@ CHECKS: list[Check] = [
     Check("cross entropy", (LOGITS,), lambda x: vocab_parallel_cross_entropy(x, targets(x)), plain_losses),
     Check(
         "fused cross entropy", (LOGITS,), lambda x: fused_vocab_parallel_cross_entropy(x * 1, targets(x)), plain_losses
+    ),  # fmt: skip
+    Check(
+        "output layer and loss in pieces",
+        (X, (40, 32)),
+        lambda x, w: linear_cross_entropy(x, w, targets_of(x, w)),
+        lambda x, w: plain_losses(x @ w.t()),
     ),  # fmt: skip
     Check("products of experts", ((16, 32), (4, 16, 32)), lambda x, w: grouped_linear(x, w, SPLITS), plain_groups),
     Check("tokens to experts and back", ((12, 32),), there_and_back, lambda x: 2 * x * routed(x).sum(-1, keepdim=True)),

@@ -74,6 +74,14 @@ ROWS: dict[str, Work] = {
         target_mfu=0.50,
         target_ratio=1.15,
     ),
+    "gpt_2b_loss_in_pieces": Work(
+        "the same with output layer and loss in pieces (for memory)",
+        "--num-layers 24 --hidden-size 2048 --num-attention-heads 16 --vocab-size 131071 --micro-batch-size 4 "
+        "--cross-entropy-fusion-impl linear",
+        SMALL,
+        45,
+        peer="gpt_2b",
+    ),
     "llama_7b_recompute": Work(
         "Llama 7B, sequence 4096, bf16, full recompute",
         f"{LLAMA} --micro-batch-size 2 {RECOMPUTE}",

@@ -9,7 +9,6 @@ resident memory rises above what the process had before the model was built.
 from __future__ import annotations
 
 import argparse
-import json
 import resource
 import subprocess
 import sys
@@ -19,7 +18,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
-from benchmarks.train_cpu import CONTENDERS, SIZES, VOCAB, gpt_batches, machine
+from benchmarks.harness import write_result
+from benchmarks.train_cpu import CONTENDERS, SIZES, VOCAB, gpt_batches
 from benchmarks.training_steps import BATCH, LENGTH
 
 NAMES = ("ours", "ours, loss in pieces", "plain torch")
@@ -62,9 +62,7 @@ def main() -> None:
                 print(f"{size:6}{number_type:6}{name:24}{found / 2**20:8.0f} MiB", flush=True)
     if args.output:
         settings = {"sequence": LENGTH, "microbatch": BATCH, "vocabulary": VOCAB}
-        args.output.write_text(
-            json.dumps({"machine": machine(), "settings": settings, "results": rows}, indent=1) + "\n"
-        )
+        write_result(args.output, settings=settings, results=rows)
 
 
 if __name__ == "__main__":

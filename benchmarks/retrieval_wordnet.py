@@ -33,7 +33,7 @@ import numpy
 import tokenizers
 import torch
 
-from benchmarks.train_cpu import machine
+from benchmarks.harness import machine
 
 LENGTH, WIDTH, VOCAB, HELD_OUT = 64, 128, 8192, 0.1
 MODEL = (
