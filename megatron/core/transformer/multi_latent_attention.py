@@ -25,6 +25,7 @@ from megatron.core.tensor_parallel.mappings import (
     gather_features,
     gather_from_sequence_parallel_region,
 )
+from megatron.core.tensor_parallel.quantized_weight import QuantizedWeight
 from megatron.core.tensor_parallel.random import CheckpointWithoutOutput
 from megatron.core.transformer.attention import Attention
 from megatron.core.transformer.enums import AttnMaskType
@@ -341,7 +342,9 @@ class MLASelfAttention(MultiLatentAttention):
         return keys, values
 
     def up_projection_of_heads(self) -> tuple[Tensor, Tensor]:
-        weight = self.linear_kv_up_proj.weight.unflatten(0, (self.num_attention_heads_per_partition, -1))
+        whole = self.linear_kv_up_proj.weight
+        whole = whole.dequantized() if isinstance(whole, QuantizedWeight) else whole
+        weight = whole.unflatten(0, (self.num_attention_heads_per_partition, -1))
         of_keys, of_values = weight.split((self.config.qk_head_dim, self.config.v_head_dim), dim=1)
         return of_keys, of_values
 

@@ -50,7 +50,7 @@ def build_model(tp: int = 1, pp: int = 1, sp: bool = False, **settings: Any) -> 
     config_class = MLATransformerConfig if settings.get("multi_latent_attention") else TransformerConfig
     config = config_class(
         num_layers=4,
-        hidden_size=32,
+        hidden_size=settings.pop("hidden_size", 32),
         num_attention_heads=4,
         init_method_std=0.3,  # sharp enough that no two tokens are nearly equally likely
         tensor_model_parallel_size=tp,
@@ -63,6 +63,7 @@ def build_model(tp: int = 1, pp: int = 1, sp: bool = False, **settings: Any) -> 
         config,
         get_gpt_layer_local_spec(
             num_experts=config.num_moe_experts,
+            moe_grouped_gemm=config.moe_grouped_gemm,
             qk_layernorm=config.qk_layernorm,
             multi_latent_attention=config.multi_latent_attention,
             normalization=config.normalization,
