@@ -1,6 +1,6 @@
 """Generation on a CPU: the dynamic engine beside `transformers.generate`, same weights, greedy, in one run.
 
-    OMP_NUM_THREADS=2 python benchmarks/generate_cpu.py --output benchmarks/results/generate_cpu.json
+    OMP_NUM_THREADS=1 python benchmarks/generate_cpu.py --output benchmarks/results/generate_cpu.json
 
 The model has the shape of GPT-2 124M and random weights. The unit is useful tokens per second of CPU time: tokens that
 a request asked for. transformers runs a batch until its longest request is done. Contenders alternate; the number
@@ -23,7 +23,7 @@ import random
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -185,7 +185,8 @@ def agreement(a: list[list[int]], b: list[list[int]]) -> float:
     return sum(x == y for x, y in zip(a, b)) / len(a)
 
 
-def measure(layers: int, dtype: torch.dtype, rounds: int, names: list[str]) -> dict[str, Any]:
+def measure(layers: int, dtype: torch.dtype, rounds: int, names: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(name, numbers) of each workload, as soon as they are known."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
     torch.manual_seed(0)
@@ -197,7 +198,6 @@ def measure(layers: int, dtype: torch.dtype, rounds: int, names: list[str]) -> d
     single = Request([7] * 64, 64)
     with torch.no_grad():
         rate = 4 / contenders["ours"]([single])[1]
-    results: dict[str, Any] = {}
     for name, requests in workloads(rate).items():
         if name not in names:
             continue
@@ -211,15 +211,15 @@ def measure(layers: int, dtype: torch.dtype, rounds: int, names: list[str]) -> d
                     texts[contender], seconds, waits = serve(requests)
                 speeds[contender].append(useful / seconds)
                 first[contender].append(statistics.median(waits))
-        results[name] = {
+        result = {
             "tokens_per_cpu_second": {contender: statistics.median(values) for contender, values in speeds.items()},
             "all_rounds": speeds,
             "median_seconds_to_first_token": {c: statistics.median(values) for c, values in first.items()},
             "ratio": statistics.median(a / b for a, b in zip(speeds["ours"], speeds["transformers"])),
             "equal_texts": agreement(texts["ours"], texts["transformers"]),
         }
-        print(name, json.dumps({k: v for k, v in results[name].items() if k != "all_rounds"}), flush=True)
-    return results
+        print(name, json.dumps({k: v for k, v in result.items() if k != "all_rounds"}), flush=True)
+        yield name, result
 
 
 def main() -> None:
@@ -230,13 +230,16 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--output", type=Path, help="write the numbers to this JSON file")
     args = parser.parse_args()
-    results = {}
+    results: dict[str, dict[str, Any]] = {}
+    settings = {"layers": args.layers, "rounds": args.rounds, "static_batch": STATIC_BATCH}
+    settings["threads"] = torch.get_num_threads()
     for number_type in args.types:
         print(number_type, flush=True)
-        results[number_type] = measure(args.layers, getattr(torch, number_type), args.rounds, args.workloads)
-    if args.output:
-        settings = {"layers": args.layers, "rounds": args.rounds, "static_batch": STATIC_BATCH}
-        write_result(args.output, settings=settings, results=results)
+        of_type = results.setdefault(number_type, {})
+        for name, result in measure(args.layers, getattr(torch, number_type), args.rounds, args.workloads):
+            of_type[name] = result
+            if args.output:
+                write_result(args.output, settings=settings, results=results)
 
 
 if __name__ == "__main__":

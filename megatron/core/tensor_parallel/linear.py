@@ -106,10 +106,11 @@ def linear_with_grad_accumulation_and_async_allreduce(
         raise ValueError("allreduce_dgrad and sequence_parallel exclude each other: dx is reduce-scattered instead")
     group = get_tensor_model_parallel_group_if_none(tp_group)
     many = get_pg_size(group) > 1
-    if isinstance(weight, QuantizedWeight):
+    if not torch.is_grad_enabled():
         whole = gather_from_sequence_parallel_region(input, group=group) if sequence_parallel and many else input
-        product = weight.multiply(whole)
-        return product if bias is None else product + bias
+        return linear(whole, weight, bias)
+    if isinstance(weight, QuantizedWeight):
+        raise RuntimeError("a quantized weight has no backward: run the model under torch.no_grad()")
     return LinearWithGradAccumulationAndAsyncCommunication.apply(
         input,
         weight,
