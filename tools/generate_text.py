@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for the progr
 
 import pretrain_gpt
 import pretrain_mamba
+from megatron.core.inference.quantization import KINDS_OF_WEIGHTS, quantize_weights
 from megatron.inference.sampling import SamplingParams
 from megatron.inference.text_generation import generate
 from megatron.training import get_args, get_model, get_tokenizer, initialize_megatron, print_rank_0
@@ -48,6 +49,7 @@ def add_generation_arguments(parser: argparse.ArgumentParser) -> argparse.Argume
     group.add_argument("--temperature", type=float, default=1.0, help="divides the logits; 0 is greedy")
     group.add_argument("--top_k", type=int, default=1, help="draw among the k best; 1 is greedy, 0 no limit")
     group.add_argument("--top_p", type=float, default=0.0, help="draw within this mass; 0 is no limit")
+    group.add_argument("--quantize", choices=KINDS_OF_WEIGHTS, help="store the weights of linear layers in few bits")
     parser.set_defaults(exit_on_missing_checkpoint=True, no_load_optim=True, no_load_rng=True, micro_batch_size=1)
     return parser
 
@@ -68,6 +70,8 @@ def write_texts() -> None:
     args, tokenizer = get_args(), get_tokenizer()
     model = get_model(model_provider, wrap_with_ddp=False)
     load_run(args, model, None, None)
+    if args.quantize:
+        quantize_weights(model, args.quantize)
     continuations = generate(
         model,
         [tokenizer.tokenize(prompt) for prompt in args.prompts],

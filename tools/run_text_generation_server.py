@@ -22,11 +22,12 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for the program beside this folder
 
-from megatron.core.inference.contexts import DynamicInferenceContext
 from megatron.core.inference.engines import DynamicInferenceEngine
 from megatron.core.inference.model_inference_wrappers.gpt.gpt_inference_wrapper import GPTInferenceWrapper
 from megatron.core.inference.model_inference_wrappers.inference_wrapper_config import InferenceWrapperConfig
+from megatron.core.inference.quantization import KINDS_OF_WEIGHTS, quantize_weights
 from megatron.core.inference.text_generation_controllers.text_generation_controller import TextGenerationController
+from megatron.inference.context_of_flags import build_context
 from megatron.inference.serving.loop import EngineLoop
 from megatron.inference.serving.service import Limits, Service
 from megatron.training import get_args, get_model, get_tokenizer, initialize_megatron, print_rank_0
@@ -47,7 +48,10 @@ def add_server_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPa
     group.add_argument("--max-waiting", type=int, default=256, help="requests that wait; more are answered with 503")
     group.add_argument("--max-tokens", type=int, help="new tokens a client may ask for; default: what fits")
     group.add_argument("--max-body-mb", type=float, default=4.0, help="MiB of a request's body")
-    parser.set_defaults(exit_on_missing_checkpoint=True, no_load_optim=True, no_load_rng=True, micro_batch_size=1)
+    group.add_argument("--quantize", choices=KINDS_OF_WEIGHTS, help="store the weights of linear layers in few bits")
+    parser.set_defaults(
+        serves_texts=True, exit_on_missing_checkpoint=True, no_load_optim=True, no_load_rng=True, micro_batch_size=1
+    )
     return parser
 
 
@@ -62,29 +66,13 @@ def check(args: argparse.Namespace) -> None:
             f"{args.world_size} ranks hold {args.data_parallel_size} copies of the model: give as many as "
             "--tensor-model-parallel-size x --pipeline-model-parallel-size"
         )
-    if args.multi_latent_attention:
-        raise ValueError("--multi-latent-attention is not served yet; tools/generate_text.py continues prompts")
     if args.api_key_env and not os.environ.get(args.api_key_env):
         raise ValueError(f"--api-key-env {args.api_key_env}: there is no such environment variable, or it is empty")
 
 
 def build_engine(args: argparse.Namespace, model: list[torch.nn.Module], tokenizer: Any) -> DynamicInferenceEngine:
     """An engine over the model of this rank."""
-    tp, pp = args.tensor_model_parallel_size, args.pipeline_model_parallel_size
-    context = DynamicInferenceContext(
-        params_dtype=args.params_dtype,
-        num_layers=-(-args.num_layers // pp),
-        kv_channels=args.kv_channels,
-        num_attention_heads=args.num_query_groups if args.group_query_attention else args.num_attention_heads,
-        max_sequence_length=args.max_position_embeddings,
-        buffer_size_gb=args.cache_gb,
-        buffer_guaranteed_fraction=0.1,
-        chunk_size_tokens=args.cache_chunk_size,
-        max_requests_override=args.max_running,
-        max_tokens_override=max(args.max_running, 2048),
-        tensor_model_parallel_size=tp,
-        token_multiple=tp if args.sequence_parallel else 1,
-    )
+    context = build_context(args, model)
     config = InferenceWrapperConfig(args.hidden_size, args.params_dtype, -1, args.padded_vocab_size)
     wrapper = GPTInferenceWrapper(model, config, context)
     return DynamicInferenceEngine(
@@ -131,6 +119,8 @@ def serve() -> None:
     check(args)
     model = get_model(model_provider, wrap_with_ddp=False)
     load_run(args, model, None, None)
+    if args.quantize:
+        quantize_weights(model, args.quantize)
     loop = EngineLoop(build_engine(args, model, tokenizer), args.max_waiting)
     if torch.distributed.get_rank() == 0:
         start_http(args, loop, tokenizer)
