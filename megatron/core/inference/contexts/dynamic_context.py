@@ -83,11 +83,12 @@ class DynamicInferenceContext(BaseInferenceContext):
         cache_sizes: CacheSizes | None = None,
     ) -> None:
         super().__init__(materialize_only_last_token_logits=True)
-        heads = divide(num_attention_heads, tensor_model_parallel_size or 1)
         self.params_dtype, self.max_sequence_length = params_dtype, max_sequence_length
         self.chunk_size_tokens, self.token_multiple = chunk_size_tokens, token_multiple
-        plain = CacheSizes(2 * num_layers * heads * kv_channels * params_dtype.itemsize)
-        self.cache_sizes = plain if cache_sizes is None else cache_sizes
+        if cache_sizes is None:
+            heads = divide(num_attention_heads, tensor_model_parallel_size or 1)
+            cache_sizes = CacheSizes(2 * num_layers * heads * kv_channels * params_dtype.itemsize)
+        self.cache_sizes = cache_sizes
         longest = -(-max_sequence_length // chunk_size_tokens)
         buffer, factor = int(buffer_size_gb * GIB), buffer_overflow_factor or 1.0
         of_longest = max_sequence_length * self.bytes_per_token + self.cache_sizes.per_text
