@@ -26,6 +26,8 @@ LAYOUTS = {
         f"{FP8} --num-experts 4 --expert-model-parallel-size 2 --moe-token-dispatcher-type alltoall "
         "--moe-grouped-gemm --disable-bias-linear",
     ),
+    "dp2-distopt-muon": (2, "--use-distributed-optimizer --bf16 --optimizer muon"),
+    "tp2-sp-muon": (2, "--tensor-model-parallel-size 2 --sequence-parallel --swiglu --optimizer muon"),
     "pp2-recompute": (
         2,
         "--pipeline-model-parallel-size 2 --recompute-granularity full --recompute-method uniform "
@@ -65,6 +67,8 @@ LAYOUTS = {
     ),
 }
 
+SLOW = ("tp2-sp-dp2-fp8", "ep2-fp8", "tp2-sp-muon")
+
 _TRACKED = ("iteration", "consumed_samples", "lm loss", "grad-norm", "learning-rate", "loss-scale", "params-norm")
 
 
@@ -75,11 +79,11 @@ def history(path: Path) -> list[tuple]:
 
 @pytest.mark.parametrize(
     ("layout", "ckpt_format"),
-    [(layout, "torch_dist") for layout in LAYOUTS if layout not in ("tp2-pp2", "tp2-sp-dp2-fp8", "ep2-fp8")]
+    [(layout, "torch_dist") for layout in LAYOUTS if layout not in ("tp2-pp2", *SLOW)]
     + [("tp2-pp2", "torch")]
     + [pytest.param(layout, "torch", marks=pytest.mark.slow) for layout in ("tp2-sp-dp2-distopt", "pp2-interleaved")]
-    + [pytest.param(layout, "torch_dist", marks=pytest.mark.slow) for layout in ("tp2-sp-dp2-fp8", "ep2-fp8")]
-    + [pytest.param("ep2-fp8", "torch", marks=pytest.mark.slow)],
+    + [pytest.param(layout, "torch_dist", marks=pytest.mark.slow) for layout in SLOW]
+    + [pytest.param(layout, "torch", marks=pytest.mark.slow) for layout in ("ep2-fp8", "tp2-sp-muon")],
 )
 def test_resume_is_bit_exact(layout: str, ckpt_format: str, tmp_path: Path) -> None:
     world_size, parallel = LAYOUTS[layout]

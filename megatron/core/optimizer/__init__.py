@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.fsdp_optimizer import FullyShardedOptimizer
 from megatron.core.optimizer.grad_scaler import ConstantGradScaler, DynamicGradScaler, MegatronGradScaler
 from megatron.core.optimizer.megatron_optimizer import InitStateFn
+from megatron.core.optimizer.muon import MatrixPart, Muon, is_matrix
 from megatron.core.optimizer.optimizer import (
     ChainedOptimizer,
     Float16OptimizerWithFloat16Params,
@@ -25,7 +27,7 @@ from megatron.core.optimizer.optimizer_config import OptimizerConfig
 from megatron.core.optimizer.param_groups import ParamCondition, ParamGroup, build_param_groups
 from megatron.core.optimizer.precision_aware_adam import PrecisionAwareAdam
 from megatron.core.optimizer.precision_aware_optimizer import PrecisionAwareDistributedOptimizer
-from megatron.core.optimizer.state import init_adam_state, init_sgd_state
+from megatron.core.optimizer.state import init_adam_state, init_muon_state, init_sgd_state
 from megatron.core.process_groups_config import (
     ProcessGroupCollection,
     default_process_groups,
@@ -140,6 +142,8 @@ def _build(
             raise ValueError("grad_comm_pgs lacks intra_dist_opt, over which the distributed optimizer sums norms")
         optimizer.grad_stats_parallel_group = grad_pgs.intra_dist_opt
     elif isinstance(model_chunks[0], TorchFullyShardedDataParallel):
+        if config.optimizer == "muon":
+            raise ValueError("optimizer muon does not work with fully sharded weights; use the distributed optimizer")
         optimizer = FullyShardedOptimizer(inner, config, init_state_fn, model_chunks)
         optimizer.grad_stats_parallel_group = model_pgs.tp_dp_cp
     else:
@@ -149,7 +153,25 @@ def _build(
             optimizer = FP32Optimizer(inner, config, init_state_fn)
         optimizer.grad_stats_parallel_group = model_parallel_group
     optimizer.tensor_parallel_group = model_pgs.expt_tp if is_expert else model_pgs.tp
+    if isinstance(inner, Muon):
+        _name_matrices(inner, optimizer, model_chunks)
     return optimizer
+
+
+def _name_matrices(inner: Muon, optimizer: MegatronOptimizer, model_chunks: Sequence[torch.nn.Module]) -> None:
+    """Tell Muon which parameters are matrices, and how to get the whole of those that are cut into ranges."""
+    chosen = {
+        param for chunk in model_chunks for name, param in chunk.named_parameters() if is_matrix(name, param)
+    }  # fmt: skip
+    inner.take_matrices(
+        {
+            main: MatrixPart.of(param, optimizer.first_element(main), main.numel(), optimizer.tensor_parallel_group)
+            for param, main in optimizer.pairs()
+            if param in chosen
+        }
+    )
+    if isinstance(optimizer, DistributedOptimizer):
+        inner.whole_of_parts = partial(optimizer.whole_of_parts, chosen)
 
 
 def _require_distributed_data_parallel(model_chunks: Sequence[torch.nn.Module]) -> None:
@@ -180,8 +202,10 @@ def _inner_optimizer(
             return torch.optim.AdamW(param_groups, betas=betas, eps=config.adam_eps, **common), init_adam_state
         case "sgd":
             return torch.optim.SGD(param_groups, momentum=config.sgd_momentum, **common), init_sgd_state
+        case "muon":
+            return Muon(param_groups, config), init_muon_state  # type: ignore[return-value]
         case _:
-            raise ValueError(f"optimizer ({config.optimizer}) must be adam or sgd")
+            raise ValueError(f"optimizer ({config.optimizer}) must be adam, sgd or muon")
 
 
 def _grad_scaler(config: OptimizerConfig) -> MegatronGradScaler | None:

@@ -6,7 +6,7 @@ irrespective of where parameters begin and end. A rank updates its range and the
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.nn import Parameter
 
+from megatron.core.collectives import start_all_gather
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedStateDict
 from megatron.core.distributed.param_and_grad_buffer import _ParamAndGradBucket, _ParamAndGradBuffer
 from megatron.core.optimizer import distrib_optimizer_checkpoint as checkpoint
@@ -159,6 +160,30 @@ class DistributedOptimizer(MixedPrecisionOptimizer):
 
     def _release_main_grads(self) -> None:
         """Main params are never the model's own objects; their gradients cannot reach the next backward."""
+
+    def whole_of_parts(
+        self, params: Collection[Parameter], parts: dict[Tensor, Tensor]
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """(main param, flattened shard of its parameter) of each main param of `parts`, bucket by bucket.
+
+        Communicates: all-gathers of the buckets that hold any of `params`, which all ranks name alike.
+
+        Args:
+            parts: main param -> what this rank has for its elements, fp32 [end - start].
+        """
+        for buffer in self.buffers:
+            group = buffer.data_parallel_group
+            for bucket in buffer.buckets:
+                if not any(param in params for param in bucket.params):
+                    continue
+                own = torch.zeros(bucket.grad_data.numel() // get_pg_size(group), device=bucket.grad_data.device)
+                shards = [shard for shard in self.shards if shard.bucket is bucket and shard.main in parts]
+                for shard in shards:
+                    own[shard.offset : shard.offset + shard.end - shard.start] = parts[shard.main]
+                whole = start_all_gather(own, group, what="momentum of a bucket").wait()
+                for shard in shards:
+                    start, end = (place - bucket.layout.start for place in buffer.param_spans[shard.param])
+                    yield shard.main, whole[start:end]
 
     def _rounded_shards(self) -> list[ParamShard]:
         return [shard for shard in self.shards if shard.param.dtype != torch.float32]

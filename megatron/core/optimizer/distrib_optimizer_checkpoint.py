@@ -27,6 +27,7 @@ from megatron.core.dist_checkpointing.mapping import (
 from megatron.core.dist_checkpointing.optimizer import get_param_id_to_sharded_param_map
 from megatron.core.dist_checkpointing.safe_load import safe_torch_load
 from megatron.core.distributed.param_and_grad_buffer import _ParamAndGradBucket, _ParamAndGradBuffer
+from megatron.core.optimizer.muon import Muon
 from megatron.core.utils import get_pg_rank, get_pg_size
 
 if TYPE_CHECKING:
@@ -80,7 +81,7 @@ def load_from_model_space(optimizer: DistributedOptimizer, state_dict: dict[Any,
     """Fill main params and moments with a loaded `shard_in_model_space`."""
     for i, shard in enumerate(optimizer.shards):
         saved = state_dict[i] if i in state_dict else state_dict[str(i)]
-        for name in _state_names(optimizer):
+        for name in optimizer.param_state(shard):
             _fill(optimizer, shard, name, saved[_model_space_name(name)])
     optimizer.round_main_params_to_model()
 
@@ -114,7 +115,7 @@ def load_own_ranges(optimizer: DistributedOptimizer, ranges: dict[Any, Any]) -> 
     """Fill main params and moments with what `own_ranges` returned."""
     optimizer.init_state_fn(optimizer.optimizer)
     for shard, own in _shards_with(optimizer, ranges):
-        for name in _state_names(optimizer):
+        for name in optimizer.param_state(shard):
             _fill(optimizer, shard, name, own[name][shard.offset : shard.offset + shard.end - shard.start])
     optimizer.round_main_params_to_model()
 
@@ -130,8 +131,8 @@ def _shards_with(optimizer: DistributedOptimizer, ranges: dict[Any, Any]) -> Ite
 def _state_names(optimizer: DistributedOptimizer) -> list[str]:
     """The same on all ranks, also on one that owns nothing but padding."""
     is_adam = "betas" in optimizer.param_groups[0]
-    has_momentum = optimizer.param_groups[0].get("momentum", 0.0) != 0.0
-    return ["param", *(["exp_avg", "exp_avg_sq"] if is_adam else ["momentum_buffer"] if has_momentum else [])]
+    has_momentum = optimizer.param_groups[0].get("momentum", 0.0) != 0.0 or isinstance(optimizer.optimizer, Muon)
+    return ["param", *(["exp_avg", "exp_avg_sq"] if is_adam else []), *(["momentum_buffer"] if has_momentum else [])]
 
 
 def _dtypes(buffer: _ParamAndGradBuffer) -> DTypes:

@@ -48,7 +48,7 @@ class FullyShardedOptimizer(FP32Optimizer):
 
     def collect_grads(self) -> bool:
         with timed(self.config, "optimizer-copy-to-main-grad", log_level=1):
-            for param, main in self._pairs():
+            for param, main in self.pairs():
                 main.grad = None if param.grad is None else local_part(param.grad)
         return False
 

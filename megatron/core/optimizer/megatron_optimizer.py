@@ -75,7 +75,7 @@ class MegatronOptimizer(ABC):
         """Main params of all groups."""
         return [param for group in self.param_groups for param in group["params"]]
 
-    def _pairs(self) -> Iterator[tuple[Parameter, Tensor]]:
+    def pairs(self) -> Iterator[tuple[Parameter, Tensor]]:
         """(model parameter, main param), group after group."""
         return zip(chain.from_iterable(self.model_params), self.get_parameters(), strict=True)
 
@@ -101,7 +101,7 @@ class MegatronOptimizer(ABC):
         is_first_tp_rank = get_pg_rank(self.tensor_parallel_group) == 0
         return [
             without_padding(model_param, grad, self.first_element(main))
-            for model_param, main in self._pairs()
+            for model_param, main in self.pairs()
             if (grad := self.gradient_of(main)) is not None
             and not getattr(model_param, "shared", False)
             and (is_first_tp_rank or getattr(model_param, "tensor_model_parallel", False))
@@ -188,7 +188,7 @@ class MegatronOptimizer(ABC):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drop the gradients of main and model parameters. The buffers have `zero_grad_buffer`."""
-        for model_param, main in self._pairs():
+        for model_param, main in self.pairs():
             for param in (model_param, main):
                 if set_to_none:
                     param.grad = None

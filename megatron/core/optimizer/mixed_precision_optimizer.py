@@ -74,7 +74,7 @@ class MixedPrecisionOptimizer(MegatronOptimizer):
 
     def _release_main_grads(self) -> None:
         """A main param that is the model's own must not bring its gradient into the next backward."""
-        for model_param, main in self._pairs():
+        for model_param, main in self.pairs():
             if main is model_param:
                 main.grad = None
 
@@ -106,10 +106,10 @@ class Float16OptimizerWithFloat16Params(MixedPrecisionOptimizer):
             group["params"] = [_main_version(param) for param in group["params"]]
 
     def _rounded_pairs(self) -> list[tuple[Parameter, Tensor]]:
-        return [(model_param, main) for model_param, main in self._pairs() if main is not model_param]
+        return [(model_param, main) for model_param, main in self.pairs() if main is not model_param]
 
     def _copy_model_grads_to_main_grads(self) -> None:
-        for model_param, main in self._pairs():
+        for model_param, main in self.pairs():
             grad = model_param.main_grad if hasattr(model_param, "main_grad") else model_param.grad
             main.grad = None if grad is None else grad.float()  # no copy when gradients are accumulated in fp32
             if main is not model_param:

@@ -42,7 +42,7 @@ class FP32Optimizer(MegatronOptimizer):
 
     def collect_grads(self) -> bool:
         with timed(self.config, "optimizer-copy-to-main-grad", log_level=1):
-            for param, _ in self._pairs():
+            for param, _ in self.pairs():
                 if hasattr(param, "main_grad"):
                     param.grad = param.main_grad
         return False
@@ -50,7 +50,7 @@ class FP32Optimizer(MegatronOptimizer):
     def update_weights(self) -> None:
         with timed(self.config, "optimizer-inner-step", log_level=1):
             self.optimizer.step()
-        for param, _ in self._pairs():
+        for param, _ in self.pairs():
             if hasattr(param, "main_grad"):
                 param.grad = None  # the next backward must not accumulate into the buffer a second time
 

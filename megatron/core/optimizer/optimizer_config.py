@@ -16,8 +16,8 @@ from megatron.core.not_built import refuse_fields_not_built
 class OptimizerConfig:
     """Settings of `get_megatron_optimizer`. Each field's docstring is also its flag's help."""
 
-    optimizer: Literal["adam", "sgd"] = "adam"
-    """Update rule."""
+    optimizer: Literal["adam", "sgd", "muon"] = "adam"
+    """Update rule; `muon` is one for the matrices inside of a model, with Adam for the rest."""
     lr: float | None = None
     """Peak learning rate."""
     min_lr: float | None = None
@@ -68,6 +68,16 @@ class OptimizerConfig:
     """Added to Adam's denominator."""
     sgd_momentum: float = 0.9
     """Momentum of SGD."""
+    muon_momentum: float = 0.95
+    """Decay of Muon's momentum."""
+    muon_use_nesterov: bool = False
+    """Muon looks one step ahead along its momentum (Nesterov)."""
+    muon_num_ns_steps: int = 5
+    """Newton-Schulz iterations of Muon."""
+    muon_scale_mode: Literal["spectral", "shape_scaling", "unit_rms_norm"] = "spectral"
+    """Factor on Muon's update of a matrix of r rows and c columns: sqrt(max(r, c)), sqrt(max(1, r/c)), sqrt(r/c)."""
+    muon_extra_scale_factor: float = 0.2
+    """Further factor on it; 0.2 with `spectral` makes steps as large as Adam's usual ones, which share the rate."""
     use_distributed_optimizer: bool = False
     """Split the optimizer's state and work over the data parallel ranks (ZeRO, stage 1)."""
     overlap_param_gather_with_optimizer_step: bool = False
@@ -99,6 +109,7 @@ class OptimizerConfig:
         for rule in (
             refuse_fields_not_built,
             require_known_optimizer,
+            require_valid_muon,
             require_one_half_precision,
             require_fp32_states,
             require_precision_aware_optimizer_fits,
@@ -111,8 +122,15 @@ class OptimizerConfig:
 
 
 def require_known_optimizer(config: OptimizerConfig) -> None:
-    """Two families of update rules exist."""
-    require_one_of(config, "optimizer", ("adam", "sgd"))
+    """Three update rules exist."""
+    require_one_of(config, "optimizer", ("adam", "sgd", "muon"))
+
+
+def require_valid_muon(config: OptimizerConfig) -> None:
+    """Momentum is a mean; without iterations nothing is orthogonal."""
+    require_one_of(config, "muon_scale_mode", ("spectral", "shape_scaling", "unit_rms_norm"))
+    require(0 <= config.muon_momentum < 1, f"{shown(config, 'muon_momentum')} must be at least 0 and below 1")
+    require(config.muon_num_ns_steps > 0, f"{shown(config, 'muon_num_ns_steps')} must be positive")
 
 
 def require_one_half_precision(config: OptimizerConfig) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 from megatron.core.dist_checkpointing.optimizer import optim_state_to_sharding_state
 from megatron.core.optimizer.grad_scaler import MegatronGradScaler
+from megatron.core.optimizer.muon import Muon, init_muon_state_of
 from megatron.core.optimizer.param_groups import match_saved_groups
 
 logger = logging.getLogger(__name__)
@@ -33,6 +34,13 @@ def init_sgd_state(optimizer: torch.optim.Optimizer) -> None:
         for param in group["params"]:
             if group["momentum"] != 0.0 and optimizer.state[param].get("momentum_buffer") is None:
                 optimizer.state[param]["momentum_buffer"] = torch.zeros_like(param)
+
+
+def init_muon_state(optimizer: Muon) -> None:
+    """Zero momentum of matrices, and of the other parameters what Adam has."""
+    for param in optimizer.matrices:
+        init_muon_state_of(optimizer, param)
+    init_adam_state(optimizer)
 
 
 def shard_inner_state(state_dict: dict[str, Any], sharded_params: dict[int, Any]) -> ShardedStateDict:

@@ -78,7 +78,10 @@ FLAG_GROUPS: tuple[FlagGroup, ...] = (
         RegularizationConfig,
         {
             TransformerConfig: "attention_dropout hidden_dropout",
-            OptimizerConfig: "weight_decay clip_grad adam_beta1 adam_beta2 adam_eps sgd_momentum",
+            OptimizerConfig: """
+                weight_decay clip_grad adam_beta1 adam_beta2 adam_eps sgd_momentum muon_momentum muon_use_nesterov
+                muon_num_ns_steps muon_scale_mode muon_extra_scale_factor
+            """,
         },
     ),
     FlagGroup(

@@ -168,14 +168,14 @@ MUTATIONS = [
     Mutation(
         "every tensor parallel rank counts the weights that all of them hold",
         NORM_GRADS,
-        lambda right: lambda self: [main.grad for p, main in self._pairs() if not getattr(p, "shared", False)],
+        lambda right: lambda self: [main.grad for p, main in self.pairs() if not getattr(p, "shared", False)],
         {"tp": MANY, "sharding": "none"},
         "gradient norm",
     ),
     Mutation(
         "both copies of a tied embedding are counted",
         NORM_GRADS,
-        lambda right: lambda self: [*right(self), *(m.grad for p, m in self._pairs() if getattr(p, "shared", False))],
+        lambda right: lambda self: [*right(self), *(m.grad for p, m in self.pairs() if getattr(p, "shared", False))],
         {"output": "tied", "pp": MANY, "sharding": "none"},
         "gradient norm",
     ),

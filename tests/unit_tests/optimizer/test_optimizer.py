@@ -163,7 +163,7 @@ def check_rounding(sharded: bool) -> None:
     mains = optimizer.get_parameters()
     assert mains and all(main.dtype == torch.float32 for main in mains)
     moved = 0
-    for model_param, main in optimizer._pairs():
+    for model_param, main in optimizer.pairs():
         if not sharded:
             assert torch.equal(model_param.detach(), main.bfloat16().view_as(model_param))
             moved += int((main - model_param.float()).count_nonzero())

@@ -65,10 +65,16 @@ ADDED_FLAGS = {
     "--cpu-offloading-num-layers",
     "--no-cpu-offloading-activations",
     "--cpu-offloading-weights",
+    "--muon-momentum",
+    "--muon-use-nesterov",
+    "--muon-num-ns-steps",
+    "--muon-scale-mode",
+    "--muon-extra-scale-factor",
 }
 ADDED_CHOICES = {
     "position_embedding_type": {"yarn"},
     "cross_entropy_fusion_impl": {"linear"},
+    "optimizer": {"muon"},
     "ckpt_format": {"safetensors"},
     "ckpt_convert_format": {"safetensors"},
     "moe_router_load_balancing_type": {"global_aux_loss"},

@@ -38,6 +38,11 @@ FACTS = list(
     )
 )
 ADDED_FIELDS = {
+    "muon_momentum",
+    "muon_use_nesterov",
+    "muon_num_ns_steps",
+    "muon_scale_mode",
+    "muon_extra_scale_factor",
     "pipeline_schedule",
     "moe_shared_expert_gate",
     "torch_compile",
