@@ -104,8 +104,8 @@ class Fp8Products(LinearProducts):
         scaling = self.recipe.scaling
         block, dtype = scaling.weights if operand == WEIGHT else scaling.activations, self.types[operand]
         if block is not None:
-            return self._run(quantize_blocks)(x.t() if across else x, dtype, block, scaling.power_of_two)
-        quantized = self._run(quantize_tensor)(x, dtype, self._scale(operand, x))
+            return quantize_blocks(x.t() if across else x, dtype, block, scaling.power_of_two, self._run)
+        quantized = quantize_tensor(x, dtype, self._scale(operand, x), self._run)
         return quantized.transposed() if across else quantized
 
     def _scale(self, operand: int, x: Tensor) -> Tensor:
@@ -127,8 +127,9 @@ class Fp8Products(LinearProducts):
         return scale_for(magnitude, self.types[operand], margin=self.recipe.margin if self.delayed else 0)
 
     def _run(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """Compiled where that pays: by itself each step of a cast is a pass over memory."""
-        return region(function) if self.recipe.compiled and not is_cpu() else function
+        """Compiled on an accelerator: one by one, the steps of a cast are passes over memory that take longer than what
+        the product gains."""
+        return function if is_cpu() else region(function)
 
 
 def _rows(x: Tensor) -> Tensor:

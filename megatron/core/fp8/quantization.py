@@ -5,7 +5,9 @@ m rows, k columns; a block of [bm, bk] elements shares a scale, blocks at the bo
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -57,12 +59,11 @@ def scale_for(magnitude: Tensor, dtype: torch.dtype, power_of_two: bool = False,
 
     What is not finite gives a scale that is not: the whole block becomes NaN, and is noticed.
     """
-    scale = magnitude / torch.finfo(dtype).max * 2.0**margin
+    scale = (magnitude / torch.finfo(dtype).max * 2.0**margin).clamp(min=torch.finfo(torch.float32).tiny)
     if power_of_two:
-        mantissa, exponent = torch.frexp(scale)
-        rounded_up = torch.where(mantissa == 0.5, exponent - 1, exponent).clamp(-126, 127)
-        scale = torch.where(scale.isfinite(), torch.exp2(rounded_up.float()), scale)
-    scale = scale.clamp(min=torch.finfo(torch.float32).tiny)
+        # Any bit of the mantissa carries into the exponent; what is not finite is left alone.
+        rounded_up = ((scale.view(torch.int32) + 0x7FFFFF) & 0x7F800000).view(torch.float32)
+        scale = torch.where(scale.isfinite(), rounded_up, scale)
     return torch.where(magnitude == 0, torch.ones_like(scale), scale)
 
 
@@ -83,12 +84,27 @@ def spread(scale: Tensor, block: Block, shape: torch.Size) -> Tensor:
     return scale.repeat_interleave(block[0], 0)[: shape[0]].repeat_interleave(block[1], 1)[:, : shape[1]]
 
 
-def quantize_tensor(x: Tensor, dtype: torch.dtype, scale: Tensor) -> Quantized:
-    """`x` [m, k] with one scale."""
-    return Quantized(cast(x, scale, dtype), scale, None, power_of_two=False)
-
-
-def quantize_blocks(x: Tensor, dtype: torch.dtype, block: Block, power_of_two: bool) -> Quantized:
-    """`x` [m, k] with a scale for each block."""
+def cast_blocks(x: Tensor, dtype: torch.dtype, block: Block, power_of_two: bool) -> tuple[Tensor, Tensor]:
+    """(`x` [m, k] in fp8, a scale for each block)."""
     scale = scale_for(magnitudes_of_blocks(x, block), dtype, power_of_two)
-    return Quantized(cast(x, spread(scale, block, x.shape), dtype), scale, block, power_of_two)
+    return cast(x, spread(scale, block, x.shape), dtype), scale
+
+
+Run = Callable[[Callable[..., Any]], Callable[..., Any]]
+"""How a function of tensors is run: as it is, or compiled."""
+
+
+def as_it_is(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Not compiled."""
+    return function
+
+
+def quantize_tensor(x: Tensor, dtype: torch.dtype, scale: Tensor, run: Run = as_it_is) -> Quantized:
+    """`x` [m, k] with one scale."""
+    return Quantized(run(cast)(x, scale, dtype), scale, None, power_of_two=False)
+
+
+def quantize_blocks(x: Tensor, dtype: torch.dtype, block: Block, power_of_two: bool, run: Run = as_it_is) -> Quantized:
+    """`x` [m, k] with a scale for each block."""
+    data, scale = run(cast_blocks)(x, dtype, block, power_of_two)
+    return Quantized(data, scale, block, power_of_two)

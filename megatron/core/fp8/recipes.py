@@ -56,8 +56,6 @@ class Recipe:
     """It takes their largest, not the last."""
     only_shards_agree: bool
     """Its maxima are shared with the ranks that hold parts of the same tensor, not with all replicas."""
-    compiled: bool
-    """Maxima and casts are compiled (torch.compile)."""
 
     @classmethod
     def of(cls, config: TransformerConfig) -> Recipe:
@@ -71,7 +69,6 @@ class Recipe:
             history=config.fp8_amax_history_len,
             largest=config.fp8_amax_compute_algo == "max",
             only_shards_agree=config.tp_only_amax_red,
-            compiled=config.torch_compile,
         )
 
 

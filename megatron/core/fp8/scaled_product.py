@@ -24,7 +24,7 @@ _ALIGNMENT = 16
 def scaled_product(
     a: Quantized, b: Quantized, out_dtype: torch.dtype, bias: Tensor | None = None, exact_sums: bool = True
 ) -> Tensor:
-    """a bᵀ + bias, [m, n], rounded once to `out_dtype`.
+    """a bᵀ + bias, [m, n], rounded once to `out_dtype`; a kernel's product is rounded before the bias is added.
 
     Args:
         bias: [n].

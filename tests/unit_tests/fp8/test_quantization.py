@@ -11,6 +11,7 @@ from torch import Tensor
 from megatron.core.fp8.quantization import cast, largest_magnitude, quantize_blocks, quantize_tensor, scale_for
 from megatron.core.fp8.recipes import Block, Recipe, is_in_fp8
 from megatron.core.fp8.scaled_product import plain_product, scaled_product
+from megatron.core.fusions import compiled
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
@@ -116,6 +117,17 @@ def test_torch_multiplies_the_same_numbers() -> None:
     b = quantize_tensor(torch.randn(48, 64), E4M3, torch.tensor(0.02))
     theirs = torch._scaled_mm(a.data, b.data.t(), scale_a=a.scale, scale_b=b.scale, out_dtype=torch.float32)
     torch.testing.assert_close(theirs, plain_product(a, b, torch.float32), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("block", [(1, 32), (128, 128)])
+def test_casts_are_one_graph(block: Block, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on an accelerator, but for the code generator."""
+    monkeypatch.setattr(compiled, "BACKEND", "eager")
+    x = torch.randn(40, 70)
+    found = quantize_blocks(x, E4M3, block, True, compiled.region)
+    assert torch.equal(found.dequantized(), quantize_blocks(x, E4M3, block, True).dequantized())
+    scale = scale_for(compiled.region(largest_magnitude)(x), E4M3)
+    assert torch.equal(quantize_tensor(x, E5M2, scale, compiled.region).data, quantize_tensor(x, E5M2, scale).data)
 
 
 def config(**settings: object) -> TransformerConfig:
