@@ -28,7 +28,7 @@ VOCABULARY = 2048
 COMMON = """
     --hidden-size 128 --num-attention-heads 4 --ffn-hidden-size 352 --swiglu --normalization RMSNorm
     --disable-bias-linear --seq-length 128 --max-position-embeddings 128 --attention-dropout 0 --hidden-dropout 0
-    --micro-batch-size 8 --global-batch-size 8 --lr 3e-3 --min-lr 3e-4 --lr-decay-style cosine --lr-warmup-iters 20
+    --micro-batch-size 8 --global-batch-size 8 --lr 1e-3 --min-lr 1e-4 --lr-decay-style cosine --lr-warmup-iters 20
     --weight-decay 0.1 --adam-beta2 0.95 --split 90,10,0 --num-workers 0 --log-interval 10 --eval-iters 40
     --no-progress-bar --seed 1
 """.split()
@@ -39,7 +39,7 @@ MODELS: dict[str, list[str]] = {"bf16": ["--bf16"], "fp32": []} | {
     name: [*FP8, name, *(HISTORY if name == "delayed" else ())] for name in SCALINGS
 }
 """fp32 shows how far curves part that nobody would tell apart."""
-SHAPE = ["--num-layers", "4", "--position-embedding-type", "rope"]
+SHAPE = ["--num-layers", "2", "--position-embedding-type", "rope"]
 LAST = 5
 """Log lines whose losses are averaged at the end."""
 

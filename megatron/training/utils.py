@@ -226,18 +226,22 @@ def _words(path: str) -> list[str]:
 def calc_params_l2_norm(model: list[nn.Module] | nn.Module, force_create_fp32_copy: bool = False) -> float:
     """L2 norm of all parameters of the whole model, in fp32, each counted once, rows that pad the vocabulary never.
 
-    Communicates: all-reduce.
+    Communicates: all-reduces.
     """
     from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
 
-    total = torch.zeros((), dtype=torch.float64, device=device.current_device())
+    # Of weights that all ranks of a model share, and of experts, which other ranks have others of.
+    totals = torch.zeros(2, dtype=torch.float64, device=device.current_device())
     chunks = model if isinstance(model, list) else [model]
     gather_weights(chunks)
     for chunk in chunks:
         for param, piece, start in _own_pieces(chunk):
             if param_is_not_tensor_parallel_duplicate(param) and not _is_shared_copy(param):
-                total += without_padding(param, piece, start).float().square().sum(dtype=torch.float64)
-    all_reduce(total, group=parallel_state.get_model_parallel_group())
+                is_expert = int(not getattr(param, "allreduce", True))
+                totals[is_expert] += without_padding(param, piece, start).float().square().sum(dtype=torch.float64)
+    all_reduce(totals[0], group=parallel_state.get_model_parallel_group())
+    all_reduce(totals[1], group=parallel_state.get_expert_tensor_model_pipeline_parallel_group())
+    total = totals.sum()
     if isinstance(chunks[0], TorchFullyShardedDataParallel):
         all_reduce(total, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
     return float(total.sqrt())
