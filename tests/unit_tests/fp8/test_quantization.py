@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from megatron.core.fp8 import scaled_product as module
 from megatron.core.fp8.quantization import cast, largest_magnitude, quantize_blocks, quantize_tensor, scale_for
 from megatron.core.fp8.recipes import Block, Recipe, is_in_fp8
 from megatron.core.fp8.scaled_product import plain_product, scaled_product
@@ -110,13 +111,23 @@ def test_a_product_is_that_of_the_values(block: Block | None) -> None:
     torch.testing.assert_close(rounded.double(), exact, rtol=2**-8, atol=1e-5)
 
 
-def test_torch_multiplies_the_same_numbers() -> None:
-    """The one product of torch's that a CPU has too: as `scaled_product` calls it on CUDA."""
+@pytest.mark.parametrize("shape", [(32, 48, 64), (21, 35, 50), (1, 1, 1)])
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("gradient", [E4M3, E5M2])
+def test_torch_multiplies_the_same_numbers(
+    shape: tuple[int, int, int], transposed: bool, gradient: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The one product of torch's that a CPU has too, called as on CUDA: operands of any size and order in memory."""
+    monkeypatch.setattr(module, "_kernel_works", lambda *_: True)
     torch.manual_seed(0)
-    a = quantize_tensor(torch.randn(32, 64), E4M3, torch.tensor(0.01))
-    b = quantize_tensor(torch.randn(48, 64), E4M3, torch.tensor(0.02))
-    theirs = torch._scaled_mm(a.data, b.data.t(), scale_a=a.scale, scale_b=b.scale, out_dtype=torch.float32)
-    torch.testing.assert_close(theirs, plain_product(a, b, torch.float32), rtol=1e-5, atol=1e-5)
+    m, n, k = shape
+    x, y, bias = torch.randn(m, k), torch.randn(n, k), torch.randn(n)
+    a = quantize_tensor(x.t() if transposed else x, gradient, torch.tensor(0.01))
+    b = quantize_tensor(y.t() if transposed else y, E4M3, torch.tensor(0.02))
+    if transposed:
+        a, b = a.transposed(), b.transposed()
+    found = scaled_product(a, b, torch.float32, bias)
+    torch.testing.assert_close(found, plain_product(a, b, torch.float32, bias), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("block", [(1, 32), (128, 128)])
