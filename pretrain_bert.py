@@ -50,6 +50,7 @@ def model_provider(pre_process: bool = True, post_process: bool = True, vp_stage
         vp_stage=vp_stage,
         rotary_base=args.rotary_base,
         true_vocab_size=get_tokenizer().vocab_size,
+        return_embeddings=args.output_bert_embeddings and post_process,
     )
 
 

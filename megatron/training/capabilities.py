@@ -25,22 +25,25 @@ GROUPS_NOT_BUILT: dict[str, str] = {
 }
 """Whole headings of --help that wait for their capability."""
 
-ARGUMENTS_OF_SERVER = frozenset(
-    {
-        "inference_max_batch_size",
-        "inference_max_seq_length",
-        "inference_dynamic_batching",
-        "inference_dynamic_batching_buffer_size_gb",
-        "inference_dynamic_batching_chunk_size",
-        "inference_dynamic_batching_buffer_guaranteed_fraction",
-        "inference_dynamic_batching_buffer_overflow_factor",
-        "inference_dynamic_batching_max_requests_override",
-        "inference_dynamic_batching_max_tokens_override",
-    }
+ARGUMENTS_OF_SERVER = (
+    "inference_max_batch_size",
+    "inference_max_seq_length",
+    "inference_dynamic_batching",
+    "inference_dynamic_batching_buffer_size_gb",
+    "inference_dynamic_batching_chunk_size",
+    "inference_dynamic_batching_buffer_guaranteed_fraction",
+    "inference_dynamic_batching_buffer_overflow_factor",
+    "inference_dynamic_batching_max_requests_override",
+    "inference_dynamic_batching_max_tokens_override",
 )
-"""What only a program reads that sets `serves_texts`: others refuse it."""
 
-BUILT_WITHIN_GROUPS = ARGUMENTS_OF_SERVER | {"qk_layernorm", "qk_l2_norm", "data_sharding"}
+ARGUMENTS_OF_TOOLS: dict[str, tuple[str, str]] = {
+    **dict.fromkeys(ARGUMENTS_OF_SERVER, ("serves_texts", "tools/run_text_generation_server.py")),
+    "output_bert_embeddings": ("embeds_texts", "tools/embed_texts.py"),
+}
+"""Argument -> (what the only program that reads it sets, this program): others refuse it."""
+
+BUILT_WITHIN_GROUPS = ARGUMENTS_OF_TOOLS.keys() | {"qk_layernorm", "qk_l2_norm", "data_sharding"}
 """What works although it stands under such a heading."""
 
 ARGUMENTS_NOT_BUILT: dict[str, str] = {
@@ -157,7 +160,7 @@ def refuse_capabilities_not_built(args: argparse.Namespace) -> None:
         for dest, (used, capability) in WHEN_GIVEN_NOT_BUILT.items()
         if hasattr(args, dest) and was_given(args, dest) and used(getattr(args, dest))
     ]
-    found += _of_other_families(args) + _of_the_server(args)
+    found += _of_other_families(args) + _of_tools(args)
     if found:
         raise ConfigurationError("\n".join(["these settings cannot be used yet; leave them out:", *found]))
 
@@ -171,12 +174,13 @@ def _of_other_families(args: argparse.Namespace) -> list[str]:
     ]
 
 
-def _of_the_server(args: argparse.Namespace) -> list[str]:
-    if getattr(args, "serves_texts", False):
-        return []
-    flags = [all_flags()[dest] for dest in sorted(ARGUMENTS_OF_SERVER)]
-    given = [flag for flag in flags if getattr(args, flag.dest, flag.default) != flag.default]
-    return [f"  {flag.names[0]}: only tools/run_text_generation_server.py reads it" for flag in given]
+def _of_tools(args: argparse.Namespace) -> list[str]:
+    return [
+        f"  {all_flags()[dest].names[0]}: only {program} reads it"
+        for dest, (mark, program) in sorted(ARGUMENTS_OF_TOOLS.items())
+        if not getattr(args, mark, False)
+        and getattr(args, dest, all_flags()[dest].default) != all_flags()[dest].default
+    ]
 
 
 def program_of(family: str) -> str:

@@ -66,7 +66,7 @@ def test_texts_longer_than_the_positions_are_refused() -> None:
 
 def test_only_the_server_reads_them() -> None:
     given = argparse.Namespace(inference_dynamic_batching=True, inference_max_batch_size=4)
-    assert vars(given).keys() <= ARGUMENTS_OF_SERVER
+    assert vars(given).keys() <= set(ARGUMENTS_OF_SERVER)
     with pytest.raises(ConfigurationError, match="--inference-dynamic-batching: only tools/run_text") as refusal:
         refuse_capabilities_not_built(given)
     assert "--inference-max-requests" in str(refusal.value)
