@@ -112,8 +112,10 @@ def evaluate_and_print_results(
     losses = result[0]
     if parallel_state.is_pipeline_last_stage():
         text = f" validation loss at {_joined(prefix, held_out.name)} | "
+        perplexities = perplexities_of(losses)
         for name, loss in losses.items():
-            text += f"{name} value: {loss:.6E} | {name} PPL: {perplexity(loss):.6E} | "
+            text += f"{name} value: {loss:.6E} | "
+            text += f"{name} PPL: {perplexities[name]:.6E} | " if name in perplexities else ""
         rule = "-" * (len(text) + 1)
         print_rank_last(f"{rule}\n{text}\n{rule}")
     _track(losses, _joined(split, held_out.name), iteration, consumed_samples)
@@ -129,13 +131,18 @@ def perplexity(loss: float) -> float:
     return math.exp(min(20.0, loss))
 
 
+def perplexities_of(losses: dict[str, float]) -> dict[str, float]:
+    """The perplexity of each that is a loss, and not an accuracy."""
+    return {name: perplexity(loss) for name, loss in losses.items() if "loss" in name}
+
+
 def _track(losses: dict[str, float], split: str, iteration: int, consumed_samples: int) -> None:
     trackers = get_trackers()
     if trackers is None:
         return
     trackers.log({f"{name} {split}": loss for name, loss in losses.items()}, iteration, consumed_samples)
     if get_args().log_validation_ppl_to_tensorboard:
-        ppl = {f"{name} {split} ppl": perplexity(loss) for name, loss in losses.items()}
+        ppl = {f"{name} {split} ppl": value for name, value in perplexities_of(losses).items()}
         trackers.log(ppl, iteration, consumed_samples)
     trackers.record(
         {"iteration": iteration, "consumed_samples": consumed_samples}
