@@ -41,6 +41,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_mnli(folder / "MNLI/dev_mismatched.tsv", 21, columns=16, seed=2)
     write_mnli(folder / "MNLI/test.tsv", 5, columns=10)
     write_qqp(folder / "QQP.tsv", 36)
+    write_qqp(folder / "QQP-dev.tsv", 20, seed=1)
     for split, number in (("train/middle", 80), ("dev/middle", 16), ("dev/high", 8)):
         write_race(folder / "RACE" / split, number, seed=number)
     return folder
@@ -51,7 +52,7 @@ def data_of(task: str, folder: Path) -> str:
         own = folder / "RACE"
         return f"--train-data {own}/train/middle --valid-data {own}/dev/middle {own}/dev/high"
     if task == "QQP":
-        return f"--train-data {folder}/QQP.tsv --valid-data {folder}/QQP.tsv"
+        return f"--train-data {folder}/QQP.tsv --valid-data {folder}/QQP-dev.tsv"
     own = folder / "MNLI"
     return f"--train-data {own}/train.tsv --valid-data {own}/dev_matched.tsv {own}/dev_mismatched.tsv"
 
@@ -70,7 +71,7 @@ def accuracies(path: Path) -> list[dict[str, Any]]:
 def learned(folder: Path) -> dict[str, tuple[Path, str]]:
     """Each corpus finetuned by one process: where its rows are, and what was printed."""
     found = {}
-    for task, epochs in (("MNLI", 5), ("RACE", 5)):
+    for task, epochs in (("MNLI", 5), ("RACE", 5), ("QQP", 20)):
         rows = folder / f"{task}.jsonl"
         start = f"--pretrained-checkpoint {folder}/bert --save {folder}/{task}-save --save-interval 10000"
         flags = f"{data_of(task, folder)} --epochs {epochs} {start} --metrics-jsonl {rows}"
@@ -78,20 +79,26 @@ def learned(folder: Path) -> dict[str, tuple[Path, str]]:
     return found
 
 
-@pytest.mark.parametrize("task", ["MNLI", "RACE"])
+VALID = {
+    "MNLI": {"dev-matched": 40, "dev-mismatched": 21},
+    "RACE": {"dev-middle": 16, "dev-high": 8},
+    "QQP": {"QQP-dev": 20},
+}
+"""Validation sets and their sizes."""
+
+
+@pytest.mark.parametrize("task", list(VALID))
 def test_rules_are_learned(task: str, folder: Path, learned: dict[str, tuple[Path, str]]) -> None:
     rows, printed = learned[task]
     last = accuracies(rows)[-1]
     assert last["accuracy of overall"] >= 0.95
     assert "the pretrained checkpoint lacks" not in printed
-    names, sizes = (
-        (("dev-matched", "dev-mismatched"), (40, 21)) if task == "MNLI" else (("dev-middle", "dev-high"), (16, 8))
-    )
-    together = sum(last[f"accuracy of {name}"] * size for name, size in zip(names, sizes)) / sum(sizes)
+    total = sum(VALID[task].values())
+    together = sum(last[f"accuracy of {name}"] * size for name, size in VALID[task].items()) / total
     assert last["accuracy of overall"] == pytest.approx(together, abs=1e-12)
-    right = round(last["accuracy of overall"] * sum(sizes))
-    assert f" >> |epoch: 4| overall: correct / total = {right} / {sum(sizes)} = " in printed
-    assert [row["epoch"] for row in accuracies(rows)] == [0, 1, 2, 3, 4]
+    right, epochs = round(last["accuracy of overall"] * total), len(accuracies(rows))
+    assert f" >> |epoch: {epochs - 1}| overall: correct / total = {right} / {total} = " in printed
+    assert [row["epoch"] for row in accuracies(rows)] == list(range(epochs)) and epochs in (5, 20)
 
 
 # Several choices differ from one only in what crosses stages. 26 and 10 steps are an epoch.
