@@ -12,28 +12,36 @@ docs/inference.md for the routes.
 
 import argparse
 import os
-import socket
+import signal
 import sys
-import threading
+from collections.abc import Callable
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for the program beside this folder
 
+import pretrain_gpt
 from megatron.core.inference.engines import DynamicInferenceEngine
 from megatron.core.inference.model_inference_wrappers.gpt.gpt_inference_wrapper import GPTInferenceWrapper
 from megatron.core.inference.model_inference_wrappers.inference_wrapper_config import InferenceWrapperConfig
 from megatron.core.inference.quantization import KINDS_OF_WEIGHTS, quantize_weights
 from megatron.core.inference.text_generation_controllers.text_generation_controller import TextGenerationController
 from megatron.inference.context_of_flags import build_context
-from megatron.inference.serving.loop import EngineLoop
+from megatron.inference.serving import http
+from megatron.inference.serving.app import build_app
+from megatron.inference.serving.loop import FAILED, EngineLoop
 from megatron.inference.serving.service import Limits, Service
 from megatron.training import get_args, get_model, get_tokenizer, initialize_megatron, print_rank_0
 from megatron.training.checkpoint.load import load_run
 from megatron.training.errors import exit_at_once_on_error
-from pretrain_gpt import model_provider
+from megatron.training.failure.process import farewells
+from megatron.training.failure.start import start_failure_watch, stop_failure_watch
+
+STRICT = ("assume_ok_unexpected", "raise_unexpected", "raise_all")
+"""Ways to load a checkpoint that mind what it lacks."""
 
 
 def add_server_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -56,7 +64,14 @@ def add_server_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPa
 
 
 def check(args: argparse.Namespace) -> None:
-    """Raises ValueError: the layout cannot be served; the same on all ranks."""
+    """Raises ValueError: the layout or a limit cannot be served; the same on all ranks."""
+    for name, least in (("cache_chunk_size", 1), ("max_running", 1), ("max_waiting", 0), ("max_tokens", 1)):
+        value = getattr(args, name)
+        if value is not None and value < least:
+            raise ValueError(f"--{name.replace('_', '-')} ({value}) must be at least {least}")
+    for name in ("cache_gb", "max_body_mb"):
+        if not getattr(args, name) > 0:
+            raise ValueError(f"--{name.replace('_', '-')} ({getattr(args, name)}) must be above 0")
     if args.virtual_pipeline_model_parallel_size:
         raise ValueError("a server runs no interleaved pipeline: leave --num-layers-per-virtual-pipeline-stage out")
     if args.context_parallel_size > 1:
@@ -65,6 +80,15 @@ def check(args: argparse.Namespace) -> None:
         raise ValueError(
             f"{args.world_size} ranks hold {args.data_parallel_size} copies of the model: give as many as "
             "--tensor-model-parallel-size x --pipeline-model-parallel-size"
+        )
+    if not (args.load or args.pretrained_checkpoint):
+        raise ValueError("there is nothing to serve: give --load DIR or --load hf:DIR")
+    if not 0 <= args.port < 1 << 16:
+        raise ValueError(f"--port ({args.port}) must be from 0, which is any free one, to 65535")
+    if args.dist_ckpt_strictness not in STRICT:
+        raise ValueError(
+            f"--dist-ckpt-strictness {args.dist_ckpt_strictness} leaves parameters that are not in the checkpoint as "
+            "they are: a server does not answer from random numbers"
         )
     if args.api_key_env and not os.environ.get(args.api_key_env):
         raise ValueError(f"--api-key-env {args.api_key_env}: there is no such environment variable, or it is empty")
@@ -80,54 +104,69 @@ def build_engine(args: argparse.Namespace, model: list[torch.nn.Module], tokeniz
     )
 
 
-def start_http(args: argparse.Namespace, loop: EngineLoop, tokenizer: Any) -> Any:
-    """The web server, in a thread of its own; it is listening when this returns.
-
-    Raises:
-        OSError: the port is taken.
-    """
-    import uvicorn
-
-    from megatron.inference.serving.app import build_app
-
-    listener = socket.socket()
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        listener.bind((args.host, args.port))
-        listener.listen()
-    except OSError as error:
-        raise OSError(f"--host {args.host} --port {args.port} cannot be listened on: {error.strerror}") from None
-    service = Service(
+def build_service(args: argparse.Namespace, loop: EngineLoop, tokenizer: Any) -> Service:
+    """What the routes stand on."""
+    return Service(
         loop,
         tokenizer,
         args.model_name or Path(str(args.load)).name or "model",
         getattr(tokenizer, "chat_tokens", None),
         os.environ[args.api_key_env] if args.api_key_env else None,
-        Limits(body_bytes=int(args.max_body_mb * 2**20), tokens_to_generate=args.max_tokens),
+        Limits(
+            body_bytes=int(args.max_body_mb * 2**20),
+            tokens_to_generate=args.max_tokens,
+            connections=args.max_running + args.max_waiting,
+        ),
     )
-    server = uvicorn.Server(uvicorn.Config(build_app(service), log_level="warning"))
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
-    thread.start()
-    port = listener.getsockname()[1]
-    print_rank_0(f"serving {service.model_name} at http://{args.host}:{port}")
-    return server
 
 
-def serve() -> None:
-    initialize_megatron(add_server_arguments)
+def stop_on_signal(loop: EngineLoop) -> None:
+    """SIGINT and SIGTERM end the loops of all ranks together; a second one ends this process where it is.
+
+    Launchers send them to all ranks: those that are not the first wait for its word.
+    """
+    is_first = torch.distributed.get_rank() == 0
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        if is_first:
+            loop.stop()
+        for one in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(one, signal.SIG_DFL)
+
+    for one in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(one, stop)
+
+
+def serve(model_provider: Callable[..., Any] = pretrain_gpt.model_provider, family: str | None = None) -> None:
+    """Load and serve until a signal comes.
+
+    Args:
+        model_provider: of the program that trained the model.
+        family: of its flags; None is a GPT.
+    """
+    initialize_megatron(add_server_arguments, args_defaults={"model_family": family} if family else {})
     args, tokenizer = get_args(), get_tokenizer()
     check(args)
+    start_failure_watch(60.0 * args.distributed_timeout_minutes, heeds_sigterm=False)
+    is_first = torch.distributed.get_rank() == 0
+    listener = http.bind(args.host, args.port) if is_first else None  # before the model, which may take minutes
     model = get_model(model_provider, wrap_with_ddp=False)
     load_run(args, model, None, None)
     if args.quantize:
         quantize_weights(model, args.quantize)
     loop = EngineLoop(build_engine(args, model, tokenizer), args.max_waiting)
-    if torch.distributed.get_rank() == 0:
-        start_http(args, loop, tokenizer)
-    try:
-        loop.run()
-    except KeyboardInterrupt:
-        print_rank_0("stopped")
+    stop_on_signal(loop)
+    farewells.append(lambda: loop.end(FAILED))
+    if listener is not None:
+        service = build_service(args, loop, tokenizer)
+        server = http.HttpServer(build_app(service), listener)
+        farewells.append(server.close)
+        print_rank_0(f"serving {service.model_name} at http://{args.host}:{server.port}")
+    loop.run()
+    if listener is not None:
+        server.close()
+    print_rank_0("stopped")
+    stop_failure_watch()
     torch.distributed.destroy_process_group()
 
 

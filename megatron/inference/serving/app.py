@@ -34,30 +34,34 @@ log = logging.getLogger(__name__)
 
 
 class Gate:
-    """In front of all routes: the API key, and the length of bodies, which are not read to their end if too long."""
+    """In front of all routes: the API key, how many calls there are, and the length of bodies, which are not read to
+    their end if too long.
+    """
 
     def __init__(self, app: ASGIApp, service: Service) -> None:
         self.app, self.service = app, service
+        self.num_calls = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
+        if scope["path"] in OPEN_TO_ALL:
+            await self.app(scope, receive, send)
+            return
+        most = self.service.limits.connections
+        self.num_calls += 1
         try:
-            if scope["path"] not in OPEN_TO_ALL:
-                self.service.require_key(Headers(scope=scope).get("authorization"))
+            self.service.require_key(Headers(scope=scope).get("authorization"))
+            if most is not None and self.num_calls > most:
+                raise self.service.overloaded(f"{most} calls are being answered already")
             body = await self._body(receive)
+            if body is not None:
+                await self.app(scope, _after(body, receive), send)
         except Refusal as error:
             await refused(scope["path"], error)(scope, receive, send)
-            return
-        if body is None:
-            return
-        messages: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
-
-        async def next_message() -> Message:
-            return messages.pop() if messages else await receive()
-
-        await self.app(scope, next_message, send)
+        finally:
+            self.num_calls -= 1
 
     async def _body(self, receive: Receive) -> bytes | None:
         """None if the client went away."""
@@ -73,6 +77,16 @@ class Gate:
             if size > most:
                 raise Refusal(413, f"the body is longer than {most} bytes")
         return b"".join(chunks)
+
+
+def _after(body: bytes, receive: Receive) -> Receive:
+    """What an application receives whose body has been read already."""
+    messages: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
+
+    async def next_message() -> Message:
+        return messages.pop() if messages else await receive()
+
+    return next_message
 
 
 def refused(path: str, error: Refusal) -> JSONResponse:
@@ -156,8 +170,8 @@ def build_app(service: Service) -> FastAPI:
 
     @app.get("/health")
     async def health() -> Any:
-        if service.loop.failure is not None:
-            raise Refusal(503, f"the engine has stopped: {service.loop.failure}")
+        if service.loop.gone is not None:
+            raise service.loop.gone
         return {"status": "ok"}
 
     @app.get("/metrics")

@@ -24,7 +24,11 @@ class Overloaded(Exception):
 
 
 class EngineGone(Exception):
-    """The engine has stopped: no request will be answered any more."""
+    """The engine has stopped: no request will be answered any more. The message is for clients."""
+
+
+FAILED = "the model has stopped working; the server's log says why"
+STOPPED = "the server is being stopped"
 
 
 @dataclass(frozen=True)
@@ -91,8 +95,8 @@ class EngineLoop:
     def __init__(self, engine: DynamicInferenceEngine, max_waiting: int = 256, heartbeat: float = 5.0) -> None:
         self.engine, self.max_waiting, self.heartbeat = engine, max_waiting, heartbeat
         self.counters = Counters()
-        self.failure: BaseException | None = None
-        """Why the loop has ended."""
+        self.gone: EngineGone | None = None
+        """What clients are told from the end of the loop on."""
         self._commands: queue.SimpleQueue[Command] = queue.SimpleQueue()
         self._listeners: dict[int, Listener] = {}
         self._arrivals: dict[int, float] = {}
@@ -113,8 +117,8 @@ class EngineLoop:
         """
         self.engine.check_prompt(tokens, params.num_tokens_to_generate)
         with self._lock:
-            if self.failure is not None:
-                raise EngineGone(f"the engine has stopped: {self.failure}")
+            if self.gone is not None:
+                raise self.gone
             if len(self._listeners) - len(self.engine.context.sequences) >= self.max_waiting:
                 self.counters.rejected += 1
                 raise Overloaded(f"{self.max_waiting} requests wait already")
@@ -137,7 +141,7 @@ class EngineLoop:
     # --- all ranks, the main thread ------------------------------------------------------------------------
 
     def run(self) -> None:
-        """Pass after pass, until `stop`. What goes wrong is told to all listeners, and raised."""
+        """Pass after pass, until `stop`. That something goes wrong is told to all listeners; what, is raised."""
         try:
             while self._apply(self._exchange()):
                 if self.engine.has_unfinished_requests():
@@ -145,17 +149,18 @@ class EngineLoop:
                     self.engine.step()
                     self.counters.passes += 1
                     self.counters.busy_seconds += time.perf_counter() - begin
-            self._end(EngineGone("the server stops"))
-        except BaseException as error:
-            self._end(error)
+            self.end(STOPPED)
+        except BaseException:
+            self.end(FAILED)
             raise
 
-    def _end(self, error: BaseException) -> None:
+    def end(self, words: str) -> None:
+        """Tell all listeners, and those who come later, that there will be no answer; from any thread."""
         with self._lock:
-            self.failure = error
+            self.gone = self.gone or EngineGone(words)
             listeners, self._listeners = list(self._listeners.values()), {}
         for listener in listeners:
-            listener(EngineGone(str(error)))
+            listener(self.gone)
 
     def _exchange(self) -> list[Command]:
         """What came in since the last pass, the same on all ranks. Communicates: a broadcast of objects."""

@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from megatron.core.inference.inference_request import FinishReason
 from megatron.core.inference.sampling_params import SamplingParams
+from megatron.inference.serving.loop import EngineGone
 from megatron.inference.serving.progress import Piece, Ticket, json_safe
 from megatron.inference.serving.service import Refusal, Service, checked_params
 
@@ -201,9 +202,11 @@ class Answer(ABC):
                 if piece is None:
                     running -= 1
                     continue
-                if isinstance(piece, BaseException):
+                if isinstance(piece, EngineGone):
                     yield f"data: {json.dumps(error_body(Refusal(503, str(piece))))}\n\n"
                     return
+                if isinstance(piece, BaseException):
+                    raise piece
                 generated += len(piece.tokens)
                 held[index] = held[index] + piece if index in held else piece
                 if held[index].text or piece.reason is not None or index not in started:

@@ -27,6 +27,8 @@ class Limits:
     """In one call."""
     tokens_to_generate: int | None = None
     """For a prompt; None is as many as fit."""
+    connections: int | None = None
+    """Calls that are answered at the same time."""
     retry_after_seconds: int = 1
     """Told to clients that come while too many wait."""
 
@@ -110,12 +112,15 @@ class Service:
         try:
             return Ticket(self.loop, tokens, params, self.detokenize, stop)
         except Overloaded as error:
-            wait = {"Retry-After": str(self.limits.retry_after_seconds)}
-            raise Refusal(503, f"{error}: try again later", wait) from None
+            raise self.overloaded(str(error)) from None
         except EngineGone as error:
             raise Refusal(503, str(error)) from None
         except (ValueError, MaxSequenceLengthOverflowError) as error:
             raise Refusal(400, str(error)) from None
+
+    def overloaded(self, why: str) -> Refusal:
+        """Tells clients when to come back."""
+        return Refusal(503, f"{why}: try again later", {"Retry-After": str(self.limits.retry_after_seconds)})
 
     def tickets(self, requests: Iterable[tuple[Sequence[int], SamplingParams, Sequence[str]]]) -> list[Ticket]:
         """One for each (tokens, settings, texts that end it): all or none.

@@ -48,9 +48,13 @@ def write(text: str) -> None:
 
 _ending = threading.Lock()
 
+farewells: list[Callable[[], None]] = []
+"""What a program does before this process ends because of a failure, here or elsewhere; each takes seconds at most."""
+
 
 def end_process(status: int, text: str, before: Callable[[], None] = lambda: None) -> NoReturn:
-    """Print `text`, then end this process and its helpers at once; an orderly end would wait for ranks that are gone.
+    """Print `text`, say the farewells, end this process and its helpers. An orderly end would wait for ranks that have
+    gone.
 
     The first thread that comes here decides; others wait for the end.
     """
@@ -59,6 +63,8 @@ def end_process(status: int, text: str, before: Callable[[], None] = lambda: Non
         write(text)
         for child in multiprocessing.active_children():
             child.kill()
+        for farewell in farewells:
+            farewell()
         before()
     except BaseException:
         write(traceback.format_exc())

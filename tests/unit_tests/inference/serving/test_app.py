@@ -331,17 +331,56 @@ def overloaded(client: Any, service: Any, model: Any) -> None:
         service.loop.submit([1, 2], SamplingParams(), lambda progress: None)
     answer = client.put("/api", json={"prompts": ["1"], "tokens_to_generate": 5})
     assert answer.status_code == 503 and answer.headers["retry-after"] == "1"
-    service.loop.failure = RuntimeError("a rank died")
-    assert client.get("/health").status_code == 503
-    assert "a rank died" in client.post("/v1/completions", json={"prompt": "1"}).json()["error"]["message"]
+    assert client.get("/health").status_code == 200
+    object.__setattr__(service.limits, "connections", 0)
+    for answer in (client.put("/api", json={"prompts": ["1"]}), client.get("/v1/models")):
+        assert answer.status_code == 503 and answer.headers["retry-after"] == "1" and "0 calls" in answer.text
+
+
+def broken(client: Any, service: Any, model: Any) -> None:
+    """What went wrong is for the log; clients that wait, and those that come later, hear that it did."""
+
+    def step() -> None:
+        raise RuntimeError("gloo/transport/tcp/pair.cc: Connection closed by peer [127.0.0.1]:12345")
+
+    service.loop.engine.step = step
+    raised: list[str] = []
+
+    def run() -> None:
+        try:
+            service.loop.run()
+        except RuntimeError as error:
+            raised.append(str(error))
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    for _ in range(2):
+        for route, body in (("/v1/completions", {"prompt": "1"}), ("/completions", {"prompt": "1", "max_tokens": 1})):
+            answer = client.post(route, json=body)
+            assert answer.status_code == 503 and "stopped working" in answer.json()["error"]["message"]
+            assert "gloo" not in answer.text
+    answer = client.put("/api", json={"prompts": ["1"], "tokens_to_generate": 3})
+    assert answer.status_code == 503 and "stopped working" in answer.json()
+    assert client.get("/health").status_code == 503 and "gloo" not in client.get("/health").text
+    assert client.get("/metrics").status_code == 200
+    thread.join()
+    assert "gloo" in raised[0]
 
 
 def overload() -> None:
     with_server(overloaded, max_waiting=2, starts=False)
 
 
-def test_too_many_and_a_dead_engine_are_told() -> None:
+def test_too_many_are_told_when_to_come_back() -> None:
     run_ranks(1, overload)
+
+
+def breaks() -> None:
+    with_server(broken, starts=False)
+
+
+def test_a_broken_engine_is_told_without_its_error() -> None:
+    run_ranks(1, breaks)
 
 
 def cancels(client: Any, service: Any, model: Any) -> None:
