@@ -121,3 +121,19 @@ def start_reduce_scatter(
     part = x.new_empty(divide(x.size(0), size), *x.shape[1:]) if into is None else into
     work = _reduce_scatter(part, x.contiguous(), op=op, group=group, async_op=True)
     return InFlight(part, work, "reduce-scatter", group, what)
+
+
+def start_all_to_all(
+    x: Tensor,
+    group: ProcessGroup | None,
+    output_splits: list[int] | None = None,
+    input_splits: list[int] | None = None,
+    what: str = "",
+) -> InFlight:
+    """Launch sending the rows of `x` to every rank of the group; what arrives are the rows from every rank."""
+    if get_pg_size(group) == 1:
+        return InFlight(x, None)
+    x = x.contiguous()
+    received = x.new_empty(x.size(0) if output_splits is None else sum(output_splits), *x.shape[1:])
+    work = dist.all_to_all_single(received, x, output_splits, input_splits, group=group, async_op=True)
+    return InFlight(received, work, "all-to-all", group, what)

@@ -6,7 +6,6 @@ from dataclasses import MISSING, fields
 from typing import Any
 
 FIELDS_NOT_BUILT: dict[str, str] = {
-    "moe_shared_expert_overlap": "shared experts computed while tokens travel",
     "moe_enable_deepep": "the kernels of DeepEP",
     "moe_router_padding_for_fp8": "routing that pads; products in fp8 pad for themselves",
     "heterogeneous_block_specs": "heterogeneous layers",

@@ -17,6 +17,8 @@ SETTINGS = f"--train-iters {STEPS} --attention-dropout 0 --hidden-dropout 0 --dd
 SHARDED = "--use-distributed-optimizer --overlap-grad-reduce"
 PIPELINE = "--pipeline-model-parallel-size 2 --num-virtual-stages-per-pipeline-rank 2"
 TENSOR = "--tensor-model-parallel-size 2 --sequence-parallel"
+EXPERTS = """--num-experts 4 --moe-ffn-hidden-size 24 --moe-shared-expert-intermediate-size 24 --disable-bias-linear
+    --expert-model-parallel-size 2 --moe-token-dispatcher-type alltoall"""
 PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "addmm_")
 
 Hidden = dict[str, list[int]]
@@ -75,6 +77,7 @@ def products_behind_communication(flags: str) -> Hidden:
         ("gradients", "--use-distributed-optimizer", SHARDED),
         ("weights", SHARDED, f"{SHARDED} --overlap-param-gather"),
         ("stage to stage", f"{PIPELINE} --no-overlap-p2p-communication", PIPELINE),
+        ("tokens of experts", EXPERTS, f"{EXPERTS} --moe-shared-expert-overlap"),
         ("exchange of pieces", TENSOR, f"{TENSOR} --tp-comm-overlap"),
     ],
 )

@@ -249,7 +249,10 @@ def require_dispatcher_fits(config: TransformerConfig) -> None:
     dispatcher = config.moe_token_dispatcher_type
     needs = f"moe_token_dispatcher_type {{}}, found {dispatcher!r}"
     if config.num_moe_experts and dispatcher == "flex":
-        raise NotImplementedError(f"{shown(config, 'moe_token_dispatcher_type')} is not built yet; use 'alltoall'")
+        raise NotImplementedError(
+            f"{shown(config, 'moe_token_dispatcher_type')} is not built yet: it stands for the kernels of DeepEP; use "
+            "'alltoall', which sends the same rows"
+        )
     if config.moe_enable_deepep:
         require(dispatcher == "flex", "moe_enable_deepep needs " + needs.format("'flex'"))
     if config.moe_pad_expert_input_to_capacity:

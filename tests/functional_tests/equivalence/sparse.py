@@ -38,7 +38,11 @@ LAYOUT_AXES: dict[str, dict[str, str]] = {
     "dispatcher": {name: f"--moe-token-dispatcher-type {name}" for name in ("allgather", "alltoall")},
     "experts": {"sequential": "", "grouped": "--moe-grouped-gemm"},
     "sharding": {"none": "", "optimizer": "--use-distributed-optimizer"},
-    "overlap": {"none": "", "gradients": "--overlap-grad-reduce --ddp-bucket-size 4000"},
+    "overlap": {
+        "none": "",
+        "gradients": "--overlap-grad-reduce --ddp-bucket-size 4000",
+        "shared experts": "--moe-shared-expert-overlap",
+    },
     "recompute": {
         "none": "",
         "experts": "--moe-layer-recompute",
@@ -64,7 +68,11 @@ NUMERIC_AXES: dict[str, dict[str, str]] = {
         "padded": "--moe-expert-capacity-factor 1.0 --moe-pad-expert-input-to-capacity "
         "--moe-token-drop-policy position",
     },
-    "shared experts": {"none": "", "one": "--moe-shared-expert-intermediate-size 16"},
+    "shared experts": {
+        "none": "",
+        "one": "--moe-shared-expert-intermediate-size 16",
+        "gated": "--moe-shared-expert-intermediate-size 16 --moe-shared-expert-gate",
+    },
     "attention": {"heads": "", "latent": f"{LATENT} --q-lora-rank 16", "latent keys": LATENT},
     "further tokens": {"none": "", "2": "--mtp-num-layers 2 --mtp-loss-scaling-factor 0.5"},
     "output": {"tied": "", "untied": "--untie-embeddings-and-output-weights"},
@@ -85,6 +93,12 @@ def of_experts(tp: str, cp: str, dp: str, ep: str, etp: str) -> bool:
 RULES = [
     Rule(("tp", "cp", "dp", "ep", "etp"), of_experts),
     Rule(("pp", "schedule"), lambda pp, schedule: schedule == "1f1b" or pp == "2"),
+    Rule(
+        ("overlap", "dispatcher", "shared experts"),
+        lambda overlap, dispatcher, shared: (
+            overlap != "shared experts" or (dispatcher == "alltoall" and shared != "none")
+        ),
+    ),
     Rule(("tp", "drop"), lambda tp, drop: drop == "none" or tp == "1"),  # a rank drops of its own tokens
     # One process has the micro-batches of all replicas as one: what else depends on its size must not.
     Rule(("balancing", "drop"), lambda balancing, drop: drop == "none" or balancing != "of the batch"),

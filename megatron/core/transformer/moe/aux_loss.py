@@ -95,15 +95,17 @@ def reduce_aux_losses_tracker_across_ranks(track_names: list[str] | None = None)
             all_reduce(tracked.values, group=pp_group, what="losses of the routers")
 
 
-def mean_aux_losses(num_microbatches: int, num_moe_layers: int) -> dict[str, tuple[Tensor, Tensor]]:
+def mean_aux_losses(
+    num_microbatches: int, num_moe_layers: int, track_names: list[str] | None = None
+) -> dict[str, tuple[Tensor, Tensor]]:
     """Name -> (mean over layers with experts, value of each layer), of one iteration's micro-batches; then start anew.
 
-    To be called on every rank after every iteration; see `reduce_aux_losses_tracker_across_ranks`.
+    `track_names` are all there are where it is None. To be called on every rank after every iteration; see `reduce_aux_losses_tracker_across_ranks`.
     """
-    reduce_aux_losses_tracker_across_ranks()
+    reduce_aux_losses_tracker_across_ranks(track_names)
     means = {}
-    for name, tracked in sorted(_tracked.items()):
-        by_layer = tracked.values / num_microbatches
+    for name in sorted(_tracked) if track_names is None else track_names:
+        by_layer = _tracked[name].values / num_microbatches
         means[name] = (by_layer.sum() / num_moe_layers, by_layer)
     clear_aux_losses_tracker()
     return means

@@ -79,6 +79,8 @@ class MoELayer(BaseMoELayer):
         if config.moe_shared_expert_intermediate_size is not None:
             assert submodules.shared_experts is not None
             self.shared_experts = build_module(submodules.shared_experts, config=config, model_comm_pgs=groups)
+            if config.moe_shared_expert_overlap:
+                self.token_dispatcher.set_shared_experts(self.shared_experts)
 
     def set_layer_number(self, layer_number: int) -> None:
         self.layer_number = layer_number
@@ -95,8 +97,10 @@ class MoELayer(BaseMoELayer):
         return self.token_dispatcher.token_dispatch(hidden_states, probs)
 
     def experts_compute(self, hidden_states: Tensor, probs: Tensor, residual: Tensor) -> tuple[Tensor, Tensor | None]:
-        """(the experts' rows, in the order to be sent back; the shared experts' output of `residual`)."""
-        shared = None if self.shared_experts is None else self.shared_experts(residual)
+        """(the experts' rows, in the order to be sent back; the shared experts' output of `residual`, None where the
+        dispatcher computes it)."""
+        alone = self.shared_experts is None or self.config.moe_shared_expert_overlap
+        shared = None if alone else self.shared_experts(residual)  # type: ignore[misc]
         rows, tokens_per_expert, probs = self.token_dispatcher.dispatch_postprocess(hidden_states, probs)
         output, _ = self.experts(rows, tokens_per_expert, probs)
         return self.token_dispatcher.combine_preprocess(output), shared

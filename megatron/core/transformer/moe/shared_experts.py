@@ -34,6 +34,8 @@ class SharedExpertMLP(MLP):
         width = config.moe_shared_expert_intermediate_size
         super().__init__(config, submodules, ffn_hidden_size=width, tp_group=groups.tp)
         self.tp_group = groups.tp
+        self._input: Tensor | None = None
+        self._between: Tensor | None = None
         self.gate_weight: nn.Parameter | None = None
         if gate or config.moe_shared_expert_gate:
             empty = torch.empty(1, config.hidden_size, dtype=config.params_dtype, device=parameter_device(config))
@@ -47,9 +49,34 @@ class SharedExpertMLP(MLP):
     def forward(self, hidden_states: Tensor) -> Tensor:  # type: ignore[override]
         """[s, b, h] (sequence parallel [s/tp, b, h]), to be added to the other experts' output."""
         output, _ = super().forward(hidden_states)
-        if self.gate_weight is not None:
-            output = output * torch.sigmoid(nn.functional.linear(hidden_states, self.gate_weight))
-        return output
+        return self._gated(output, hidden_states)
+
+    def _gated(self, output: Tensor, hidden_states: Tensor) -> Tensor:
+        if self.gate_weight is None:
+            return output
+        return output * torch.sigmoid(nn.functional.linear(hidden_states, self.gate_weight))
+
+    # --- the same in steps, for a dispatcher whose tokens travel in between ---
+
+    def pre_forward_comm(self, input: Tensor) -> None:
+        """Note what `forward` would be called with."""
+        self._input, self._between = input, None
+
+    def linear_fc1_forward_and_act(self, overlapped_comm_output: Tensor | None = None) -> None:
+        """Up to the activations. `overlapped_comm_output` is kept for the public interface."""
+        assert self._input is not None
+        self._between = self.activate(*self.linear_fc1(self._input))
+
+    def linear_fc2_forward(self, overlapped_comm_output: Tensor | None = None) -> None:
+        """The rest, but for the gate. `overlapped_comm_output` is kept for the public interface."""
+        self._between = self.linear_fc2(self._between)[0]
+
+    def get_output(self) -> Tensor:
+        """What `forward` returns; the steps begin anew."""
+        output, hidden_states = self._between, self._input
+        assert output is not None and hidden_states is not None
+        self._input = self._between = None
+        return self._gated(output, hidden_states)
 
     def sharded_state_dict(
         self,

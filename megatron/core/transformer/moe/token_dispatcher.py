@@ -21,6 +21,7 @@ from megatron.core.tensor_parallel.mappings import (
     gather_from_sequence_parallel_region,
     reduce_scatter_to_sequence_parallel_region,
 )
+from megatron.core.transformer.moe.exchange import exchange_during
 from megatron.core.transformer.moe.permutation import permute, sort_chunks_by_idxs, unpermute
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import groups_or_default
@@ -126,6 +127,9 @@ class MoEAllGatherTokenDispatcher(MoETokenDispatcher):
 class MoEAlltoAllTokenDispatcher(MoETokenDispatcher):
     """Every row goes to the rank of its expert, and only there.
 
+    With `set_shared_experts`, those are computed while rows travel: their first product on the way to the experts, their
+    second on the way back.
+
     Communicates: all-gather of counts over `tp_ep`; all-to-all of rows and weights over EP; all-gather of what arrived
     over ETP; back by reduce-scatter and all-to-all.
     """
@@ -166,13 +170,21 @@ class MoEAlltoAllTokenDispatcher(MoETokenDispatcher):
         self.tokens_per_expert = self.preprocess(routing_map)
         rows, weights, self.source = permute(tokens.reshape(-1, tokens.size(-1)), routing_map, probs)
         assert weights is not None
+        if self.shared_experts is not None:
+            self.shared_experts.pre_forward_comm(tokens)
         return rows, weights
 
     def token_dispatch(self, hidden_states: Tensor, probs: Tensor) -> tuple[Tensor, Tensor]:
-        return self._sent(hidden_states), self._sent(probs)
+        splits = (self.output_splits, self.input_splits)
+        if self.shared_experts is None:
+            rows, weights = (all_to_all(self.ep_group, x, *splits) for x in (hidden_states, probs))
+        else:
+            compute = self.shared_experts.linear_fc1_forward_and_act
+            rows, weights = exchange_during(compute, (hidden_states, probs), self.ep_group, *splits)
+        return self._of_all_parts(rows), self._of_all_parts(weights)
 
-    def _sent(self, rows: Tensor) -> Tensor:
-        rows = all_to_all(self.ep_group, rows, self.output_splits, self.input_splits)
+    def _of_all_parts(self, rows: Tensor) -> Tensor:
+        """The rows of all ranks that hold a part of these experts."""
         if self.tp_size > 1:
             rows = gather_from_sequence_parallel_region(
                 rows, group=self.tp_group, output_split_sizes=self.gathered_splits
@@ -198,11 +210,16 @@ class MoEAlltoAllTokenDispatcher(MoETokenDispatcher):
             hidden_states = reduce_scatter_to_sequence_parallel_region(
                 hidden_states, self.tp_group, self.gathered_splits
             )
-        return all_to_all(self.ep_group, hidden_states, self.input_splits, self.output_splits)
+        splits = (self.input_splits, self.output_splits)
+        if self.shared_experts is None:
+            return all_to_all(self.ep_group, hidden_states, *splits)
+        compute = self.shared_experts.linear_fc2_forward
+        return exchange_during(compute, (hidden_states,), self.ep_group, *splits)[0]
 
     def combine_postprocess(self, permutated_local_input_tokens: Tensor) -> Tensor:
         num_tokens = self.shape[:-1].numel()
-        return unpermute(permutated_local_input_tokens, self.source, num_tokens).view(self.shape)
+        output = unpermute(permutated_local_input_tokens, self.source, num_tokens).view(self.shape)
+        return output if self.shared_experts is None else output + self.shared_experts.get_output()
 
 
 DISPATCHERS: dict[str, type[MoEAllGatherTokenDispatcher] | type[MoEAlltoAllTokenDispatcher]] = {

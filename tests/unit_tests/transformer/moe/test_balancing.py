@@ -8,9 +8,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from megatron.core.transformer.moe import moe_utils
 from megatron.core.transformer.moe.aux_loss import (
     MoEAuxLossAutoScaler,
     clear_aux_losses_tracker,
+    get_moe_layer_wise_logging_tracker,
     mean_aux_losses,
     save_to_aux_losses_tracker,
 )
@@ -89,6 +91,28 @@ def test_several_losses_each_with_its_coefficient() -> None:
     router.begin_batch()
     assert router.batch_steps == 0 and not router.batch_tokens_per_expert.any()
     clear_aux_losses_tracker()
+
+
+def test_trackers_get_each_loss() -> None:
+    clear_aux_losses_tracker()
+    for layer in (1, 3):
+        save_to_aux_losses_tracker("another test", torch.tensor(2.0 * layer), layer, num_layers=4)
+    written: dict[str, float] = {}
+    writer = SimpleNamespace(add_scalar=lambda name, value, iteration: written.update({name: float(value)}))
+    total = {"another test": torch.tensor(1.0)}
+    moe_utils.track_moe_metrics(
+        0.5,
+        7,
+        writer,
+        total_loss_dict=total,
+        per_layer_logging=True,
+        track_names=["another test"],
+        num_layers=4,
+        moe_layer_freq=2,
+    )
+    assert written["another test"] == 2.0 and total["another test"] == 3.0
+    assert [written[f"moe/another test_layer_{i}"] for i in range(4)] == [1, 0, 3, 0]
+    assert not get_moe_layer_wise_logging_tracker()["another test"].values.any()
 
 
 def test_a_loss_that_stands_alone_has_the_common_name() -> None:

@@ -185,6 +185,28 @@ def test_ranks_that_split_experts(ep: int, etp: int, tp: int, options: dict[str,
     run_ranks(max(ep * etp, tp), check_ranks, ep, etp, tp, options)
 
 
+def test_shared_experts_while_tokens_travel() -> None:
+    run_ranks(2, check_shared_experts_while_tokens_travel)
+
+
+def check_shared_experts_while_tokens_travel() -> None:
+    """The same to the bit, gradients included."""
+    from megatron.core import parallel_state
+
+    parallel_state.initialize_model_parallel(expert_model_parallel_size=2)
+    options = {"moe_token_dispatcher_type": "alltoall", "moe_shared_expert_intermediate_size": 20}
+    found = []
+    for more in ({}, {"moe_shared_expert_overlap": True}):
+        made = layer(config(expert_model_parallel_size=2, moe_shared_expert_gate=True, **options, **more))
+        x = hidden_states()[torch.distributed.get_rank() :: 2].clone().requires_grad_()
+        output, _ = made(x)
+        output.square().sum().backward()
+        found.append({"output": output, "x": x.grad, **gradients(made)})
+    parallel_state.destroy_model_parallel()
+    assert found[0].keys() == found[1].keys() and "shared_experts.gate_weight" in found[0]
+    assert all(torch.equal(found[1][name], value) for name, value in found[0].items() if value is not None)
+
+
 def test_experts_without_tokens_and_one_with_all() -> None:
     """Everything goes to the first two experts; the others get gradients of zero, not none."""
     for grouped in (False, True):
