@@ -54,8 +54,6 @@ ARGUMENTS_NOT_BUILT: dict[str, str] = {
     "keep_fp8_transpose_cache_when_using_custom_fsdp": "fully sharded data parallelism other than torch's",
     "load_model_opt_format": "quantization and distillation",
     "enable_experimental": "experimental functions",
-    "moe_use_upcycling": "experts made from a dense checkpoint",
-    "moe_upcycling_granularity": "experts made from a dense checkpoint",
     # Without documentation in --help, but ignoring them would change the model or its layout.
     "use_legacy_models": "the older model classes",
     "vision_pretraining": "vision models",
@@ -85,6 +83,7 @@ ARGUMENTS_OF_FAMILIES: dict[str, tuple[str, ...]] = {
     "mamba_num_heads": ("mamba",),
     "disable_mamba_mem_eff_path": ("mamba",),
     "sft": ("gpt",),
+    "moe_use_upcycling": ("gpt",),
     "full_validation": ("gpt", "mamba"),
     "multiple_validation_sets": ("gpt", "mamba"),
     "ict_head_size": ("ict", "retrieval"),

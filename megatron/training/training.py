@@ -15,6 +15,7 @@ from megatron.training.checkpoint.convert_format import convert_format
 from megatron.training.checkpoint.data import restore_position
 from megatron.training.checkpoint.hf import save_hf
 from megatron.training.checkpoint.load import load_run
+from megatron.training.checkpoint.upcycling import load_upcycled
 from megatron.training.device_memory import start_memory_history
 from megatron.training.errors import exit_at_once_on_error
 from megatron.training.evaluation import evaluate_and_print_results
@@ -56,6 +57,8 @@ def load_if_asked(args: Any, model: list[Any], optimizer: Any, scheduler: Any) -
     """What `--load` or `--pretrained-checkpoint` hold; a fresh run without them."""
     if not (args.load or args.pretrained_checkpoint):
         return TrainState()
+    if args.moe_use_upcycling:
+        return load_upcycled(args, model, optimizer)
     return load_run(args, model, optimizer, scheduler)
 
 

@@ -156,6 +156,8 @@ def prepare_upcycling(args: argparse.Namespace) -> None:
     """Experts made from a dense checkpoint have no optimizer state of their own, and must be saved."""
     if args.moe_use_upcycling:
         refuse_unless(args.save, "--moe-use-upcycling needs --save")
+        source = args.load or args.pretrained_checkpoint
+        refuse_unless(source, "--moe-use-upcycling needs --load with a dense checkpoint")
         args.no_load_optim = args.no_load_rng = True
 
 

@@ -238,8 +238,31 @@ def derive_num_experts(args: argparse.Namespace) -> None:
         return
     refuse_unless(args.spec is None or args.model_family == "mamba", "--num-experts and --spec exclude each other")
     if args.moe_ffn_hidden_size is None:
-        args.moe_ffn_hidden_size = args.ffn_hidden_size
-        warn(args, f"--moe-ffn-hidden-size is not given; experts are {args.ffn_hidden_size} wide")
+        args.moe_ffn_hidden_size = args.ffn_hidden_size // max(1, args.moe_upcycling_granularity)
+        warn(args, f"--moe-ffn-hidden-size is not given; experts are {args.moe_ffn_hidden_size} wide")
+
+
+def require_upcycling_fits(args: argparse.Namespace) -> None:
+    """Experts made of a dense block are whole copies of it, or of equal shards of it."""
+    parts = args.moe_upcycling_granularity
+    refuse_unless(parts > 0, f"--moe-upcycling-granularity ({parts}) must be positive")
+    if not args.moe_use_upcycling:
+        refuse_unless(parts == 1, f"--moe-upcycling-granularity ({parts}): only --moe-use-upcycling reads it")
+        return
+    refuse_unless(args.num_experts, "--moe-use-upcycling needs --num-experts")
+    refuse_unless(
+        not args.moe_shared_expert_intermediate_size,
+        "--moe-use-upcycling has nothing to make shared experts of: leave --moe-shared-expert-intermediate-size out",
+    )
+    for flag, value in (("--num-experts", args.num_experts), ("--moe-router-topk", args.moe_router_topk)):
+        refuse_unless(
+            value % parts == 0, f"{flag} ({value}) must be divisible by --moe-upcycling-granularity ({parts})"
+        )
+    refuse_unless(
+        args.moe_ffn_hidden_size * parts == args.ffn_hidden_size,
+        f"--moe-ffn-hidden-size ({args.moe_ffn_hidden_size}) must be --ffn-hidden-size ({args.ffn_hidden_size}) / "
+        f"--moe-upcycling-granularity ({parts})",
+    )
 
 
 def require_experts_fit_ranks(args: argparse.Namespace) -> None:
@@ -307,6 +330,7 @@ MODEL_RULES = (
     choose_flash_attention,
     require_latent_settings,
     derive_num_experts,
+    require_upcycling_fits,
     require_experts_fit_ranks,
     require_further_prediction_fits,
     require_loss_in_pieces_fits,

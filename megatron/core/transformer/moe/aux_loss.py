@@ -100,7 +100,8 @@ def mean_aux_losses(
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """Name -> (mean over layers with experts, value of each layer), of one iteration's micro-batches; then start anew.
 
-    `track_names` are all there are where it is None. To be called on every rank after every iteration; see `reduce_aux_losses_tracker_across_ranks`.
+    `track_names`: which of them; None: all. To be called on every rank after every iteration; see
+    `reduce_aux_losses_tracker_across_ranks`.
     """
     reduce_aux_losses_tracker_across_ranks(track_names)
     means = {}

@@ -127,8 +127,8 @@ class MoEAllGatherTokenDispatcher(MoETokenDispatcher):
 class MoEAlltoAllTokenDispatcher(MoETokenDispatcher):
     """Every row goes to the rank of its expert, and only there.
 
-    With `set_shared_experts`, those are computed while rows travel: their first product on the way to the experts, their
-    second on the way back.
+    With `set_shared_experts`, those are computed while rows travel: their first product on the way to the experts,
+    their second on the way back.
 
     Communicates: all-gather of counts over `tp_ep`; all-to-all of rows and weights over EP; all-gather of what arrived
     over ETP; back by reduce-scatter and all-to-all.

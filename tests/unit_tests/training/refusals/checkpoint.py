@@ -46,4 +46,5 @@ REFUSALS = [
         values={"replication": True, "replication_jump": 3, "non_persistent_ckpt_type": "local", "world_size": 8},
     ),
     Refusal(checkpoint.prepare_upcycling, "needs --save", values={"moe_use_upcycling": True}),
+    Refusal(checkpoint.prepare_upcycling, "needs --load", values={"moe_use_upcycling": True, "save": "x"}),
 ]

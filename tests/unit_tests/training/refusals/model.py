@@ -6,6 +6,14 @@ from megatron.training.rules import model
 from tests.unit_tests.training.refusals.refusal import Refusal
 
 LOSS_IN_PIECES = "--cross-entropy-fusion-impl linear"
+UPCYCLING = {
+    "moe_use_upcycling": True,
+    "moe_upcycling_granularity": 2,
+    "num_experts": 4,
+    "moe_router_topk": 2,
+    "moe_ffn_hidden_size": 128,
+    "ffn_hidden_size": 256,
+}
 
 REFUSALS = [
     Refusal(model.require_loss_in_pieces_fits, "needs --cross-entropy-loss-fusion", LOSS_IN_PIECES),
@@ -75,6 +83,15 @@ REFUSALS = [
         "use --bf16",
         values={"expert_model_parallel_size": 2, "num_experts": 2, "fp16": True},
     ),
+    Refusal(model.require_upcycling_fits, "needs --num-experts", values={**UPCYCLING, "num_experts": None}),
+    Refusal(
+        model.require_upcycling_fits, "nothing to make", values={**UPCYCLING, "moe_shared_expert_intermediate_size": 8}
+    ),
+    Refusal(model.require_upcycling_fits, r"--num-experts \(5\) must be div", values={**UPCYCLING, "num_experts": 5}),
+    Refusal(model.require_upcycling_fits, r"--moe-router-topk \(3\)", values={**UPCYCLING, "moe_router_topk": 3}),
+    Refusal(model.require_upcycling_fits, r"must be --ffn-hid", values={**UPCYCLING, "moe_ffn_hidden_size": 16}),
+    Refusal(model.require_upcycling_fits, "must be positive", values={"moe_upcycling_granularity": 0}),
+    Refusal(model.require_upcycling_fits, "only --moe-use-upc", values={"moe_upcycling_granularity": 2}),
     Refusal(
         model.require_further_prediction_fits,
         "needs --position-embedding-type rope, yarn, none, found learned_absolute",
