@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import sys
 from pathlib import Path
 from statistics import mean
@@ -20,8 +19,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-import torch
-
+from benchmarks.harness import write_result
 from benchmarks.sparse_text import data, run
 
 VOCABULARY = 2048
@@ -77,10 +75,8 @@ def main() -> None:
         if name in models:
             continue
         models[name] = train(name, args.folder, data_flags, args.steps)
-        versions = {"torch": torch.__version__, "python": platform.python_version(), "threads": torch.get_num_threads()}
         common = " ".join([*COMMON, *SHAPE])
-        result = {**versions, "steps": args.steps, "common flags": common, "models": models}
-        args.output.write_text(json.dumps(result, indent=1) + "\n")
+        write_result(args.output, settings={"steps": args.steps, "common flags": common}, models=models)
     for name, found in models.items():
         ratio = at_the_end(found) / at_the_end(models["bf16"]) if "bf16" in models else float("nan")
         validation = found["validation"] / models["bf16"]["validation"] if "bf16" in models else float("nan")

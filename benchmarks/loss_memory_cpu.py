@@ -47,13 +47,14 @@ def peak_of(name: str, size: str, number_type: str) -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--one", nargs=3, metavar=("NAME", "SIZE", "TYPE"), help="only this, in this process")
+    parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES))
     parser.add_argument("--output", type=Path, help="write the numbers to this JSON file")
     args = parser.parse_args()
     if args.one:
         print(peak_of(*args.one))
         return
     rows = []
-    for size in SIZES:
+    for size in args.sizes:
         for number_type in CONTENDERS:
             for name in NAMES:
                 words = [sys.executable, __file__, "--one", name, size, number_type]
