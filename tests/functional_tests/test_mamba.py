@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import re
+import signal
+import subprocess
+import sys
+import urllib.request
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +20,7 @@ from megatron.training.verify.measure import Measurement, Samples
 from megatron.training.verify.shrink import shrink
 from megatron.training.verify.verify import verify
 from tests.functional_tests.equivalence.layouts import run_here
-from tests.functional_tests.program import TINY, run_program, train_rows
+from tests.functional_tests.program import ROOT, TINY, run_program, train_rows
 from tests.worker_pool import RankFailure, run_ranks
 
 SPEC = "--spec megatron.core.models.mamba.mamba_layer_specs mamba_stack_spec --is-hybrid-model"
@@ -32,9 +38,15 @@ LAYOUTS = {
     "context ranks that share a group": HYBRID + "--context-parallel-size 2 --mamba-num-groups 1",
     "experts": "--hybrid-override-pattern ME-*ME-* --num-experts 4 --expert-model-parallel-size 2 "
     "--tensor-model-parallel-size 2 --sequence-parallel --moe-token-dispatcher-type alltoall",
+    "a stage without experts": "--hybrid-override-pattern M*-MME*E --num-experts 4 --pipeline-model-parallel-size 2 "
+    "--use-distributed-optimizer",
 }
 RANKS = {"pipeline and sharded optimizer": 4}
 SLOW_LAYOUTS = {
+    "a stage without experts, whole optimizer": "--hybrid-override-pattern ME*EMM*- --num-experts 4 "
+    "--pipeline-model-parallel-size 2 --bf16",
+    "a stage that ends with attention, parts recomputed": "--hybrid-override-pattern M-M*-MM- "
+    "--pipeline-model-parallel-size 2 --recompute-granularity selective --recompute-modules mlp layernorm",
     "tensor": HYBRID + "--tensor-model-parallel-size 2",
     "tensor 4": HYBRID + "--tensor-model-parallel-size 4 --sequence-parallel",
     "context 4": HYBRID + "--context-parallel-size 4",
@@ -118,8 +130,8 @@ CONTINUED = {"--pipeline-model-parallel-size 2 --context-parallel-size 2": 4}
 SLOWLY_CONTINUED = {"--tensor-model-parallel-size 4 --sequence-parallel": 4, "": 1}
 
 
-def train(ranks: int, flags: str) -> None:
-    run_ranks(ranks, run_program, "pretrain_mamba.py", [*TINY, *TRAINED.split(), *flags.split()])
+def train(ranks: int, flags: str, trained: str = TRAINED) -> None:
+    run_ranks(ranks, run_program, "pretrain_mamba.py", [*TINY, *trained.split(), *flags.split()])
 
 
 def rows(path: Path) -> list[tuple[float, float]]:
@@ -133,6 +145,19 @@ def test_another_layout_goes_on_where_one_stopped(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_any_layout_goes_on_where_one_stopped(tmp_path: Path) -> None:
     goes_on(tmp_path, SLOWLY_CONTINUED)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sharded", [True, False], ids=["sharded optimizer", "whole optimizer"])
+def test_experts_of_some_stages_go_on_in_one(tmp_path: Path, sharded: bool) -> None:
+    """The rank that writes what ranks have in common has no expert, and counts their steps all the same."""
+    trained = TRAINED if sharded else TRAINED.replace("--use-distributed-optimizer", "")
+    experts = "--hybrid-override-pattern M*ME --num-experts 4"
+    train(1, f"{experts} --metrics-jsonl {tmp_path / 'alone'}", trained)
+    saved = f"--save {tmp_path / 'saved'} --save-interval 2 --exit-interval 2"
+    train(2, f"{experts} --pipeline-model-parallel-size 2 {saved}", trained)
+    train(1, f"{experts} --metrics-jsonl {tmp_path / 'later'} --load {tmp_path / 'saved'}", trained)
+    assert rows(tmp_path / "later") == [pytest.approx(row, rel=1e-5) for row in rows(tmp_path / "alone")[2:]]
 
 
 def goes_on(tmp_path: Path, layouts: dict[str, int]) -> None:
@@ -199,3 +224,37 @@ def test_a_directory_of_transformers_there_and_back(tmp_path: Path) -> None:
     first, second = (load_file(tmp_path / name / "model.safetensors") for name in ("first", "second"))
     assert set(first) == set(second)
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.slow
+def test_a_server_writes_what_the_tool_writes(tmp_path: Path) -> None:
+    pytest.importorskip("fastapi")
+    pytest.importorskip("uvicorn")
+    train(1, f"--exit-interval 2 --save {tmp_path} --save-interval 2")
+    words = [*SPEC.split(), "--model-provider", "mamba", "--load", str(tmp_path), "--use-checkpoint-args"]
+    words += ["--tokenizer-type", "NullTokenizer", "--vocab-size", "60"]
+    length = ["--prompts", "3 1 4 1 5", "--num-tokens-to-generate", "9"]
+    told = subprocess.run(
+        [sys.executable, "tools/generate_text.py", *words, *length],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    server = subprocess.Popen(
+        [sys.executable, "tools/run_text_generation_server.py", *words, "--port", "0", "--cache-gb", "0.01"],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    try:
+        assert server.stdout is not None
+        address = next(found[1] for line in server.stdout if (found := re.search(r"serving \S+ at (http://\S+)", line)))
+        body = json.dumps({"prompts": ["3 1 4 1 5"], "tokens_to_generate": 9, "top_k": 1}).encode()
+        with urllib.request.urlopen(urllib.request.Request(f"{address}/api", body, method="PUT")) as answer:
+            (text,) = json.load(answer)["text"]
+    finally:
+        server.send_signal(signal.SIGINT)
+        server.communicate()
+    assert f"\n{text.removesuffix(' 60')}\n" in told.stdout  # the tool leaves the end of the document out

@@ -24,7 +24,12 @@ from megatron.core.optimizer.optimizer import (
     MegatronOptimizer,
 )
 from megatron.core.optimizer.optimizer_config import OptimizerConfig
-from megatron.core.optimizer.param_groups import ParamCondition, ParamGroup, build_param_groups
+from megatron.core.optimizer.param_groups import (
+    ParamCondition,
+    ParamGroup,
+    build_param_groups,
+    empty_group_of_experts,
+)
 from megatron.core.optimizer.precision_aware_adam import PrecisionAwareAdam
 from megatron.core.optimizer.precision_aware_optimizer import PrecisionAwareDistributedOptimizer
 from megatron.core.optimizer.state import init_adam_state, init_muon_state, init_sgd_state
@@ -33,7 +38,7 @@ from megatron.core.process_groups_config import (
     default_process_groups,
     has_default_process_groups,
 )
-from megatron.core.utils import get_pg_rank, get_pg_size
+from megatron.core.utils import get_pg_rank, get_pg_size, unwrap_model
 
 __all__ = [
     "ChainedOptimizer",
@@ -60,8 +65,9 @@ def get_megatron_optimizer(
 ) -> MegatronOptimizer:
     """The optimizer that `config` asks for, over the trainable parameters of all chunks.
 
-    Dense weights and experts get one each, chained if both exist. Groups of ranks are those that the chunks
-    (`DistributedDataParallel`) reduce gradients over, or the ones of `parallel_state`.
+    Dense weights and experts get one each, chained if both exist; also on a pipeline stage without experts of a model
+    that has some, whose second one is empty but takes part in what all of them sum. Groups of ranks are those that the
+    chunks (`DistributedDataParallel`) reduce gradients over, or the ones of `parallel_state`.
 
     Args:
         config: algorithm, precision, sharding.
@@ -79,11 +85,18 @@ def get_megatron_optimizer(
     for is_expert, chunks in _shares(config, model_chunks):
         groups = build_param_groups(config, chunks, no_weight_decay_cond, scale_lr_cond, lr_mult)
         own = [group for group in groups if group["is_expert_parallel"] is is_expert]
+        if is_expert and not own and groups and _elsewhere_are_experts(model_chunks):
+            own = [empty_group_of_experts(config)]
         if own:
             optimizers.append(_build(config, chunks, own, use_gloo_process_groups, is_expert=is_expert))
     if not optimizers:
         raise ValueError("the model has no trainable parameters")
     return optimizers[0] if len(optimizers) == 1 else ChainedOptimizer(optimizers)
+
+
+def _elsewhere_are_experts(model_chunks: Sequence[torch.nn.Module]) -> bool:
+    """Whether other stages of the model may have experts."""
+    return getattr(getattr(unwrap_model(model_chunks[0]), "config", None), "num_moe_experts", None) is not None
 
 
 def _shares(

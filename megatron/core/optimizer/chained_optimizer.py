@@ -173,6 +173,7 @@ class ChainedOptimizer(MegatronOptimizer):
         }
         if len(sharded) == 1:
             return sharded[0]
+        _count_steps_alike(list(sharded.values()))
         for i, state_dict in sharded.items():
             add_prefix_for_sharding(state_dict, f"chained_{i}.")
         return sharded  # type: ignore[return-value]
@@ -214,3 +215,16 @@ class ChainedOptimizer(MegatronOptimizer):
         if len(states) != count:
             raise ValueError(f"the checkpoint holds the state of {len(states)} optimizers, this run has {count}")
         return list(states)
+
+
+def _count_steps_alike(sharded: list[Any]) -> None:
+    """Give the step counter of the others to an optimizer that has no weights on this rank: one rank writes what all
+    will read."""
+    inner = [state.get("optimizer", state) for state in sharded]
+    inner = [state for state in inner if isinstance(state, dict)]  # an object of this layout alone is for this rank
+    groups = [group for state in inner for group in state["param_groups"]]
+    states = [state["state"] for state in inner if "state" in state]
+    for name, holders in (("step", groups), ("common_step", states)):
+        counters = [holder[name] for holder in holders if name in holder]
+        for holder in holders if counters else ():
+            holder.setdefault(name, counters[0].clone())

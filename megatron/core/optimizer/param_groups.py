@@ -64,6 +64,11 @@ def build_param_groups(
     return [_group(config, identity, params) for identity, params in groups.items()]
 
 
+def empty_group_of_experts(config: OptimizerConfig) -> ParamGroup:
+    """What a pipeline stage without experts has of them."""
+    return _group(config, (1.0, 1.0, True, False), [])
+
+
 def _group(config: OptimizerConfig, identity: tuple[float, float, bool, bool], params: list[Parameter]) -> ParamGroup:
     """With the rates that hold until a scheduler sets others."""
     wd_mult, lr_mult, _, is_decoupled = identity

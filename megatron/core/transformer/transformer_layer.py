@@ -115,7 +115,8 @@ class TransformerLayer(MegatronModule, BaseTransformerLayer):
         self.mlp = self._feed_forward(submodules.mlp, groups)
         self.mlp_bda = self._bias_dropout_add(submodules.mlp_bda)
         self.recompute_norms = recomputes(config, "layernorm")
-        self.recompute_mlp = recomputes(config, "moe" if isinstance(self.mlp, BaseMoELayer) else "mlp")
+        kind = "moe" if isinstance(self.mlp, BaseMoELayer) else "mlp"
+        self.recompute_mlp = recomputes(config, kind) and not isinstance(self.mlp, IdentityOp)
 
     def _norm(self, spec: Part) -> nn.Module:
         config = self.config
