@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from megatron.training.arguments import parse_args
 from tests.functional_tests.program import ROOT, run_program
+from tools.run_text_generation_server import add_server_arguments
 
 FAKE_TORCHRUN = """#!/usr/bin/env bash
 # Instead of starting ranks: what each of them would run.
@@ -133,6 +135,15 @@ def test_flags_of_hybrids_resolve(
     places = [str(tmp_path / name) for name in ("checkpoints", "tensorboard", "tokenizer.model", "data_text_document")]
     (tmp_path / "tokenizer.model").touch()
     flags_resolve(explanation("examples/mamba/train.sh", 8, [scale, *places], tmp_path, monkeypatch), settings)
+
+
+@pytest.mark.parametrize(("scale", "tensor_parallel"), [("800M", 1), ("8B", 4)])
+def test_flags_of_the_server_of_hybrids_exist(scale: str, tensor_parallel: int, tmp_path: Path) -> None:
+    launched = launch("examples/mamba/run_text_gen_server.sh", tensor_parallel, [scale, "saved", "a.model"], tmp_path)
+    program, *flags = launched.stdout.splitlines()
+    assert Path(program).exists()
+    args = parse_args(add_server_arguments, argv=flags)
+    assert (args.tensor_model_parallel_size, args.load) == (tensor_parallel, "saved")
 
 
 def flags_resolve(printed: str, settings: dict[str, str]) -> None:

@@ -231,18 +231,18 @@ def test_a_server_writes_what_the_tool_writes(tmp_path: Path) -> None:
     pytest.importorskip("fastapi")
     pytest.importorskip("uvicorn")
     train(1, f"--exit-interval 2 --save {tmp_path} --save-interval 2")
-    words = [*SPEC.split(), "--model-provider", "mamba", "--load", str(tmp_path), "--use-checkpoint-args"]
+    words = [*SPEC.split(), "--load", str(tmp_path), "--use-checkpoint-args"]
     words += ["--tokenizer-type", "NullTokenizer", "--vocab-size", "60"]
     length = ["--prompts", "3 1 4 1 5", "--num-tokens-to-generate", "9"]
     told = subprocess.run(
-        [sys.executable, "tools/generate_text.py", *words, *length],
+        [sys.executable, "tools/generate_text.py", "--model-provider", "mamba", *words, *length],
         cwd=ROOT,
         capture_output=True,
         text=True,
         check=True,
     )
     server = subprocess.Popen(
-        [sys.executable, "tools/run_text_generation_server.py", *words, "--port", "0", "--cache-gb", "0.01"],
+        [sys.executable, "tools/run_mamba_text_generation_server.py", *words, "--port", "0", "--cache-gb", "0.01"],
         cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
