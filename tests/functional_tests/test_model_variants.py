@@ -28,6 +28,7 @@ VARIANTS = {
     "recompute-block": "--recompute-granularity full --recompute-method block --recompute-num-layers 1",
     "recompute-selective": "--recompute-activations",
     "fused-loss": "--cross-entropy-loss-fusion --untie-embeddings-and-output-weights",
+    "loss-in-pieces": "--cross-entropy-loss-fusion --cross-entropy-fusion-impl linear",
     "decoupled-lr": "--decoupled-lr 5e-4 --decoupled-min-lr 1e-5 --min-lr 1e-5",
     "weight-decay-ramp": "--weight-decay-incr-style cosine --start-weight-decay 0.01 --end-weight-decay 0.3",
     # An initialiser that looks at the shape sees the padded vocabulary: the same in both layouts only if it is.
@@ -52,10 +53,13 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> list[float]:
     return losses(tmp_path_factory.mktemp("plain"), "plain", 1, "")
 
 
-SAME_NUMBERS = {"recompute-block", "recompute-selective", "unfused-wgrad", "unfused"}
+SLOW = {"loss-in-pieces"}
+SAME_NUMBERS = {"loss-in-pieces", "recompute-block", "recompute-selective", "unfused-wgrad", "unfused"}
 
 
-@pytest.mark.parametrize("variant", list(VARIANTS))
+@pytest.mark.parametrize(
+    "variant", [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in VARIANTS]
+)
 def test_four_processes_equal_one(variant: str, plain: list[float], tmp_path: Path) -> None:
     one = losses(tmp_path, "one", 1, VARIANTS[variant])
     four = losses(tmp_path, "four", 4, f"{VARIANTS[variant]} {FOUR}")
