@@ -12,3 +12,12 @@ class ModelType(enum.Enum):
     encoder_and_decoder = 2
     retro_encoder = 3
     retro_decoder = 4
+
+
+class Fp8Recipe(str, enum.Enum):
+    """How scales of fp8 are chosen (`TransformerConfig.fp8_recipe`); the names work as well."""
+
+    delayed = "delayed"
+    tensorwise = "tensorwise"
+    mxfp8 = "mxfp8"
+    blockwise = "blockwise"

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from megatron.core.enums import Fp8Recipe
 from megatron.core.fp8 import scaled_product as module
 from megatron.core.fp8.quantization import cast, largest_magnitude, quantize_blocks, quantize_tensor, scale_for
 from megatron.core.fp8.recipes import Block, Recipe, is_in_fp8
@@ -158,7 +159,8 @@ def test_layers_at_both_ends_stay_in_bf16() -> None:
 
 
 def test_recipes_follow_the_configuration() -> None:
-    recipe = Recipe.of(config(fp8_recipe="mxfp8", fp8_wgrad=False))
+    recipe = Recipe.of(config(fp8_recipe=Fp8Recipe.mxfp8, fp8_wgrad=False))
+    assert recipe == Recipe.of(config(fp8_recipe="mxfp8", fp8_wgrad=False))
     assert recipe.scaling.activations == (1, 32) and not recipe.weight_gradients
     assert recipe.gradient_type == E5M2
     with pytest.raises(ValueError, match="tp_comm_overlap"):
