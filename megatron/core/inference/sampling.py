@@ -16,6 +16,9 @@ from torch import Tensor
 
 from megatron.core.inference.sampling_params import SamplingParams
 
+COLDEST = 1e-6
+"""Temperature below which there would be infinities; the most likely token is drawn long before."""
+
 FEW = 1024
 """Candidates looked at before all are sorted: a nucleus has seldom more."""
 
@@ -60,7 +63,8 @@ def _draw_one(logits: Tensor, draw: Draw) -> int:
     logits = without_forbidden(logits, draw.history, params.forbidden_pairs)
     if params.is_greedy:
         return int(logits.argmax())
-    values, tokens = candidates(logits / params.temperature, params.top_k, params.nucleus(draw.num_generated))
+    logits = logits / max(params.temperature, COLDEST)
+    values, tokens = candidates(logits, params.top_k, params.nucleus(draw.num_generated))
     if params.min_p:
         likely = values >= values.max() + torch.tensor(params.min_p).log()
         values, tokens = values[likely], tokens[likely]

@@ -13,6 +13,7 @@ from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse, StreamingResponse
 from starlette.datastructures import Headers
+from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from megatron.inference.serving import completions, legacy_api, metrics, openai_api
@@ -128,6 +129,10 @@ def build_app(service: Service) -> FastAPI:
         places = [".".join(str(part) for part in one["loc"] if part != "body") for one in error.errors()]
         words = "; ".join(f"{place}: {one['msg']}" for place, one in zip(places, error.errors()))
         return refused(request.url.path, Refusal(400, words[:2000]))
+
+    @app.exception_handler(HTTPException)
+    async def of_the_framework(request: Request, error: HTTPException) -> Response:
+        return refused(request.url.path, Refusal(error.status_code, str(error.detail), dict(error.headers or {})))
 
     @app.exception_handler(EngineGone)
     async def gone(request: Request, error: EngineGone) -> Response:

@@ -14,7 +14,7 @@ from megatron.inference.serving.service import Refusal, Service, checked_params
 class Body(BaseModel):
     """Fields of a call."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", strict=True)
 
     prompt: str | list[str] | list[int] | list[list[int]]
     max_tokens: int = Field(ge=0)

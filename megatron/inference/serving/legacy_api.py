@@ -100,8 +100,9 @@ async def _beams(service: Service, values: Mapping[str, Any], row: list[int]) ->
         int(service.tokenizer.eod) if values["stop_token"] is None else values["stop_token"],
         values["length_penalty"],
     )
+    continuation = service.detokenize_after(row)
     return {
-        "text": [values["prompts"][0] + service.detokenize(one.tokens) for one in found],
+        "text": [values["prompts"][0] + continuation(one.tokens) for one in found],
         "segments": [service.words([*row, *one.tokens])[0] for one in found],
         "scores": [one.score for one in found],
     }

@@ -17,6 +17,9 @@ from megatron.inference.serving.progress import Piece, Ticket
 
 Message = dict[str, Any]
 
+LOOK_BACK = 8
+"""Tokens of a prompt that decide how the text behind it begins."""
+
 
 @dataclass(frozen=True)
 class Limits:
@@ -110,7 +113,8 @@ class Service:
             Refusal: it is refused, there are too many, or the engine is gone.
         """
         try:
-            return Ticket(self.loop, tokens, params, self.detokenize, stop)
+            self.loop.engine.check_prompt(tokens, params.num_tokens_to_generate)
+            return Ticket(self.loop, tokens, params, self.detokenize_after(tokens), stop)
         except Overloaded as error:
             raise self.overloaded(str(error)) from None
         except EngineGone as error:
@@ -146,9 +150,22 @@ class Service:
             for ticket in tickets:
                 ticket.cancel()
 
+    def detokenize_after(self, before: Sequence[int]) -> Callable[[Sequence[int]], str]:
+        """(tokens) -> their text behind the tokens `before`: alone, many tokenizers give it without its first space."""
+        known = list(before[-LOOK_BACK:])
+        text = self.detokenize(known)
+
+        def continuation(tokens: Sequence[int]) -> str:
+            whole = self.detokenize([*known, *tokens])
+            return whole[len(text) :] if whole.startswith(text) else self.detokenize(tokens)
+
+        return continuation
+
     def words(self, tokens: Sequence[int], begin: int = 0) -> tuple[list[str], list[int]]:
         """The text of each token, and where it begins in the texts of all, of which the first begins at `begin`."""
-        texts = [self.detokenize([token]) for token in tokens]
+        texts = [
+            self.detokenize_after(tokens[max(place - 1, 0) : place])([token]) for place, token in enumerate(tokens)
+        ]
         return texts, list(accumulate(map(len, texts), initial=begin))[:-1]
 
 
