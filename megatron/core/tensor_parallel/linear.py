@@ -108,7 +108,9 @@ def linear_with_grad_accumulation_and_async_allreduce(
     many = get_pg_size(group) > 1
     if not torch.is_grad_enabled():
         whole = gather_from_sequence_parallel_region(input, group=group) if sequence_parallel and many else input
-        return linear(whole, weight, bias)
+        if isinstance(weight, QuantizedWeight):
+            return linear(whole, weight, bias)
+        return products.output(whole, weight, bias)
     if isinstance(weight, QuantizedWeight):
         raise RuntimeError("a quantized weight has no backward: run the model under torch.no_grad()")
     return LinearWithGradAccumulationAndAsyncCommunication.apply(
