@@ -47,12 +47,13 @@ class Work:
     peer: str | None = "plain"
     """"plain", or another row: ours of that row."""
     family: str | None = None
+    precision: str = "--bf16"
     target_mfu: float | None = None
     target_ratio: float | None = None
 
 
 COMMON = """
-    --bf16 --lr 1e-4 --train-iters 100 --mock-data --tokenizer-type NullTokenizer --attention-dropout 0
+    --lr 1e-4 --train-iters 100 --mock-data --tokenizer-type NullTokenizer --attention-dropout 0
     --hidden-dropout 0 --cross-entropy-loss-fusion --untie-embeddings-and-output-weights
     --disable-bias-linear --seq-length 4096 --max-position-embeddings 4096
 """
@@ -133,14 +134,14 @@ ROWS: dict[str, Work] = {
 }
 
 
-def settings_of(work: Work, tiny: bool) -> Any:
-    """The checked settings of a row.
+def settings_of(work: Work, tiny: bool, compiles: bool = True) -> Any:
+    """The checked settings of a row; with --torch-compile where that can be had, unless `compiles` is off.
 
     Raises:
         ConfigurationError: it asks for what is not built, or not to be had here.
     """
-    words = f"{COMMON} {work.flags} {work.tiny if tiny else ''}".split()
-    if why_not_compilable(device_module.device_type(), os.environ) is None and not tiny:
+    words = f"{COMMON} {work.precision} {work.flags} {work.tiny if tiny else ''}".split()
+    if compiles and not tiny and why_not_compilable(device_module.device_type(), os.environ) is None:
         words.append("--torch-compile")
     args = parse_args(argv=words)
     args.world_size = 1

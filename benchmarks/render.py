@@ -259,6 +259,47 @@ def lm_eval() -> Table:
     return ["6 layers, hidden 384; each context has", "ours", "`hf`", "ratio"], rows
 
 
+# --- one GPU --------------------------------------------------------------------------------------------
+
+
+def percent(value: float | None) -> str:
+    return "" if value is None else f"{100 * value:.1f} %"
+
+
+def gpu() -> Table:
+    """Of `gpu.py`; rows without numbers say why."""
+    rows = []
+    for row in read("gpu")["rows"].values() if (RESULTS / "gpu.json").exists() else ():
+        ours, plain = row["ours"], row.get("plain", {})
+        if "tokens_per_second" not in ours:
+            rows.append([row["title"], ours["said"], "", "", "", "", "", ""])
+            continue
+        shares = [percent(ours[name]) for name in ("mfu_causal_half", "mfu_causal_whole", "share_of_matmul_peak")]
+        peer = f"{plain['tokens_per_second']:.0f}" if "tokens_per_second" in plain else plain.get("said", "")
+        ratio = "" if row["ratio"] is None else f"{row['ratio']:.2f}"
+        memory = f"{ours['peak_memory_gib']:.0f} GiB"
+        rows.append([row["title"], f"{ours['tokens_per_second']:.0f}", *shares, peer, ratio, memory])
+    heads = [
+        "model",
+        "tokens/s",
+        "MFU",
+        "attention whole",
+        "of a large product",
+        "compiled plain torch",
+        "ratio",
+        "memory",
+    ]
+    return heads, rows or [["not measured yet", *[""] * 7]]
+
+
+def regression_gate() -> Table:
+    rows = []
+    for row in read("gate")["rows"].values():
+        speeds = [f"{1e3 * row['seconds'][name]:.0f} ms" for name in ("ours", "plain")]
+        rows.append([row["title"], *speeds, f"{row['ratio']:.3f}"])
+    return ["4 layers, hidden 256, 4 × 512 tokens", "ours", "plain torch", "accepted ratio"], rows
+
+
 # --- pages ----------------------------------------------------------------------------------------------
 
 TABLES: dict[str, Callable[[], Table]] = {
@@ -275,6 +316,8 @@ TABLES: dict[str, Callable[[], Table]] = {
     "workers": workers,
     "data": data,
     "lm_eval": lm_eval,
+    "gpu": gpu,
+    "regression_gate": regression_gate,
 }
 
 
