@@ -6,7 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.functional_tests.program import pretrain_gpt, train_rows
+from megatron.training.arguments import core_transformer_config_from_args, parse_args, validate_args
+from megatron.training.config.flags import in_terms_of_flags
+from megatron.training.settings import ConfigurationError, Source
+from tests.functional_tests.program import TINY, pretrain_gpt, train_rows
 
 MODEL = """--num-experts 4 --moe-router-topk 2 --moe-ffn-hidden-size 24 --disable-bias-linear --swiglu
     --hidden-dropout 0 --attention-dropout 0 --moe-aux-loss-coeff 0.05 --moe-z-loss-coeff 0.01 --train-iters 4 --seed 3
@@ -19,6 +22,33 @@ LAYOUTS = {
     "--tensor-model-parallel-size 2 --sequence-parallel --context-parallel-size 2 --expert-model-parallel-size 2"
     " --moe-token-dispatcher-type allgather --moe-grouped-gemm": 4,
 }
+
+
+REFUSED = {
+    "--num-experts 6 --expert-model-parallel-size 4": "--num-experts (6) must be divisible by "
+    "--expert-model-parallel-size (4); the nearest that is: 4 or 8",
+    "--moe-router-topk 5": "--moe-router-topk (5) must be at least 1 and at most --num-experts (4)",
+    "--moe-router-topk 1": "--moe-router-topk (1) with softmax scores needs --moe-router-pre-softmax",
+    "--moe-router-num-groups 3 --moe-router-group-topk 1": "--num-experts (4) must be divisible by",
+    "--moe-router-num-groups 2 --moe-router-group-topk 3": "must not exceed --moe-router-num-groups (2)",
+    "--moe-router-group-topk 1": "needs --moe-router-num-groups",
+    "--moe-token-dispatcher-type flex --moe-expert-capacity-factor 1 --moe-pad-expert-input-to-capacity": "use alltoall",
+    "--moe-pad-expert-input-to-capacity": "needs --moe-expert-capacity-factor",
+    "--moe-router-load-balancing-type sinkhorn --moe-expert-capacity-factor 1": "it can be 'aux_loss', 'seq_aux",
+    "--moe-router-load-balancing-type aux_loss seq_aux_loss": "must have one value for each of the 2",
+    "--moe-shared-expert-overlap": "--moe-shared-expert-overlap needs",
+    "--moe-router-enable-expert-bias": "needs --moe-router-score-function 'sigmoid'",
+}
+
+
+@pytest.mark.parametrize("flags", list(REFUSED))
+def test_what_does_not_fit_is_refused_before_anything_starts(flags: str) -> None:
+    argv = [*TINY, *MODEL.split(), *flags.split()]
+    args = parse_args(argv=argv)
+    args.put("world_size", args.expert_model_parallel_size, Source("flag", "--nproc"))
+    with pytest.raises((ConfigurationError, ValueError)) as refused:
+        core_transformer_config_from_args(validate_args(args))
+    assert REFUSED[flags] in in_terms_of_flags(str(refused.value)), refused.value
 
 
 def rows(path: Path) -> list[tuple[float, ...]]:

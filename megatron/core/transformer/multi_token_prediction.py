@@ -32,7 +32,7 @@ from megatron.core.transformer.moe.aux_loss import MoEAuxLossAutoScaler
 from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
-from megatron.core.transformer.utils import groups_or_default
+from megatron.core.transformer.utils import draws_for_tokens, groups_or_default
 from megatron.core.utils import get_batch_on_this_cp_rank, get_pg_rank, get_pg_size
 
 
@@ -215,9 +215,9 @@ class MultiTokenPredictionLayer(MegatronModule):
         return run(decoder_input, hidden_states, context, attention_bias)
 
     def _dropout_rng(self) -> contextlib.AbstractContextManager[None]:
-        """As in `TransformerBlock`: sequence parallel ranks drop other tokens."""
-        drops = self.training and (self.config.hidden_dropout > 0 or self.config.attention_dropout > 0)
-        return get_cuda_rng_tracker().fork() if self.config.sequence_parallel and drops else contextlib.nullcontext()
+        """As in `TransformerBlock`: sequence parallel ranks have other tokens."""
+        draws = self.training and draws_for_tokens(self.config)
+        return get_cuda_rng_tracker().fork() if self.config.sequence_parallel and draws else contextlib.nullcontext()
 
 
 # --- all of them -----------------------------------------------------------------------------------------

@@ -27,7 +27,7 @@ from megatron.core.transformer.transformer_layer import (
     get_transformer_layer_offset,
     pipeline_rank,
 )
-from megatron.core.transformer.utils import groups_or_default, sharded_state_dict_default
+from megatron.core.transformer.utils import draws_for_tokens, groups_or_default, sharded_state_dict_default
 from megatron.core.utils import make_viewless_tensor
 
 
@@ -188,9 +188,9 @@ class TransformerBlock(MegatronModule):
         return hidden_states
 
     def _dropout_rng(self) -> AbstractContextManager[None]:
-        """Under sequence parallelism every rank drops other tokens, so it draws from a stream of its own."""
-        drops = self.training and (self.config.hidden_dropout > 0 or self.config.attention_dropout > 0)
-        return get_cuda_rng_tracker().fork() if self.config.sequence_parallel and drops else contextlib.nullcontext()
+        """Under sequence parallelism every rank has other tokens, and draws from a stream of its own for them."""
+        draws = self.training and draws_for_tokens(self.config)
+        return get_cuda_rng_tracker().fork() if self.config.sequence_parallel and draws else contextlib.nullcontext()
 
     def _run(
         self, start: int, stop: int, hidden_states: Tensor, context: Tensor | None, others: dict[str, Any]

@@ -6,7 +6,7 @@ import copy
 import functools
 import math
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,9 @@ from megatron.core.utils import (
     make_sharded_tensor_for_checkpoint,
     make_tp_sharded_tensor_for_checkpoint,
 )
+
+if TYPE_CHECKING:
+    from megatron.core.transformer.transformer_config import TransformerConfig
 
 Offsets = tuple[tuple[int, int, int], ...]
 
@@ -194,3 +197,10 @@ def sharded_state_dict_default(
     if own is not None:
         return own(prefix=prefix, sharded_offsets=sharded_offsets, metadata=metadata)
     return make_sharded_tensors_for_checkpoint(module.state_dict(keep_vars=True), prefix, {}, sharded_offsets)
+
+
+def draws_for_tokens(config: TransformerConfig) -> bool:
+    """Whether training draws random numbers for each token: to drop it out, or to route it."""
+    dropout = config.hidden_dropout > 0 or config.attention_dropout > 0
+    jitter = config.moe_input_jitter_eps is not None or config.moe_router_force_load_balancing
+    return dropout or (config.num_moe_experts is not None and jitter)

@@ -135,24 +135,25 @@ def require_sequence_divides_over_ranks(args: argparse.Namespace) -> None:
         refuse_unless(
             args.seq_length % (2 * cp) == 0,
             f"--seq-length ({args.seq_length}) must be divisible by {2 * cp}, twice --context-parallel-size; "
-            f"{_nearest_multiples(args.seq_length, 2 * cp)}",
+            f"{nearest_multiples(args.seq_length, 2 * cp)}",
         )
     if args.sequence_parallel and args.decoder_seq_length is not None:
         refuse_unless(
             args.decoder_seq_length % tp == 0,
             f"--decoder-seq-length ({args.decoder_seq_length}) must be divisible by --tensor-model-parallel-size {tp} "
-            f"for --sequence-parallel; {_nearest_multiples(args.decoder_seq_length, tp)}",
+            f"for --sequence-parallel; {nearest_multiples(args.decoder_seq_length, tp)}",
         )
     if args.sequence_parallel:
         refuse_unless(
             args.seq_length % (cp * tp) == 0,
             f"--seq-length ({args.seq_length}) must be divisible by {cp * tp} for --sequence-parallel with "
             f"--tensor-model-parallel-size {tp}{f' and --context-parallel-size {cp}' if cp > 1 else ''}; "
-            f"{_nearest_multiples(args.seq_length, math.lcm(cp * tp, 2 * cp if cp > 1 else 1))}",
+            f"{nearest_multiples(args.seq_length, math.lcm(cp * tp, 2 * cp if cp > 1 else 1))}",
         )
 
 
-def _nearest_multiples(value: int, divisor: int) -> str:
+def nearest_multiples(value: int, divisor: int) -> str:
+    """What would do instead of a value that is no multiple, for a message."""
     below = value // divisor * divisor
     return f"the nearest that is: {' or '.join(str(n) for n in (below, below + divisor) if n > 0)}"
 

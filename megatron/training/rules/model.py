@@ -8,7 +8,7 @@ import importlib.util
 from megatron.core.device import device_type
 from megatron.core.export.weights import is_gated
 from megatron.core.transformer.enums import AttnBackend
-from megatron.training.rules.data import copy_alias
+from megatron.training.rules.data import copy_alias, nearest_multiples
 from megatron.training.settings import refuse_unless, warn, was_given
 
 ROTARY_TYPES = ("rope", "yarn")
@@ -272,7 +272,8 @@ def require_experts_fit_ranks(args: argparse.Namespace) -> None:
         refuse_unless(args.num_experts is not None, f"--expert-model-parallel-size {size} needs --num-experts")
         refuse_unless(
             args.num_experts % size == 0,
-            f"--num-experts ({args.num_experts}) must be divisible by --expert-model-parallel-size ({size})",
+            f"--num-experts ({args.num_experts}) must be divisible by --expert-model-parallel-size ({size}); "
+            f"{nearest_multiples(args.num_experts, size)}",
         )
         refuse_unless(not args.fp16, "--expert-model-parallel-size above 1 does not work with --fp16; use --bf16")
 

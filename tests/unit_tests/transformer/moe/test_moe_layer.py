@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -219,6 +220,55 @@ def test_experts_without_tokens_and_one_with_all() -> None:
         found = gradients(made)
         assert found["experts.local_experts.0.linear_fc1.weight"].abs().sum() > 0
         assert found["experts.local_experts.3.linear_fc1.weight"].abs().sum() == 0
+
+
+@pytest.mark.parametrize("dispatcher", ["allgather", "alltoall"])
+def test_a_rank_whose_experts_get_no_token(dispatcher: str) -> None:
+    run_ranks(2, check_a_rank_whose_experts_get_no_token, dispatcher)
+
+
+def check_a_rank_whose_experts_get_no_token(dispatcher: str) -> None:
+    """All tokens of both ranks go to the two experts of the first one; stacked and one after the other."""
+    from megatron.core import parallel_state
+
+    parallel_state.initialize_model_parallel(expert_model_parallel_size=2)
+    for grouped in (False, True):
+        made = layer(
+            config(expert_model_parallel_size=2, moe_grouped_gemm=grouped, moe_token_dispatcher_type=dispatcher)
+        )
+        with torch.no_grad():
+            made.router.weight.zero_()
+            made.router.weight[:2] = 1.0
+        x = hidden_states().abs()[torch.distributed.get_rank() :: 2].requires_grad_()
+        output, _ = made(x)
+        output.square().sum().backward()
+        found = gradients(made)
+        sizes = {name: grad.abs().sum().item() for name, grad in found.items() if "linear_fc1" in name}
+        assert len(sizes) == 2 and output.abs().sum() > 0
+        busy = torch.distributed.get_rank() == 0
+        assert all((size > 0) == busy for size in sizes.values()), sizes
+    parallel_state.destroy_model_parallel()
+
+
+def noise_of_tokens() -> Tensor:
+    """What this tensor parallel rank's tokens are multiplied by within the layers of a block."""
+    from megatron.core import parallel_state
+    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+    from megatron.core.transformer.transformer_block import TransformerBlock
+
+    parallel_state.initialize_model_parallel(tensor_model_parallel_size=2)
+    model_parallel_cuda_manual_seed(5)
+    options = {"moe_input_jitter_eps": 0.1, "hidden_dropout": 0.0, "attention_dropout": 0.0}
+    made = layer(config(tensor_model_parallel_size=2, sequence_parallel=True, **options))
+    with TransformerBlock._dropout_rng(SimpleNamespace(training=True, config=made.config)):  # type: ignore[arg-type]
+        noise = made.router.apply_input_jitter(torch.ones(6, H))
+    parallel_state.destroy_model_parallel()
+    return noise
+
+
+def test_ranks_with_other_tokens_draw_other_noise() -> None:
+    first, second = run_ranks(2, noise_of_tokens)
+    assert not torch.equal(first, second)
 
 
 def test_the_bias_of_experts_stays_in_fp32_when_the_model_is_cast() -> None:
