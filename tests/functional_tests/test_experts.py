@@ -32,7 +32,7 @@ REFUSED = {
     "--moe-router-num-groups 3 --moe-router-group-topk 1": "--num-experts (4) must be divisible by",
     "--moe-router-num-groups 2 --moe-router-group-topk 3": "must not exceed --moe-router-num-groups (2)",
     "--moe-router-group-topk 1": "needs --moe-router-num-groups",
-    "--moe-token-dispatcher-type flex --moe-expert-capacity-factor 1 --moe-pad-expert-input-to-capacity": "use alltoall",
+    "--moe-token-dispatcher-type flex --moe-expert-capacity-factor 1": "use alltoall",
     "--moe-pad-expert-input-to-capacity": "needs --moe-expert-capacity-factor",
     "--moe-router-load-balancing-type sinkhorn --moe-expert-capacity-factor 1": "it can be 'aux_loss', 'seq_aux",
     "--moe-router-load-balancing-type aux_loss seq_aux_loss": "must have one value for each of the 2",

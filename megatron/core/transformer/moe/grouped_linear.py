@@ -105,14 +105,18 @@ def _products(x: Tensor, matrices: Tensor, splits: list[int]) -> Tensor:
 
 def _weight_gradients(weight: Tensor, grad_output: Tensor, x: Tensor, ctx: Any) -> Tensor | None:
     total = getattr(weight, "main_grad", None)
-    fused = ctx.fused_accumulation and total is not None
-    if not fused:
-        total = torch.zeros_like(weight)
-    assert total is not None
-    for dy, rows, part in zip(grad_output.split(ctx.splits), x.split(ctx.splits), total.view(weight.shape)):
+    if ctx.fused_accumulation and total is not None:
+        for dy, rows, part in zip(grad_output.split(ctx.splits), x.split(ctx.splits), total.view(weight.shape)):
+            if len(rows):
+                add_product(part, dy.t(), rows)
+        return None
+    gradients = torch.empty_like(weight)
+    for dy, rows, part in zip(grad_output.split(ctx.splits), x.split(ctx.splits), gradients):
         if len(rows):
-            add_product(part, dy.t(), rows)
-    return None if fused else total
+            matmul_into(part, dy.t(), rows)
+        else:
+            part.zero_()
+    return gradients
 
 
 @cache
