@@ -44,6 +44,7 @@ from megatron.core.inference.model_inference_wrappers.gpt.gpt_inference_wrapper 
 from megatron.core.inference.model_inference_wrappers.inference_wrapper_config import InferenceWrapperConfig
 from megatron.core.inference.sampling_params import SamplingParams
 from megatron.core.inference.text_generation_controllers.text_generation_controller import TextGenerationController
+from megatron.core.inference.weight_order import order_weights
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -97,6 +98,7 @@ def ours(layers: int, state: dict[str, Tensor], dtype: torch.dtype) -> Callable[
     model = GPTModel(config, get_gpt_layer_local_spec(), VOCAB, LENGTH, share_embeddings_and_output_weights=True)
     load_whole_state(model, from_hf(gpt2_weights(ModelShape.of_config(config)), state))
     model.to(dtype).eval()
+    order_weights([model])
     context = DynamicInferenceContext(
         params_dtype=dtype,
         num_layers=layers,

@@ -10,14 +10,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron.core.device import to_computing_type
-from megatron.core.tensor_parallel.quantized_weight import QuantizedWeight
+from megatron.core.tensor_parallel.stored_weight import StoredWeight
 
 
-def linear(x: Tensor, weight: Tensor | QuantizedWeight, bias: Tensor | None = None) -> Tensor:
+def linear(x: Tensor, weight: Tensor | StoredWeight, bias: Tensor | None = None) -> Tensor:
     """x Wᵀ + b in the type of x, computed in whatever type is fast."""
-    if isinstance(weight, QuantizedWeight):
-        product = weight.multiply(x)
-        return product if bias is None else product + bias
+    if isinstance(weight, StoredWeight):
+        return weight.multiply(x, bias)
     wide = to_computing_type(x)
     if wide is x and bias is not None and not torch.is_grad_enabled():
         # torch's own is a view of a matrix, which nobody may overwrite once an autograd function has returned it.

@@ -14,7 +14,7 @@ from torch.distributed import ProcessGroup
 from megatron.core.collectives import InFlight, all_reduce, start_all_gather, start_all_reduce, start_reduce_scatter
 from megatron.core.tensor_parallel.gemm import PLAIN_PRODUCTS, LinearProducts, linear, matmul
 from megatron.core.tensor_parallel.mappings import _gather_first_dim, gather_from_sequence_parallel_region
-from megatron.core.tensor_parallel.quantized_weight import QuantizedWeight
+from megatron.core.tensor_parallel.stored_weight import StoredWeight
 from megatron.core.tensor_parallel.weight_grad_queue import PostponedProduct, WeightGradQueue, postpone
 from megatron.core.utils import get_pg_size, get_tensor_model_parallel_group_if_none
 
@@ -72,7 +72,7 @@ def _start_exchange(dx: Tensor, ctx: Any) -> InFlight:
 
 def linear_with_grad_accumulation_and_async_allreduce(
     input: Tensor,
-    weight: Tensor | QuantizedWeight,
+    weight: Tensor | StoredWeight,
     bias: Tensor | None,
     gradient_accumulation_fusion: bool,
     allreduce_dgrad: bool,
@@ -88,7 +88,7 @@ def linear_with_grad_accumulation_and_async_allreduce(
 
     Args:
         input: [s, b, in], or [s/tp, b, in] with `sequence_parallel`, then all-gathered first.
-        weight: [out, in], this rank's shard; a quantized one has no backward.
+        weight: [out, in], this rank's shard; a stored one has no backward.
         gradient_accumulation_fusion: add dW to `weight.main_grad` instead of returning it.
         allreduce_dgrad: all-reduce dx over the group, overlapped with the computation of dW.
         sequence_parallel: all-gather x, reduce-scatter dx, overlapped likewise.
@@ -108,11 +108,11 @@ def linear_with_grad_accumulation_and_async_allreduce(
     many = get_pg_size(group) > 1
     if not torch.is_grad_enabled():
         whole = gather_from_sequence_parallel_region(input, group=group) if sequence_parallel and many else input
-        if isinstance(weight, QuantizedWeight):
+        if isinstance(weight, StoredWeight):
             return linear(whole, weight, bias)
         return products.output(whole, weight, bias)
-    if isinstance(weight, QuantizedWeight):
-        raise RuntimeError("a quantized weight has no backward: run the model under torch.no_grad()")
+    if isinstance(weight, StoredWeight):
+        raise RuntimeError("a stored weight has no backward: run the model under torch.no_grad()")
     return LinearWithGradAccumulationAndAsyncCommunication.apply(
         input,
         weight,

@@ -17,10 +17,11 @@ from collections.abc import Callable, Iterator
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from megatron.core import collectives
+from megatron.core.tensor_parallel.stored_weight import StoredWeight
 from megatron.core.utils import get_pg_size
 
 GROUP = 32
@@ -31,7 +32,7 @@ FEW_ROWS = 4
 FP8 = torch.float8_e4m3fn
 
 
-class QuantizedWeight(nn.Module):
+class QuantizedWeight(StoredWeight):
     """Takes the place of a weight [n, k]; `multiply` gives x Wᵀ in the type of x.
 
     Args:
@@ -65,8 +66,11 @@ class QuantizedWeight(nn.Module):
         scale = 1.0 if self.kind == "int4" else self.scale.float()[:, None]
         return (self._widened(slice(None), torch.float32) * scale).to(dtype or self.dtype)
 
-    def multiply(self, x: Tensor) -> Tensor:
-        """[..., n] of x [..., k]."""
+    def multiply(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        product = self._product(x)
+        return product if bias is None else product + bias
+
+    def _product(self, x: Tensor) -> Tensor:
         rows = x.reshape(-1, x.size(-1))
         if self.kind == "int8" and len(rows) <= FEW_ROWS and x.dtype is torch.bfloat16 and x.device.type == "cpu":
             product = torch._weight_int8pack_mm(rows.contiguous(), self.stored, self.scale.to(x.dtype))
