@@ -29,6 +29,7 @@ from megatron.core.inference.model_inference_wrappers.gpt.gpt_inference_wrapper 
 from megatron.core.inference.model_inference_wrappers.inference_wrapper_config import InferenceWrapperConfig
 from megatron.core.inference.quantization import KINDS_OF_WEIGHTS, quantize_weights
 from megatron.core.inference.text_generation_controllers.text_generation_controller import TextGenerationController
+from megatron.core.inference.weight_order import order_weights
 from megatron.inference.context_of_flags import build_context
 from megatron.inference.serving import http
 from megatron.inference.serving.app import build_app
@@ -154,6 +155,7 @@ def serve(model_provider: Callable[..., Any] = pretrain_gpt.model_provider, fami
     load_run(args, model, None, None)
     if args.quantize:
         quantize_weights(model, args.quantize)
+    order_weights(model)
     loop = EngineLoop(build_engine(args, model, tokenizer), args.max_waiting)
     stop_on_signal(loop)
     farewells.append(lambda: loop.end(FAILED))
