@@ -50,8 +50,11 @@ def conv_kernel_fits(x: Tensor, taps: int) -> bool:
 
 
 def kernel_conv(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """As `causal_conv`, by the package's kernel, which takes [b, c, s] with channels next to each other."""
+    """As `causal_conv`, by the package's kernel, which takes [b, c, s] with channels next to each other and a multiple
+    of 8 numbers from token to token: a part of a wider projection may have another width."""
     conv = _conv_of_package()
     assert conv is not None
+    if x.stride(2) != 1 or x.stride(0) % 8 or x.stride(1) % 8:
+        x = x.contiguous()
     y = conv(x.permute(1, 2, 0), weight.squeeze(1), bias)
     return y.permute(2, 0, 1)
