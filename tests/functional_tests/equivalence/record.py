@@ -20,8 +20,9 @@ import torch
 from tests.functional_tests.equivalence import layouts, sparse
 from tests.functional_tests.equivalence.covering import Row
 from tests.functional_tests.equivalence.encoders import FAMILIES
+from tests.functional_tests.equivalence.hybrids import HYBRIDS
 
-MATRICES: dict[str, Any] = {"gpt": layouts, **FAMILIES, "sparse": sparse}
+MATRICES: dict[str, Any] = {"gpt": layouts, **FAMILIES, "sparse": sparse, "hybrids": HYBRIDS}
 """By model family: what has `matrix`, `pairs`, `deviations`, `num_ranks`, `not_plain` and `name_of`."""
 PAGE = Path(__file__).resolve().parents[3] / "docs" / "equivalence.md"
 QUANTITIES = ("loss", "gradients", "gradient norm", "weights", "validation loss")
