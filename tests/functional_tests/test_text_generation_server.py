@@ -11,6 +11,7 @@ import sys
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
@@ -117,6 +118,19 @@ def test_the_documented_calls_work(address: str, expected: str) -> None:
     assert run.returncode == 0, run.stderr
     assert f"Megatron Response: \n{PROMPT}" in run.stdout and "'many' is not a whole number" in run.stdout
     assert "Error 400" in run.stdout and "at most 64 tokens" in run.stdout
+
+
+def test_clients_that_come_and_go_leave_nothing_behind(address: str, folder: Path) -> None:
+    from benchmarks import serve_load
+
+    with mock.patch.object(serve_load, "LONGEST", 24):
+        clients = serve_load.load(address, 8, lambda asked: asked < 5)
+    found = serve_load.report(clients)
+    assert found["errors"] == [] and found["finished"] + found["left"] == 8 * 5
+    assert found["left"] > 0 and found["generated_tokens"] > 0
+    assert serve_load.chunks_held(address) == 0
+    numbers = serve_load.metrics(address)
+    assert numbers["requests_rejected_total"] == 0 and numbers["requests_waiting"] == 0
 
 
 @pytest.mark.parametrize("penalty", [1.0, 0.0])
