@@ -146,6 +146,22 @@ def test_flags_of_the_server_of_hybrids_exist(scale: str, tensor_parallel: int, 
     assert (args.tensor_model_parallel_size, args.load) == (tensor_parallel, "saved")
 
 
+@pytest.mark.parametrize(
+    ("script", "arguments", "tensor_parallel"),
+    [
+        ("run_text_generation_server_345M.sh", ["saved", "vocab.json", "merges.txt"], 1),
+        ("run_text_generation_server_345M_8_tensor_parallel.sh", ["saved", "vocab.json", "merges.txt"], 8),
+        ("run_text_generation_server_hf.sh", ["llama", "4", "--quantize", "int8"], 4),
+    ],
+)
+def test_flags_of_servers_exist(script: str, arguments: list[str], tensor_parallel: int, tmp_path: Path) -> None:
+    launched = launch(f"examples/inference/{script}", tensor_parallel, arguments, tmp_path)
+    program, *flags = launched.stdout.splitlines()
+    assert Path(program).exists()
+    args = parse_args(add_server_arguments, argv=flags)
+    assert args.tensor_model_parallel_size == tensor_parallel and args.load in ("saved", "hf:llama")
+
+
 def flags_resolve(printed: str, settings: dict[str, str]) -> None:
     explained = {line.split()[0]: line for line in printed.splitlines() if line.strip()}
     for name, value in settings.items():

@@ -1,0 +1,87 @@
+"""Continue all prompts of a file, many at once, without a server: one JSON object a line, in the order of the prompts.
+
+    torchrun --nproc-per-node 2 examples/inference/generate_from_file.py --load hf:DIR \
+        --tokenizer-type HuggingFaceTokenizer --tokenizer-model DIR --tensor-model-parallel-size 2 \
+        --prompt-file prompts.txt --output-path texts.jsonl --num-tokens-to-generate 50 --top_p 0.9
+
+The file has a prompt a line, or if its name ends in .jsonl an object with "prompt" a line. Flags of the model, the
+checkpoint and the cache are those of tools/run_text_generation_server.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # for the programs of this clone
+
+from megatron.core.inference.sampling_params import SamplingParams
+from megatron.training import get_args, get_model, get_tokenizer, initialize_megatron, print_rank_0
+from megatron.training.checkpoint.load import load_run
+from megatron.training.errors import exit_at_once_on_error
+from pretrain_gpt import model_provider
+from tools.run_text_generation_server import add_server_arguments, build_engine, check
+
+
+def add_file_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    group = add_server_arguments(parser).add_argument_group("generation from a file")
+    group.add_argument("--prompt-file", type=Path, required=True, help="prompts, a line each, or .jsonl")
+    group.add_argument("--output-path", type=Path, required=True, help="where the texts are written, as JSON lines")
+    group.add_argument("--num-tokens-to-generate", type=int, default=30, help="new tokens a prompt, at most")
+    group.add_argument("--temperature", type=float, default=1.0, help="divides the logits; 0 is greedy")
+    group.add_argument("--top_k", type=int, default=0, help="draw among the k best; 1 is greedy, 0 no limit")
+    group.add_argument("--top_p", type=float, default=0.0, help="draw within this mass; 0 is no limit")
+    group.add_argument("--return-log-probs", action="store_true", help="write the log-probability of each token")
+    return parser
+
+
+def read_prompts(path: Path) -> list[str]:
+    """Raises ValueError: a line is not an object with a prompt, or there is none."""
+    lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line]
+    if path.suffix == ".jsonl":
+        try:
+            lines = [str(json.loads(line)["prompt"]) for line in lines]
+        except (ValueError, KeyError, TypeError):
+            raise ValueError(f'--prompt-file {path}: each line must be an object with "prompt"') from None
+    if not lines:
+        raise ValueError(f"--prompt-file {path} has no prompts")
+    return lines
+
+
+def write_texts() -> None:
+    initialize_megatron(add_file_arguments)
+    args, tokenizer = get_args(), get_tokenizer()
+    check(args)
+    prompts = read_prompts(args.prompt_file)
+    model = get_model(model_provider, wrap_with_ddp=False)
+    load_run(args, model, None, None)
+    engine = build_engine(args, model, tokenizer)
+    params = SamplingParams(
+        temperature=args.temperature,
+        top_k=args.top_k,
+        top_p=args.top_p,
+        num_tokens_to_generate=args.num_tokens_to_generate,
+        return_log_probs=args.return_log_probs,
+    )
+    begin = time.perf_counter()
+    requests = engine.generate(prompts, params)
+    seconds = time.perf_counter() - begin
+    if torch.distributed.get_rank() == 0:
+        with args.output_path.open("w", encoding="utf-8") as out:
+            for prompt, request in zip(prompts, requests):
+                row = {"prompt": prompt, "text": request.generated_text, "tokens": request.generated_tokens}
+                row |= {"logprobs": request.generated_log_probs} if args.return_log_probs else {}
+                out.write(json.dumps(row, ensure_ascii=False) + "\n")
+    count = sum(len(request.generated_tokens) for request in requests)
+    print_rank_0(f"{len(requests)} texts, {count} tokens in {seconds:.1f} s: {args.output_path}")
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    with exit_at_once_on_error():
+        write_texts()

@@ -1,0 +1,19 @@
+#!/usr/bin/env bash
+# Serve the model of examples/gpt3/train_gpt3_345m.sh from one process.
+#
+#   bash run_text_generation_server_345M.sh CHECKPOINTS VOCAB.json MERGES.txt [further flags, such as --port 5000]
+set -euo pipefail
+
+if (($# < 3)); then
+    sed -n '2,4s/^# \{0,1\}//p' "$0" >&2
+    exit 2
+fi
+CHECKPOINTS=$1 VOCAB=$2 MERGES=$3
+shift 3
+PROGRAM=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)/tools/run_text_generation_server.py
+
+torchrun --standalone --nproc-per-node 1 "$PROGRAM" \
+    --load "$CHECKPOINTS" \
+    --num-layers 24 --hidden-size 1024 --num-attention-heads 16 --max-position-embeddings 1024 --seq-length 1024 \
+    --tokenizer-type GPT2BPETokenizer --vocab-file "$VOCAB" --merge-file "$MERGES" \
+    --bf16 --seed 42 "$@"
