@@ -118,6 +118,15 @@ def test_the_documented_calls_work(address: str, expected: str) -> None:
     assert run.returncode == 0, run.stderr
     assert f"Megatron Response: \n{PROMPT}" in run.stdout and "'many' is not a whole number" in run.stdout
     assert "Error 400" in run.stdout and "at most 64 tokens" in run.stdout
+    run = subprocess.run(
+        [sys.executable, "tools/text_generation_cli.py", address, "--stream"],
+        input=f"{PROMPT}\n12\n{PROMPT}\n900\n",
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr
+    assert "Error 400: the prompt has 9 tokens" in run.stdout and run.stdout.count("Enter prompt: ") == 3
 
 
 def test_clients_that_come_and_go_leave_nothing_behind(address: str, folder: Path) -> None:
