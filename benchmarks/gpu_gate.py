@@ -10,7 +10,6 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -18,6 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron.core import dist_checkpointing
+from megatron.core.fp8.quantization import largest_magnitude, quantize_blocks, quantize_tensor, scale_for
+from megatron.core.fp8.scaled_product import scaled_product
 from megatron.core.fusions import compiled
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.fusions.fused_bias_geglu import bias_geglu_impl
@@ -239,21 +240,20 @@ def attention_checks() -> list[Check]:
 # --- the table ------------------------------------------------------------------------------------------
 
 
-def fp8_missing(device: str) -> str | None:
-    """Why there is no product in fp8."""
-    if find_spec("megatron.core.fp8") is None:
-        return "fp8 is not built yet"
-    return None
-
-
 def fp8_product(a: Tensor, b: Tensor) -> Tensor:
     """a bᵀ in e4m3 with one scale a tensor: by a kernel where there is one."""
-    from megatron.core.fp8.quantization import largest_magnitude, quantize_tensor, scale_for
-    from megatron.core.fp8.scaled_product import scaled_product
-
     kind = torch.float8_e4m3fn
     parts = [quantize_tensor(x.detach(), kind, scale_for(largest_magnitude(x.detach()), kind)) for x in (a, b)]
     return scaled_product(parts[0], parts[1], a.dtype)
+
+
+def fp8_block_product(a: Tensor, b: Tensor) -> Tensor:
+    """a bᵀ with a scale for each 128 numbers of a row of a, and for each 128 x 128 of b."""
+    kind = torch.float8_e4m3fn
+    left, right = (
+        quantize_blocks(x.detach(), kind, block, power_of_two=True) for x, block in ((a, (1, 128)), (b, (128, 128)))
+    )
+    return scaled_product(left, right, a.dtype)
 
 
 def compiled_region(function: Operation) -> Operation:
@@ -274,7 +274,7 @@ CHECKS: list[Check] = [
         (X, GAIN, GAIN),
         lambda x, w, b: layer_norm(x, w, b, 1e-5),
         lambda x, w, b: F.layer_norm(x, GAIN, w, b, 1e-5),
-    ),  # fmt: skip
+    ),
     Check("RMSNorm", (X, GAIN), lambda x, w: rms_norm(x, w, 1e-5), normalized),
     Check("SwiGLU", ((6, 2, 64), TWICE), bias_swiglu_impl, gated(F.silu)),
     Check("GeGLU", ((6, 2, 64), TWICE), bias_geglu_impl, gated(GELU)),
@@ -284,28 +284,28 @@ CHECKS: list[Check] = [
         (X, GAIN, X),
         lambda x, b, r: get_bias_dropout_add(True, True)((x, b), r, 0.0),
         lambda x, b, r: x + b + r,
-    ),  # fmt: skip
+    ),
     Check(
         "rotary positions",
         ((6, 2, 4, 8),),
         lambda x: RotatePairs.apply(x, angles(x).cos(), angles(x).sin(), False),
         rotated,
-    ),  # fmt: skip
+    ),
     Check("softmax", (SCORES,), lambda x: ScaledSoftmax.apply(x, 0.5), lambda x: (0.5 * x).softmax(-1)),
     Check(
         "softmax under a mask", (SCORES,), lambda x: ScaledMaskedSoftmax.apply(x, hidden_later(x), 0.5), causal_softmax
-    ),  # fmt: skip
+    ),
     Check("causal softmax", ((6, 8, 8),), lambda x: ScaledUpperTriangMaskedSoftmax.apply(x, 0.5), causal_softmax),
     Check("cross entropy", (LOGITS,), lambda x: vocab_parallel_cross_entropy(x, targets(x)), plain_losses),
     Check(
         "fused cross entropy", (LOGITS,), lambda x: fused_vocab_parallel_cross_entropy(x * 1, targets(x)), plain_losses
-    ),  # fmt: skip
+    ),
     Check(
         "output layer and loss in pieces",
         (X, (40, 32)),
         lambda x, w: linear_cross_entropy(x, w, targets_of(x, w)),
         lambda x, w: plain_losses(x @ w.t()),
-    ),  # fmt: skip
+    ),
     Check("products of experts", ((16, 32), (4, 16, 32)), lambda x, w: grouped_linear(x, w, SPLITS), plain_groups),
     Check("tokens to experts and back", ((12, 32),), there_and_back, lambda x: 2 * x * routed(x).sum(-1, keepdim=True)),
     Check("state space recurrence", RECURRENCE, our_scan, plain_scan, FULL),
@@ -316,15 +316,10 @@ CHECKS: list[Check] = [
 ]
 """Every fused operation, then every attention back end."""
 
+HALF = (torch.bfloat16,)
 PRODUCTS: list[Check] = [
-    Check(
-        "fp8 product, one scale",
-        ((32, 64), (48, 64)),
-        fp8_product,
-        lambda a, b: a @ b.t(),
-        (torch.bfloat16,),
-        fp8_missing,
-    ),  # fmt: skip
+    Check("fp8 product, one scale", ((32, 64), (48, 64)), fp8_product, lambda a, b: a @ b.t(), HALF),
+    Check("fp8 product, scales of blocks", ((128, 256), (256, 256)), fp8_block_product, lambda a, b: a @ b.t(), HALF),
 ]
 """Coarser: numbers of 4 bits, only forward. Compared with a tolerance of their own."""
 FP8_TOLERANCE = 6e-2
