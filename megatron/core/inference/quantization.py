@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from megatron.core.tensor_parallel.gemm import PLAIN_PRODUCTS
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.tensor_parallel.quantized_weight import KINDS, QuantizedWeight
 from megatron.core.transformer.moe.experts import GroupedMLP
@@ -54,6 +55,8 @@ def _quantize_layer(name: str, layer: ColumnParallelLinear | RowParallelLinear, 
     """(bytes before, bytes after)."""
     if layer.overlap is not None:
         raise ValueError("quantized weights: no overlap of tensor parallel communication; leave --tp-comm-overlap out")
+    if layer.products is not PLAIN_PRODUCTS:
+        raise ValueError("quantized weights: products are of the weights' own type; leave --fp8-format out")
     weight = layer.weight
     assert weight is not None
     try:

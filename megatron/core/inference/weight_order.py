@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
+from megatron.core.tensor_parallel.gemm import PLAIN_PRODUCTS
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.tensor_parallel.stored_weight import PackedWeight, StoredWeight, can_pack
 from megatron.core.utils import unwrap_model
@@ -21,7 +22,8 @@ def order_weights(chunks: Sequence[nn.Module]) -> None:
     """On a CPU: bf16 weights of linear layers as oneDNN packs them, fp32 ones with more rows than columns by columns.
 
     The model can only be run forward from then on. An output layer that shares its weight with the embedding gets a
-    copy: so many bytes more. Weights that are quantized stay as they are.
+    copy: so many bytes more. Weights that are quantized, multiplied in fp8 or with communication meanwhile stay as they
+    are.
 
     Args:
         chunks: this rank's model, with its final weights.
@@ -29,13 +31,15 @@ def order_weights(chunks: Sequence[nn.Module]) -> None:
     for chunk in chunks:
         model = unwrap_model(chunk)
         head = getattr(model, "output_layer", None)
-        if getattr(model, "share_embeddings_and_output_weights", False) and isinstance(head, ColumnParallelLinear):
+        is_tied = getattr(model, "share_embeddings_and_output_weights", False)
+        if is_tied and isinstance(head, ColumnParallelLinear) and head.products is PLAIN_PRODUCTS:
             shared = model.shared_embedding_or_output_weight()
             if shared.device.type == "cpu" and head.weight is None:
                 _put(head, shared)
                 model.share_embeddings_and_output_weights = False
         for name, layer in model.named_modules():
             is_linear = isinstance(layer, (ColumnParallelLinear, RowParallelLinear)) and layer is not head
+            is_linear = is_linear and layer.products is PLAIN_PRODUCTS and layer.overlap is None
             if is_linear and not name.endswith(READ_ELSEWHERE) and isinstance(layer.weight, nn.Parameter):
                 _put(layer, layer.weight)
 

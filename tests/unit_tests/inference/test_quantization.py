@@ -102,6 +102,7 @@ def refusal(settings: dict[str, Any], kind: str, message: str) -> None:
     [
         ({}, "int3", "int8, int4, fp8"),
         ({"num_moe_experts": 2, "moe_grouped_gemm": True}, "int8", "moe-grouped-gemm"),
+        ({"fp8": "e4m3", "fp8_recipe": "tensorwise"}, "int8", "leave --fp8-format out"),
         ({"ffn_hidden_size": 80}, "int4", r"layers.0.mlp.linear_fc2: .*multiples of 32"),
     ],
 )
