@@ -19,7 +19,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks/results"
-PAGES = (ROOT / "docs/performance.md", ROOT / "docs/data.md")
+PAGES = tuple(ROOT / f"docs/{name}.md" for name in ("performance", "data", "fp8", "memory"))
 BLOCK = re.compile(r"(<!-- table (\w+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
 
 Row = list[str]
@@ -301,6 +301,44 @@ def regression_gate() -> Table:
     return ["4 layers, hidden 256, 4 × 512 tokens", "ours", "plain torch", "accepted ratio"], rows
 
 
+# --- fp8, memory of the loss -----------------------------------------------------------------------------
+
+
+def fp8_text() -> Table:
+    models = read("fp8_text")["models"]
+    ends = {name: statistics.mean(list(found["losses"].values())[-5:]) for name, found in models.items()}
+    rows = []
+    for name, found in models.items():
+        trained, validation = ends[name] / ends["bf16"] - 1, found["validation"] / models["bf16"]["validation"] - 1
+        rows.append(
+            [
+                name,
+                f"{ends[name]:.3f}",
+                signed_percent(trained),
+                f"{found['validation']:.3f}",
+                signed_percent(validation),
+            ]
+        )
+    return ["", "training loss at the end", "beside bf16", "validation loss", "beside bf16"], rows
+
+
+def signed_percent(difference: float) -> str:
+    """With its sign."""
+    return f"{100 * difference:+.2f} %"
+
+
+def loss_memory() -> Table:
+    peaks: dict[tuple[str, str], dict[str, int]] = {}
+    for row in read("loss_memory_cpu")["results"]:
+        peaks.setdefault((row["size"], row["type"]), {})[row["contender"]] = row["peak bytes"]
+    rows = []
+    for (_, kind), found in peaks.items():
+        ours, pieces, plain = (found[name] for name in ("ours", "ours, loss in pieces", "plain torch"))
+        mib = [f"{value / 2**20:.0f} MiB" for value in (plain, ours, pieces)]
+        rows.append([TYPES[kind], *mib, f"{100 * (1 - pieces / ours):.0f} %", f"{100 * (1 - pieces / plain):.0f} %"])
+    return ["", "plain torch", "`native`", "`linear`", "saved beside `native`", "beside plain torch"], rows
+
+
 # --- pages ----------------------------------------------------------------------------------------------
 
 TABLES: dict[str, Callable[[], Table]] = {
@@ -319,6 +357,8 @@ TABLES: dict[str, Callable[[], Table]] = {
     "lm_eval": lm_eval,
     "gpu": gpu,
     "regression_gate": regression_gate,
+    "fp8_text": fp8_text,
+    "loss_memory": loss_memory,
 }
 
 
