@@ -78,3 +78,32 @@ def test_layouts_and_checkpoints_of_experts(tmp_path: Path) -> None:
         else:
             pretrain_gpt(ranks, f"{MODEL} {layout} --metrics-jsonl {path} --load {saved}")
             assert_same(rows(path), expected[2:])
+
+
+SHARDED, PLAIN = MODEL, MODEL.replace("--use-distributed-optimizer", "")
+SPREAD = next(iter(LAYOUTS))
+
+
+@pytest.mark.parametrize(
+    "writer, reader, types",
+    [
+        (f"{SHARDED} {SPREAD}", PLAIN, ""),
+        (f"{PLAIN}", f"{SHARDED} {SPREAD} --moe-grouped-gemm", ""),
+        pytest.param(f"{SHARDED} {SPREAD}", SHARDED, "--bf16", marks=pytest.mark.slow),
+        pytest.param(PLAIN, f"{PLAIN} {SPREAD}", "--bf16", marks=pytest.mark.slow),
+        pytest.param(f"{PLAIN} {SPREAD}", f"{SHARDED} {SPREAD}", "--bf16", marks=pytest.mark.slow),
+    ],
+)
+def test_one_optimizer_goes_on_from_two_and_back(tmp_path: Path, writer: str, reader: str, types: str) -> None:
+    """Experts that have replicas of their own have an optimizer of their own."""
+    whole, saved, rest = tmp_path / "whole.jsonl", tmp_path / "checkpoints", tmp_path / "rest.jsonl"
+    ranks_of = {flags: 2 if SPREAD in flags else 1 for flags in (writer, reader)}
+    pretrain_gpt(
+        ranks_of[writer],
+        f"{writer} {types} --metrics-jsonl {whole} --save {saved} --save-interval 2 --ckpt-format torch_dist",
+    )
+    pretrain_gpt(ranks_of[reader], f"{reader} {types} --metrics-jsonl {rest} --load {saved} --ckpt-step 2")
+    if types:
+        assert [row[0] for row in rows(rest)] == pytest.approx([row[0] for row in rows(whole)[2:]], rel=2e-3)
+    else:
+        assert_same(rows(rest), rows(whole)[2:])

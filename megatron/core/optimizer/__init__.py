@@ -95,8 +95,11 @@ def get_megatron_optimizer(
 
 
 def _elsewhere_are_experts(model_chunks: Sequence[torch.nn.Module]) -> bool:
-    """Whether other stages of the model may have experts."""
-    return getattr(getattr(unwrap_model(model_chunks[0]), "config", None), "num_moe_experts", None) is not None
+    """Whether other stages of the model may have experts whose replicas are not those of dense weights."""
+    config = getattr(unwrap_model(model_chunks[0]), "config", None)
+    if config is None or getattr(config, "num_moe_experts", None) is None:
+        return False
+    return bool(config.experts_have_own_replicas)
 
 
 def _shares(

@@ -46,6 +46,7 @@ from megatron.training.checkpoint.optimizer import (
     full_precision_request,
     kind_of_optimizer,
     load_full_precision,
+    needs_conversion,
 )
 from megatron.training.checkpoint.save import DP_ZERO, content_metadata, place_of_rank
 from megatron.training.checkpoint.state import (
@@ -266,8 +267,9 @@ def load_sharded(
         request["optimizer"] = optimizer.sharded_state_dict(
             model_request, is_loading=True, metadata={**metadata, "distrib_optim_sharding_type": sharding}
         )
-        if kind_of_optimizer(common["optimizer"]) != kind_of_optimizer(request["optimizer"]):
-            conversion = OptimizerRequest(request["optimizer"], {*stored.tensors, *stored.objects})
+        if needs_conversion(common["optimizer"], request["optimizer"]):
+            names = {*stored.tensors, *stored.objects}
+            conversion = OptimizerRequest(request["optimizer"], common["optimizer"], names)
             request["optimizer"] = conversion.request
     if parts.rng:
         request["rng_state"] = rng_object(None)
@@ -312,6 +314,12 @@ def require_entries(found: Found, common: dict[str, Any], parts: Parts) -> None:
         )
 
 
+def _buffers_of(args: Any) -> tuple[Any, ...]:
+    """What decides which weights share a buffer."""
+    experts = getattr(args, "expert_model_parallel_size", 1), getattr(args, "expert_tensor_parallel_size", None)
+    return layout_of(args), chunks_of(args), experts if getattr(args, "num_experts", None) else None
+
+
 def sharding_type(
     args: argparse.Namespace, saved: argparse.Namespace | None, metadata: dict[str, Any], state: Any
 ) -> str:
@@ -320,14 +328,12 @@ def sharding_type(
         return MODEL_SPACE
     default = MODEL_SPACE if getattr(saved, "ckpt_fully_parallel_save", True) else DP_ZERO
     kind = metadata.get("distrib_optim_sharding_type", default)
-    same = args.use_distributed_optimizer and (
-        saved is None or (layout_of(saved), chunks_of(saved)) == (layout_of(args), chunks_of(args))
-    )
+    same = args.use_distributed_optimizer and (saved is None or _buffers_of(saved) == _buffers_of(args))
     if kind != MODEL_SPACE and not same:
         raise CheckpointingException(
             "the optimizer's state was saved with --no-ckpt-fully-parallel-save and fits only a distributed "
-            f"optimizer with (TP, PP) = {layout_of(saved)} and the same model chunks, this run has {layout_of(args)}: "
-            "set --no-load-optim to start it afresh"
+            f"optimizer with (TP, PP) = {layout_of(saved)}, the same model chunks and the same layout of experts, this "
+            f"run has {layout_of(args)}: set --no-load-optim to start it afresh"
         )
     return kind
 

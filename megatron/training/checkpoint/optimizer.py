@@ -1,19 +1,20 @@
 """One kind of optimizer continues from the state of another: sharded or not, with fp32 copies of the weights
-or without.
+or without, one for all weights or one for dense weights and one for experts.
 
-All kinds store their tensors under the same global names. They differ in which they have (an fp32 model has
-no copies), and in the dictionaries around them:
+All kinds store their tensors under the same global names, with `chained_<i>.` before those of the i-th of several
+optimizers. They differ in which they have (an fp32 model has no copies), and in the dictionaries around them:
 
 - distributed: {optimizer: {param_groups with the step}, grad_scaler?, param_state, param_state_sharding_type}
 - mixed precision: {optimizer: {state with common_step, param_groups}, grad_scaler?, fp32_from_fp16_params}
 - fp32: {state with common_step, param_groups}
+- several: {number: one of these}
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Collection
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,42 +30,53 @@ from megatron.core.dist_checkpointing.dict_utils import (
 )
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from megatron.core.dist_checkpointing.strategies.catalog import Catalog
+from megatron.core.optimizer.param_groups import group_identity
 
 MODEL_SPACE = "fully_sharded_model_space"
+_CHAINED = re.compile(r"chained_\d+\.")
+_MOST_CHAINED = 3
+"""Dense weights, in two parts with `overlap_param_gather_with_optimizer_step`, and experts."""
 _MAIN_PARAM = re.compile(r"optimizer\.state\.fp32_param\.(.+)")
 
 
 def kind_of_optimizer(state: Any) -> str:
     """Which of the three kinds a state dict, loaded or to be loaded, belongs to; that of the first of
     several."""
-    if 0 in state:
-        return kind_of_optimizer(state[0])
-    if "param_state" in state or "param_state_sharding_type" in state:
+    first = _states(state)[0]
+    if "param_state" in first or "param_state_sharding_type" in first:
         return "distributed"
-    return "mixed precision" if "optimizer" in state else "fp32"
+    return "mixed precision" if "optimizer" in first else "fp32"
+
+
+def needs_conversion(saved: Any, wanted: Any) -> bool:
+    """Whether the optimizers that wrote one state dict are others than those that will read the other."""
+    return kind_of_optimizer(saved) != kind_of_optimizer(wanted) or len(_states(saved)) != len(_states(wanted))
+
+
+def _states(state: Any) -> list[Any]:
+    """One for each optimizer."""
+    return [state[i] for i in sorted(key for key in state if isinstance(key, int))] if 0 in state else [state]
 
 
 class OptimizerRequest:
-    """What an optimizer asks of a checkpoint that an optimizer of any kind has written.
+    """What an optimizer asks of a checkpoint that optimizers of any kind and number have written.
 
     Args:
         sharded: the optimizer's sharded state dict, whose tensors are to be filled.
+        saved: what the checkpoint has of its optimizers beside tensors.
         stored: names of the tensors in the checkpoint.
     """
 
-    def __init__(self, sharded: dict[str, Any], stored: Collection[str]) -> None:
-        if 0 in sharded:
-            raise NotImplementedError(
-                "several optimizers (dense and expert weights) cannot yet continue from the state of another kind: "
-                "keep --use-distributed-optimizer and the precision as they were, or set --no-load-optim"
-            )
+    def __init__(self, sharded: dict[str, Any], saved: dict[Any, Any], stored: Collection[str]) -> None:
         self.sharded = sharded
+        self.written = Written.of(_states(saved))
+        renamed = dict_list_map_outplace(lambda value: _as_stored(value, stored), sharded)
         self.from_model, self.request = extract_matching_values(
-            sharded, lambda value: _main_param_missing(value, stored), return_lists_as_dicts=True
+            renamed, lambda value: _main_param_missing(value, stored), return_lists_as_dicts=True
         )
         self.from_model = dict_list_map_outplace(_read_from_model, self.from_model)
 
-    def finish(self, loaded: dict[str, Any], directory: Path) -> dict[str, Any]:
+    def finish(self, loaded: dict[Any, Any], directory: Path) -> dict[Any, Any]:
         """The state to give to the optimizer. All ranks call this.
 
         fp32 copies of weights that the checkpoint lacks are read from the weights themselves.
@@ -75,11 +87,60 @@ class OptimizerRequest:
         """
         dist_checkpointing.load(self.from_model, directory, validate_access_integrity=False)
         merge(loaded, dict_list_map_outplace(lambda shard: shard.data, self.from_model))
-        return arrange_like(self.sharded, restore_lists(loaded, self.sharded))
+        if 0 not in self.sharded:
+            return arrange_like(self.sharded, restore_lists(loaded, self.sharded), self.written)
+        return {
+            i: arrange_like(wanted, restore_lists(loaded[i], wanted), self.written)
+            for i, wanted in enumerate(_states(self.sharded))
+        }
+
+
+@dataclass(frozen=True)
+class Written:
+    """What a checkpoint says of its optimizers beside their tensors."""
+
+    groups: list[dict[str, Any]]
+    step: Any
+    scale: dict[str, Any]
+
+    @classmethod
+    def of(cls, states: list[Any]) -> Written:
+        inner = [state.get("optimizer", state) for state in states]
+        groups = [group for state in inner for group in state["param_groups"]]
+        steps = [state.get("state", {}).get("common_step") for state in inner]
+        steps += [group.get("step") for group in groups]
+        step = next((step for step in steps if step is not None), None)
+        scale = {"grad_scaler": states[0]["grad_scaler"]} if "grad_scaler" in states[0] else {}
+        return cls(_for_either_replicas(groups), step, scale)
+
+
+def _for_either_replicas(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """With a copy for experts that have replicas of their own in one of the two runs only, where there is none."""
+    known = {group_identity(group) for group in groups}
+    copies = [{**group, "is_expert_parallel": not group.get("is_expert_parallel", False)} for group in groups]
+    return [*groups, *(copy for copy in copies if group_identity(copy) not in known)]
+
+
+def _is_tensor(value: Any) -> bool:
+    return isinstance(value, (ShardedTensor, ShardedTensorFactory))
+
+
+def _as_stored(value: Any, stored: Collection[str]) -> Any:
+    """A request for a tensor by the name that it has in the checkpoint, whichever optimizer's it was."""
+    if not _is_tensor(value):
+        return value
+    plain = _CHAINED.sub("", value.key, count=1)
+    return replace(value, key=stored_name(plain, stored) or plain)
+
+
+def stored_name(name: str, stored: Collection[str]) -> str | None:
+    """The name of an optimizer's tensor in a checkpoint of one optimizer or of several; None if it has none."""
+    names = (name, *(f"chained_{i}.{name}" for i in range(_MOST_CHAINED)))
+    return next((found for found in names if found in stored), None)
 
 
 def _main_param_missing(value: Any, stored: Collection[str]) -> bool:
-    if not isinstance(value, (ShardedTensor, ShardedTensorFactory)) or value.key in stored:
+    if not _is_tensor(value) or value.key in stored:
         return False
     name = _MAIN_PARAM.fullmatch(value.key)
     return name is not None and name[1] in stored
@@ -105,14 +166,13 @@ def full_precision_request(model_request: dict[str, Any], stored: Catalog) -> tu
             return False
         weight = stored.tensors.get(value.key)
         rounded = weight is not None and weight.dtype != torch.float32
-        copy = f"optimizer.state.fp32_param.{value.key}" in stored
-        return value.data.dtype == torch.float32 and rounded and copy
+        return value.data.dtype == torch.float32 and rounded and copy_of(value) is not None
+
+    def copy_of(shard: ShardedTensor | ShardedTensorFactory) -> str | None:
+        return stored_name(f"optimizer.state.fp32_param.{shard.key}", stored)
 
     precise, rest = extract_matching_values(model_request, has_fp32_copy, return_lists_as_dicts=True)
-    renamed = dict_list_map_outplace(
-        lambda shard: replace(shard, key=f"optimizer.state.fp32_param.{shard.key}"), precise
-    )
-    return renamed, rest
+    return dict_list_map_outplace(lambda shard: replace(shard, key=copy_of(shard)), precise), rest
 
 
 def load_full_precision(precise: dict[str, Any], directory: Path) -> dict[str, Any]:
@@ -128,32 +188,28 @@ def _part_of(tree: dict[str, Any], like: dict[str, Any]) -> dict[str, Any]:
     return {key: _part_of(tree[key], v) if isinstance(v, dict) else tree[key] for key, v in like.items()}
 
 
-def arrange_like(wanted: dict[str, Any], loaded: dict[str, Any]) -> dict[str, Any]:
+def arrange_like(wanted: dict[str, Any], loaded: dict[str, Any], written: Written) -> dict[str, Any]:
     """Loaded state in the dictionaries of the kind of optimizer that `wanted` comes from.
 
     Args:
         wanted: a sharded state dict of that optimizer.
-        loaded: its tensors where `wanted` has them, and groups, step and scale where the writing optimizer
-            had them.
+        loaded: its tensors where `wanted` has them.
+        written: groups, step and scale of the optimizers that wrote the checkpoint.
     """
-    inner = loaded.get("optimizer", loaded)
-    state = inner.get("state", {})
-    groups = inner["param_groups"] if "param_groups" in inner else loaded["param_groups"]
-    step = state.get("common_step", loaded.get("state", {}).get("common_step", groups[0].get("step")))
-    scale = {"grad_scaler": loaded["grad_scaler"]} if "grad_scaler" in loaded else {}
+    step = written.step
     if "param_state" in wanted:
         counter = {} if step is None else {"step": step}
         return {
-            "optimizer": {"param_groups": [{**group, **counter} for group in groups]},
-            **scale,
-            "param_state": loaded["param_state"],
+            "optimizer": {"param_groups": [{**group, **counter} for group in written.groups]},
+            **written.scale,
+            "param_state": loaded.get("param_state", {}),
             "param_state_sharding_type": MODEL_SPACE,
         }
-    moments = state if "optimizer" in wanted else loaded.get("state", {})
+    inner = loaded.get("optimizer", {}) if "optimizer" in wanted else loaded
     plain = {
-        "state": {**moments, **({} if step is None else {"common_step": step})},
-        "param_groups": [{k: v for k, v in group.items() if k != "step"} for group in groups],
+        "state": {**inner.get("state", {}), **({} if step is None else {"common_step": step})},
+        "param_groups": [{k: v for k, v in group.items() if k != "step"} for group in written.groups],
     }
     if "optimizer" in wanted:
-        return {"optimizer": plain, **scale, "fp32_from_fp16_params": loaded["fp32_from_fp16_params"]}
+        return {"optimizer": plain, **written.scale, "fp32_from_fp16_params": loaded.get("fp32_from_fp16_params", [])}
     return plain
