@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for the progr
 import pretrain_gpt
 import pretrain_mamba
 from megatron.core.inference.quantization import KINDS_OF_WEIGHTS, quantize_weights
+from megatron.inference.continuation import text_behind
 from megatron.inference.sampling import SamplingParams
 from megatron.inference.text_generation import generate
 from megatron.training import get_args, get_model, get_tokenizer, initialize_megatron, print_rank_0
@@ -72,16 +73,17 @@ def write_texts() -> None:
     load_run(args, model, None, None)
     if args.quantize:
         quantize_weights(model, args.quantize)
+    prompts = [tokenizer.tokenize(prompt) for prompt in args.prompts]
     continuations = generate(
         model,
-        [tokenizer.tokenize(prompt) for prompt in args.prompts],
+        prompts,
         sampling_params(args),
         vocab_size=tokenizer.vocab_size,
         max_context=args.max_position_embeddings,
         end_of_document=tokenizer.eod,
     )
-    for prompt, continuation in zip(args.prompts, continuations):
-        print_rank_0(f"{prompt}{tokenizer.detokenize(continuation)}\n")
+    for text, prompt, continuation in zip(args.prompts, prompts, continuations):
+        print_rank_0(f"{text}{text_behind(tokenizer.detokenize, prompt)(continuation)}\n")
     torch.distributed.destroy_process_group()
 
 

@@ -12,13 +12,11 @@ from typing import Any
 
 from megatron.core.inference.contexts import MaxSequenceLengthOverflowError
 from megatron.core.inference.sampling_params import SamplingParams
+from megatron.inference.continuation import text_behind
 from megatron.inference.serving.loop import EngineGone, EngineLoop, Overloaded
 from megatron.inference.serving.progress import Piece, Ticket
 
 Message = dict[str, Any]
-
-LOOK_BACK = 8
-"""Tokens of a prompt that decide how the text behind it begins."""
 
 
 @dataclass(frozen=True)
@@ -152,14 +150,7 @@ class Service:
 
     def detokenize_after(self, before: Sequence[int]) -> Callable[[Sequence[int]], str]:
         """(tokens) -> their text behind the tokens `before`: alone, many tokenizers give it without its first space."""
-        known = list(before[-LOOK_BACK:])
-        text = self.detokenize(known)
-
-        def continuation(tokens: Sequence[int]) -> str:
-            whole = self.detokenize([*known, *tokens])
-            return whole[len(text) :] if whole.startswith(text) else self.detokenize(tokens)
-
-        return continuation
+        return text_behind(self.detokenize, before)
 
     def words(self, tokens: Sequence[int], begin: int = 0) -> tuple[list[str], list[int]]:
         """The text of each token, and where it begins in the texts of all, of which the first begins at `begin`."""

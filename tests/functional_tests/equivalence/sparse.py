@@ -7,15 +7,15 @@ from __future__ import annotations
 
 import contextlib
 import io
-from dataclasses import replace
 from functools import cache, lru_cache
 from math import prod
 from typing import Any
 
-from megatron.training.verify.compare import Deviation, compare, violations
+from megatron.training.verify.compare import Deviation, compare
 from megatron.training.verify.measure import Measurement, Program, Samples, measure
 from tests.functional_tests.equivalence import axes, sparse_mutations
 from tests.functional_tests.equivalence.covering import Combination, Design, Row, Rule
+from tests.functional_tests.equivalence.layouts import but_for_rounding
 from tests.functional_tests.equivalence.mutations import planted
 from tests.worker_pool import run_ranks
 
@@ -172,9 +172,15 @@ def name_of(row: Row) -> str:
     return " ".join(f"{name}={value}" for name, value in not_plain(row).items()) or "plain"
 
 
+TIED = {"ep": "4", "drop": "probs", "attention": "latent keys", "documents": "isolated"}
+"""With the usual seed, two tokens that begin documents have one score for the last place of an expert there, in the
+fourth step: rounding decides which one is dropped."""
+
+
 def flags_of(row: Row, names: dict[str, dict[str, str]], steps: int) -> list[str]:
-    """The command line with the values of these axes."""
+    """The command line with the values of these axes; see `TIED` for the seed."""
     words = [*BASE, "--num-layers", str(num_layers(row)), "--train-iters", str(steps)]
+    words += ["--seed", "5"] if TIED.items() <= row.items() else []
     return words + [word for name, values in names.items() for word in values[row[name]].split()]
 
 
@@ -185,14 +191,14 @@ def deviations(row: Row, steps: int = STEPS, mutation: str | None = None) -> lis
     if row["balancing"] == "of the batch":  # it depends on how many micro-batches a replica has in a step
         words += ["--micro-batch-size", row["dp"]]
     reference = reference_run(tuple(words), uneven)
-    options = {"mutation": mutation}
-    found = run_ranks(num_ranks(row), run_here, flags_of(row, ALL_AXES, steps), uneven, options)[0]
-    deviations = compare(found, reference)
-    if mutation is not None or not violations(deviations):
-        return deviations
-    # Where one process in float32 is as far from float64, no layout can be nearer; with sums in another order, farther.
-    alone = compare(run_ranks(1, run_here, words, uneven, {})[0], reference)
-    return [replace(d, allowed=max(d.allowed, 1.5 * one.found)) for d, one in zip(deviations, alone, strict=True)]
+
+    def measured(**options: Any) -> list[Deviation]:
+        found = run_ranks(num_ranks(row), run_here, flags_of(row, ALL_AXES, steps), uneven, options)[0]
+        return compare(found, reference)
+
+    if mutation is not None:
+        return measured(mutation=mutation)
+    return but_for_rounding(measured(), lambda: measured(in_float64=True))
 
 
 @lru_cache(maxsize=64)
