@@ -7,12 +7,16 @@ one process.
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
+from megatron.core.collectives import all_reduce
 from megatron.core.transformer.moe.routing import spread, wide
+from megatron.core.utils import get_pg_size
 
 LOSSES = {
     "aux_loss": "load_balancing_loss",
@@ -20,6 +24,45 @@ LOSSES = {
     "global_aux_loss": "global_load_balancing_loss",
 }
 """Balancing losses, and their names in the log where there are several."""
+
+
+class RealTokens:
+    """Which of the n = s × b rows of this rank are tokens, and how many all ranks have that share them.
+
+    Args:
+        padding_mask: [s, b], True where there is none; None: all are tokens.
+        shape: (s, b).
+        group: the ranks that share a micro-batch.
+    """
+
+    def __init__(self, padding_mask: Tensor | None, shape: torch.Size, group: ProcessGroup | None) -> None:
+        if padding_mask is not None and padding_mask.shape != shape:
+            raise ValueError(f"padding_mask has shape {tuple(padding_mask.shape)}, hidden states have {tuple(shape)}")
+        self.shape, self.group = shape, group
+        self.real = None if padding_mask is None else ~padding_mask.reshape(-1)
+
+    def of(self, values: Tensor) -> Tensor:
+        """`values` [n, E], zero where there is no token."""
+        return values if self.real is None else values * self.real.unsqueeze(1)
+
+    @cached_property
+    def number(self) -> int | Tensor:
+        """Of all ranks, at least 1."""
+        if self.real is None:
+            return self.shape.numel() * get_pg_size(self.group)
+        return self._of_all_ranks(self.real.sum()).clamp(min=1)
+
+    @cached_property
+    def number_in_sequences(self) -> int | Tensor:
+        """In each sequence [b], or in all of them alike."""
+        if self.real is None:
+            return self.shape[0] * get_pg_size(self.group)
+        return self._of_all_ranks(self.real.view(self.shape).sum(0)).clamp(min=1)
+
+    def _of_all_ranks(self, number: Tensor) -> Tensor:
+        if get_pg_size(self.group) > 1:
+            all_reduce(number, group=self.group, what="tokens that are not padding")
+        return number
 
 
 def balancing_losses(config: Any) -> dict[str, float]:
@@ -48,7 +91,9 @@ def scores_of_all_experts(logits: Tensor, topk: int, score_function: str) -> tup
     return scores, spread(values, indices, logits.size(1))[1]
 
 
-def switch_load_balancing_loss(scores: Tensor, tokens_per_expert: Tensor, total_tokens: int, topk: int) -> Tensor:
+def switch_load_balancing_loss(
+    scores: Tensor, tokens_per_expert: Tensor, total_tokens: int | Tensor, topk: int
+) -> Tensor:
     """E / (T² k) Σ_e P_e n_e, the loss of arXiv:2101.03961, section 2.2, for k experts per token; 1 when even.
 
     Args:
@@ -59,19 +104,24 @@ def switch_load_balancing_loss(scores: Tensor, tokens_per_expert: Tensor, total_
     return (scores.sum(0) * tokens_per_expert).sum() * num_experts / (total_tokens**2 * topk)
 
 
-def sequence_load_balancing_loss(scores: Tensor, tokens_per_expert: Tensor, sequence_length: int, topk: int) -> Tensor:
+def sequence_load_balancing_loss(
+    scores: Tensor, tokens_per_expert: Tensor, sequence_length: int | Tensor, topk: int
+) -> Tensor:
     """The same for each sequence on its own, averaged over the b sequences (arXiv:2405.04434, section 2.1.3).
 
     Args:
         scores: [n/b, b, E] of this rank's tokens.
         tokens_per_expert: [b, E] of all tokens of each sequence.
-        sequence_length: tokens of one sequence on all ranks.
+        sequence_length: tokens of one sequence on all ranks; [b] where they differ.
     """
     batch, num_experts = scores.shape[1:]
+    if isinstance(sequence_length, Tensor):
+        of_sequences = (scores.sum(0) * tokens_per_expert).sum(1) / sequence_length**2
+        return of_sequences.sum() * num_experts / (topk * batch)
     return (scores.sum(0) * tokens_per_expert).sum() * num_experts / (sequence_length**2 * topk * batch)
 
 
-def router_z_loss(logits: Tensor, total_tokens: int) -> Tensor:
+def router_z_loss(logits: Tensor, total_tokens: int | Tensor) -> Tensor:
     """1/T Σ (log Σ_e exp logit)², which keeps logits small (arXiv:2202.08906, section 3.1). `logits` [n, E]."""
     return torch.logsumexp(wide(logits), dim=-1).square().sum() / total_tokens
 

@@ -44,8 +44,8 @@ class BaseMoELayer(MegatronModule, ABC):
         self.local_expert_indices = list(range(first, first + self.num_local_experts))
 
     @abstractmethod
-    def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor | None]:
-        """(output, bias to be added or None)."""
+    def forward(self, hidden_states: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """(output, bias to be added or None); `padding_mask` as of `TopKRouter`."""
 
     @abstractmethod
     def set_layer_number(self, layer_number: int) -> None:
@@ -86,9 +86,11 @@ class MoELayer(BaseMoELayer):
         self.layer_number = layer_number
         self.router.set_layer_number(layer_number)
 
-    def router_and_preprocess(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def router_and_preprocess(
+        self, hidden_states: Tensor, padding_mask: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """(rows to send, their weights, the input of the shared experts)."""
-        probs, routing_map = self.router(hidden_states)
+        probs, routing_map = self.router(hidden_states, padding_mask)
         rows, probs = self.token_dispatcher.dispatch_preprocess(hidden_states, routing_map, probs)
         return rows, probs, hidden_states
 
@@ -110,8 +112,12 @@ class MoELayer(BaseMoELayer):
         output = self.token_dispatcher.combine_postprocess(self.token_dispatcher.token_combine(output))
         return output if shared_expert_output is None else output + shared_expert_output
 
-    def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor | None]:
+    def forward(self, hidden_states: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """(output, no bias).
+
+        Args:
+            padding_mask: [s, b] of this rank's hidden states, True where there is no token: nothing is learned there
+                about the load of experts.
 
         Raises:
             ValueError: training with tensor but without sequence parallelism, where each rank of a tensor parallel
@@ -119,7 +125,7 @@ class MoELayer(BaseMoELayer):
         """
         if self.training and self.attn_tp_size > 1 and not self.config.sequence_parallel:
             raise ValueError("training experts with tensor parallelism needs sequence_parallel")
-        rows, probs, residual = self.router_and_preprocess(hidden_states)
+        rows, probs, residual = self.router_and_preprocess(hidden_states, padding_mask)
         rows, probs = self.dispatch(rows, probs)
         output, shared = self.experts_compute(rows, probs, residual)
         return self.combine(output, shared), None

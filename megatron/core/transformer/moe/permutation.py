@@ -3,6 +3,8 @@ token and an expert that was chosen for it."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -21,9 +23,23 @@ def permute(tokens: Tensor, chosen: Tensor, weights: Tensor | None = None) -> tu
     return rows, None if weights is None else weights.t().masked_select(by_expert), source
 
 
+class _SumOfRows(torch.autograd.Function):
+    """torch's `index_add`, whose backward needs the places only, and not the rows."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, source: Tensor, num_tokens: int) -> Tensor:
+        ctx.save_for_backward(source)
+        return rows.new_zeros(num_tokens, rows.size(1)).index_add_(0, source, rows)
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, None]:
+        (source,) = ctx.saved_tensors
+        return grad_output.index_select(0, source), None, None
+
+
 def unpermute(rows: Tensor, source: Tensor, num_tokens: int) -> Tensor:
     """[num_tokens, h]: the sum of each token's rows. `source` is that of `permute`."""
-    return rows.new_zeros(num_tokens, rows.size(1)).index_add(0, source, rows)
+    return _SumOfRows.apply(rows, source, num_tokens)
 
 
 def sort_chunks_by_idxs(

@@ -15,6 +15,7 @@ from megatron.core.tensor_parallel.initialization import parameter_device, regis
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.moe.aux_loss import MoEAuxLossAutoScaler, save_to_aux_losses_tracker
 from megatron.core.transformer.moe.balancing import (
+    RealTokens,
     balancing_losses,
     names_of_balancing_losses,
     router_z_loss,
@@ -66,12 +67,13 @@ class Router(MegatronModule, ABC):
         return nn.functional.linear(input.to(dtype), self.weight.to(dtype))
 
     @abstractmethod
-    def routing(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+    def routing(self, logits: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """(weights [n, E], chosen [n, E] bool) of logits [s, b, E]."""
 
     @abstractmethod
-    def forward(self, input: Tensor) -> tuple[Tensor, Tensor]:
-        """(weights [n, E], chosen [n, E] bool) of hidden states [s, b, h]."""
+    def forward(self, input: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """(weights [n, E], chosen [n, E] bool) of hidden states [s, b, h]; `padding_mask` [s, b] is True where there is
+        no token."""
 
     def set_layer_number(self, layer_number: int) -> None:
         """Which layer (from 1) this is, for the log."""
@@ -84,9 +86,11 @@ class TopKRouter(Router):
     `aux_loss`, `seq_aux_loss` and `global_aux_loss`, one or several of them, add a loss to the router, over each
     micro-batch, over each sequence, and over all micro-batches of the step so far, those of replicas included;
     `sinkhorn` chooses by a balanced assignment; with `moe_router_enable_expert_bias` a bias on the scores follows the
-    load, see `update_expert_bias`. Losses and counts are of all tokens of a micro-batch whatever ranks share it.
+    load, see `update_expert_bias`. Losses and counts are of all tokens of a micro-batch whatever ranks share it, and
+    leave out the places where a `padding_mask` says that there is no token.
+
     Communicates: all-reduce of the tokens per expert for each of these losses, over tensor × context parallel ranks,
-    for `global_aux_loss` over those of all replicas.
+    for `global_aux_loss` over those of all replicas; with a mask, of the numbers of tokens.
     """
 
     expert_bias: Tensor | None
@@ -122,17 +126,21 @@ class TopKRouter(Router):
             setattr(self, name, value.to(getattr(self, name).device))
         return self
 
-    def forward(self, input: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, input: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         logits = self.gating(self.apply_input_jitter(input))
         if self.config.moe_router_force_load_balancing:
             logits = apply_random_logits(logits)
-        return self.routing(logits)
+        return self.routing(logits, padding_mask)
 
-    def routing(self, logits: Tensor) -> tuple[Tensor, Tensor]:
-        config, shape = self.config, logits.shape
+    def routing(self, logits: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Raises ValueError: a mask with `sinkhorn`, which assigns every row."""
+        config = self.config
+        tokens = RealTokens(padding_mask, logits.shape[:2], self.sharing_group)
         logits = logits.reshape(-1, self.num_experts)
-        logits = self.apply_z_loss(logits)
+        logits = self.apply_z_loss(logits, tokens)
         if config.moe_router_load_balancing_type == "sinkhorn":
+            if padding_mask is not None:
+                raise ValueError("padding_mask does not work with moe_router_load_balancing_type sinkhorn")
             return self.sinkhorn_load_balancing(logits)
         weights, chosen = choose_experts(
             logits,
@@ -145,8 +153,8 @@ class TopKRouter(Router):
             expert_bias=self.expert_bias,
         )
         if self.local_tokens_per_expert is not None and self._counts():
-            self.local_tokens_per_expert += chosen.sum(0)
-        weights = self.apply_balancing_loss(weights, logits, shape)
+            self.local_tokens_per_expert += tokens.of(chosen).sum(0)
+        weights = self.apply_balancing_loss(weights, logits, tokens)
         if config.moe_expert_capacity_factor is not None:
             capacity = expert_capacity(len(logits), self.topk, self.num_experts, config.moe_expert_capacity_factor)
             padded = config.moe_pad_expert_input_to_capacity
@@ -159,33 +167,40 @@ class TopKRouter(Router):
 
     # --- losses ---
 
-    def apply_balancing_loss(self, weights: Tensor, logits: Tensor, shape: torch.Size) -> Tensor:
-        """`weights`, whose backward also pulls the router to an even load; `logits` [n, E] of [s, b, E] = `shape`."""
+    def apply_balancing_loss(self, weights: Tensor, logits: Tensor, tokens: RealTokens) -> Tensor:
+        """`weights`, whose backward also pulls the router to an even load; `logits` [n, E]."""
         if not self.losses or not self._counts():
             return weights
         scores, chosen = scores_of_all_experts(logits, self.topk, self.config.moe_router_score_function)
+        scores, chosen = tokens.of(scores), tokens.of(chosen)
         for kind, coeff in self.losses.items():
-            loss = self._balancing_loss(kind, scores.view(shape), chosen.view(shape))
-            weights = self._with_loss(weights, loss, coeff, self.names_in_log[kind], len(logits))
+            loss = self._balancing_loss(kind, scores, chosen, tokens)
+            weights = self._with_loss(weights, loss, coeff, self.names_in_log[kind], tokens)
         return weights
 
-    def _balancing_loss(self, kind: str, scores: Tensor, chosen: Tensor) -> Tensor:
-        """This rank's part of one loss, of `scores` and `chosen` [s, b, E]."""
-        ranks, flat = get_pg_size(self.sharing_group), scores.flatten(0, 1)
+    def _balancing_loss(self, kind: str, scores: Tensor, chosen: Tensor, tokens: RealTokens) -> Tensor:
+        """This rank's part of one loss, of `scores` and `chosen` [n, E]."""
         if kind == "seq_aux_loss":
-            counts = self._of_all_ranks(chosen.sum(0))
-            return sequence_load_balancing_loss(scores, counts, len(scores) * ranks, self.topk)
-        of_microbatch = chosen.sum((0, 1))
-        counts = self._of_all_ranks(of_microbatch) if kind == "aux_loss" else self._of_the_batch(of_microbatch)
-        return switch_load_balancing_loss(flat, counts, len(flat) * ranks, self.topk)
+            counts = self._of_all_ranks(chosen.view(*tokens.shape, -1).sum(0))
+            return sequence_load_balancing_loss(
+                scores.view(*tokens.shape, -1), counts, tokens.number_in_sequences, self.topk
+            )
+        of_microbatch, number = chosen.sum(0), tokens.number
+        if kind == "aux_loss":
+            return switch_load_balancing_loss(scores, self._of_all_ranks(of_microbatch), number, self.topk)
+        counts = self._of_the_batch(of_microbatch)
+        if tokens.real is not None:  # micro-batches have unlike many tokens: shares of them are compared
+            counts = counts.to(scores.dtype)
+            counts = counts * (number * self.topk / counts.sum().clamp(min=1))
+        return switch_load_balancing_loss(scores, counts, number, self.topk)
 
-    def apply_z_loss(self, logits: Tensor) -> Tensor:
+    def apply_z_loss(self, logits: Tensor, tokens: RealTokens) -> Tensor:
         """`logits` [n, E], whose backward also keeps them small."""
         coeff = self.config.moe_z_loss_coeff
         if coeff is None or not self._counts():
             return logits
-        loss = router_z_loss(logits, len(logits) * get_pg_size(self.sharing_group))
-        return self._with_loss(logits, loss, coeff, "z_loss", len(logits))
+        real = logits if tokens.real is None else logits[tokens.real]
+        return self._with_loss(logits, router_z_loss(real, tokens.number), coeff, "z_loss", tokens)
 
     def _of_all_ranks(self, counts: Tensor) -> Tensor:
         if get_pg_size(self.sharing_group) > 1:
@@ -207,14 +222,14 @@ class TopKRouter(Router):
             self.batch_tokens_per_expert.zero_()
         self.batch_steps = 0
 
-    def _with_loss(self, x: Tensor, loss: Tensor, coeff: float, name: str, num_tokens: int) -> Tensor:
+    def _with_loss(self, x: Tensor, loss: Tensor, coeff: float, name: str, tokens: RealTokens) -> Tensor:
         """`x` with this rank's part of a loss of the micro-batch attached, and noted for the log."""
         if self.layer_number is not None:
             total = self.config.num_layers + (self.config.mtp_num_layers or 0)
             save_to_aux_losses_tracker(name, loss, self.layer_number, total, self.sharing_group, self.replicas)
-        weight = coeff
+        weight: float | Tensor = coeff
         if self.config.calculate_per_token_loss:  # the sum over all micro-batches is divided by all tokens
-            weight *= num_tokens * get_pg_size(self.sharing_group)
+            weight = coeff * tokens.number
         return MoEAuxLossAutoScaler.apply(x, loss * weight)
 
     def sinkhorn_load_balancing(self, logits: Tensor) -> tuple[Tensor, Tensor]:

@@ -186,6 +186,29 @@ def test_ranks_that_split_experts(ep: int, etp: int, tp: int, options: dict[str,
     run_ranks(max(ep * etp, tp), check_ranks, ep, etp, tp, options)
 
 
+@pytest.mark.parametrize("grouped", [False, True], ids=["sequential", "grouped"])
+def test_memory_kept_for_backward(grouped: bool) -> None:
+    """Of n tokens the input (h), of the experts' m rows the input (h), the products of gate and up (2f), what comes of
+    them (f), and that times the weight (f); nothing of the experts' outputs. Besides, places and weights of rows."""
+    options = {"moe_token_dispatcher_type": "alltoall", "bias_activation_fusion": True}
+    made = layer(config(moe_grouped_gemm=grouped, **options))
+    x, kept = hidden_states().requires_grad_(), dict[int, int]()
+    weights = {p.untyped_storage().data_ptr() for p in made.parameters()}
+
+    def note(tensor: Tensor) -> Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        output, _ = made(x)
+    n, m = S * B, S * B * 2
+    computed = 8 * (n * H + m * (H + 4 * F))
+    beside = 8 * (3 * m + 4 * n * E)
+    found = sum(size for place, size in kept.items() if place not in weights)
+    assert computed <= found <= computed + beside, (found, computed)
+    assert output.shape == x.shape
+
+
 def test_shared_experts_while_tokens_travel() -> None:
     run_ranks(2, check_shared_experts_while_tokens_travel)
 
