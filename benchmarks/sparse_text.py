@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import subprocess
 import sys
 import time
@@ -20,12 +19,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy
-import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.expert_load import entropies
+from benchmarks.harness import write_result
 
 VOCABULARY = 4096
 LAST = 50
@@ -134,9 +133,8 @@ def main() -> None:
         for what, layers in found.get("entropy of load", {}).items():
             print(f"  entropy of load, {what}:", *(f"layer {n} {value:.4f}" for n, value in layers.items()))
     if args.output:
-        versions = {"torch": torch.__version__, "python": platform.python_version()}
-        result = {**versions, "steps": args.steps, "common flags": " ".join(COMMON), "models": models}
-        args.output.write_text(json.dumps(result, indent=1) + "\n")
+        settings = {"steps": args.steps, "common flags": " ".join(COMMON)}
+        write_result(args.output, **settings, models=models)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from lm_eval.api.model import TemplateLM
 from torch import nn
 
 from megatron.core import parallel_state
-from megatron.core.dist_checkpointing.collective import gather_from_all
+from megatron.core.dist_checkpointing.collective import gather_entries
 from megatron.inference.sampling import SamplingParams
 from megatron.inference.scoring import ScoredText, score
 from megatron.inference.text_generation import generate
@@ -85,7 +85,7 @@ class GPTOfHarness(TemplateLM):
                 batch = places[begin : begin + self.batch_size]
                 contexts = [requests[place].args[0] for place in batch]
                 said.update(zip(batch, self._continue(contexts, dict(requests[batch[0]].args[1]))))
-        found = {place: text for part in gather_from_all(said, group) for place, text in part.items()}
+        found = gather_entries(said, group)
         answers = [found[place] for place in range(len(requests))]
         for request, answer in zip(requests, answers):
             self.cache_hook.add_partial("generate_until", request.args, answer)

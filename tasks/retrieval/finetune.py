@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from megatron.core import device, parallel_state
-from megatron.core.dist_checkpointing.collective import gather_from_all
+from megatron.core.dist_checkpointing.collective import gather_entries
 from megatron.inference.forward_only import evaluating
 from megatron.training import get_args, get_model, get_tokenizer, initialize_megatron, print_rank_0
 from megatron.training.checkpoint.hf_settings import hf_directory
@@ -176,5 +176,5 @@ def _vectors(rows: Sequence[tuple[numpy.ndarray, numpy.ndarray]], embed: Callabl
         columns = (numpy.stack(column) for column in zip(*(rows[place] for place in part)))
         tokens, masks = (torch.from_numpy(column).to(device.current_device()) for column in columns)
         found |= dict(zip(part, embed(tokens, masks).float().cpu().numpy()))
-    whole = {place: vector for some in gather_from_all(found, group) for place, vector in some.items()}
+    whole = gather_entries(found, group)
     return torch.from_numpy(numpy.stack([whole[place] for place in range(len(rows))]))

@@ -13,7 +13,7 @@ import torch
 
 from megatron.core import device, parallel_state
 from megatron.core.datasets.ict_dataset import framed
-from megatron.core.dist_checkpointing.collective import gather_from_all
+from megatron.core.dist_checkpointing.collective import gather_entries
 from megatron.core.extensions.mips_index import FaissMIPSIndex
 from megatron.inference.forward_only import evaluating
 from megatron.training import get_args, get_model, get_tokenizer, initialize_megatron, print_rank_0
@@ -93,7 +93,7 @@ def first_places(
         for place, row in zip(batch, ids.tolist()):
             texts = [evidence[number].text for number in row]
             found[place] = first_right(questions[place], texts, MATCHES[args.faiss_match])
-    whole = {place: first for part in gather_from_all(found, group) for place, first in part.items()}
+    whole = gather_entries(found, group)
     return [whole[place] for place in range(len(questions))]
 
 

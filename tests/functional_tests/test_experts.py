@@ -89,6 +89,12 @@ SPREAD = next(iter(LAYOUTS))
     [
         (f"{SHARDED} {SPREAD}", PLAIN, ""),
         (f"{PLAIN}", f"{SHARDED} {SPREAD} --moe-grouped-gemm", ""),
+        pytest.param(  # the first stage has no experts
+            f"{SHARDED} --moe-layer-freq ([0,0,1,1])",
+            f"{SHARDED} {SPREAD} --moe-layer-freq ([0,0,1,1]) --pipeline-model-parallel-size 2",
+            "",
+            marks=pytest.mark.slow,
+        ),
         pytest.param(f"{SHARDED} {SPREAD}", SHARDED, "--bf16", marks=pytest.mark.slow),
         pytest.param(PLAIN, f"{PLAIN} {SPREAD}", "--bf16", marks=pytest.mark.slow),
         pytest.param(f"{PLAIN} {SPREAD}", f"{SHARDED} {SPREAD}", "--bf16", marks=pytest.mark.slow),
@@ -97,7 +103,7 @@ SPREAD = next(iter(LAYOUTS))
 def test_one_optimizer_goes_on_from_two_and_back(tmp_path: Path, writer: str, reader: str, types: str) -> None:
     """Experts that have replicas of their own have an optimizer of their own."""
     whole, saved, rest = tmp_path / "whole.jsonl", tmp_path / "checkpoints", tmp_path / "rest.jsonl"
-    ranks_of = {flags: 2 if SPREAD in flags else 1 for flags in (writer, reader)}
+    ranks_of = {flags: (2 if SPREAD in flags else 1) * (2 if "pipeline" in flags else 1) for flags in (writer, reader)}
     pretrain_gpt(
         ranks_of[writer],
         f"{writer} {types} --metrics-jsonl {whole} --save {saved} --save-interval 2 --ckpt-format torch_dist",

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from .core import CheckpointingException
 
 T = TypeVar("T")
+K = TypeVar("K")
 Group = dist.ProcessGroup | None
 
 
@@ -31,6 +32,12 @@ def gather_from_all(value: T, group: Group = None) -> list[T]:
     values: list[Any] = [None] * size
     dist.all_gather_object(values, value, group=group)
     return values
+
+
+def gather_entries(own: dict[K, T], group: Group = None) -> dict[K, T]:
+    """The entries of all ranks' dictionaries in one, on every rank; of equal keys the last rank's. Communicates pickled
+    bytes."""
+    return {key: value for entries in gather_from_all(own, group) for key, value in entries.items()}
 
 
 def broadcast_from_first(value: T, group: Group = None) -> T:

@@ -47,6 +47,7 @@ from megatron.training.checkpoint.optimizer import (
     kind_of_optimizer,
     load_full_precision,
     needs_conversion,
+    plain_names,
 )
 from megatron.training.checkpoint.save import DP_ZERO, content_metadata, place_of_rank
 from megatron.training.checkpoint.state import (
@@ -260,7 +261,8 @@ def load_sharded(
         tolerant = mode is not StrictHandling.ASSUME_OK_UNEXPECTED or not strict
         mismatches = sharded_shape_mismatches(model_request, stored, only_shapes=tolerant)
     require_same_model(args, None if found.weights_only else saved, found.directory, found.format, mismatches)
-    precise, request = full_precision_request(model_request, stored)
+    names = plain_names((*stored.tensors, *stored.objects))
+    precise, request = full_precision_request(model_request, stored, names)
     conversion: OptimizerRequest | None = None
     if parts.optimizer:
         assert optimizer is not None
@@ -268,7 +270,6 @@ def load_sharded(
             model_request, is_loading=True, metadata={**metadata, "distrib_optim_sharding_type": sharding}
         )
         if needs_conversion(common["optimizer"], request["optimizer"]):
-            names = {*stored.tensors, *stored.objects}
             conversion = OptimizerRequest(request["optimizer"], common["optimizer"], names)
             request["optimizer"] = conversion.request
     if parts.rng:

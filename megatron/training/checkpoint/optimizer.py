@@ -13,7 +13,7 @@ optimizers. They differ in which they have (an fp32 model has no copies), and in
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -34,8 +34,8 @@ from megatron.core.optimizer.param_groups import group_identity
 
 MODEL_SPACE = "fully_sharded_model_space"
 _CHAINED = re.compile(r"chained_\d+\.")
-_MOST_CHAINED = 3
-"""Dense weights, in two parts with `overlap_param_gather_with_optimizer_step`, and experts."""
+Names = Mapping[str, str]
+"""Name of a tensor without that of its optimizer -> its name in a checkpoint."""
 _MAIN_PARAM = re.compile(r"optimizer\.state\.fp32_param\.(.+)")
 
 
@@ -64,10 +64,10 @@ class OptimizerRequest:
     Args:
         sharded: the optimizer's sharded state dict, whose tensors are to be filled.
         saved: what the checkpoint has of its optimizers beside tensors.
-        stored: names of the tensors in the checkpoint.
+        stored: what the checkpoint has, by `plain_names`.
     """
 
-    def __init__(self, sharded: dict[str, Any], saved: dict[Any, Any], stored: Collection[str]) -> None:
+    def __init__(self, sharded: dict[str, Any], saved: dict[Any, Any], stored: Names) -> None:
         self.sharded = sharded
         self.written = Written.of(_states(saved))
         renamed = dict_list_map_outplace(lambda value: _as_stored(value, stored), sharded)
@@ -90,7 +90,7 @@ class OptimizerRequest:
         if 0 not in self.sharded:
             return arrange_like(self.sharded, restore_lists(loaded, self.sharded), self.written)
         return {
-            i: arrange_like(wanted, restore_lists(loaded[i], wanted), self.written)
+            i: arrange_like(wanted, restore_lists(loaded.get(i, {}), wanted), self.written)
             for i, wanted in enumerate(_states(self.sharded))
         }
 
@@ -125,25 +125,28 @@ def _is_tensor(value: Any) -> bool:
     return isinstance(value, (ShardedTensor, ShardedTensorFactory))
 
 
-def _as_stored(value: Any, stored: Collection[str]) -> Any:
+def plain_names(stored: Iterable[str]) -> Names:
+    """Of all that a checkpoint has, whether one optimizer wrote it or several."""
+    return {_plain(name): name for name in stored}
+
+
+def _plain(name: str) -> str:
+    chained = _CHAINED.match(name)
+    return name[chained.end() :] if chained else name
+
+
+def _as_stored(value: Any, stored: Names) -> Any:
     """A request for a tensor by the name that it has in the checkpoint, whichever optimizer's it was."""
     if not _is_tensor(value):
         return value
-    plain = _CHAINED.sub("", value.key, count=1)
-    return replace(value, key=stored_name(plain, stored) or plain)
+    plain = _plain(value.key)
+    return replace(value, key=stored.get(plain, plain))
 
 
-def stored_name(name: str, stored: Collection[str]) -> str | None:
-    """The name of an optimizer's tensor in a checkpoint of one optimizer or of several; None if it has none."""
-    names = (name, *(f"chained_{i}.{name}" for i in range(_MOST_CHAINED)))
-    return next((found for found in names if found in stored), None)
-
-
-def _main_param_missing(value: Any, stored: Collection[str]) -> bool:
-    if not _is_tensor(value) or value.key in stored:
-        return False
-    name = _MAIN_PARAM.fullmatch(value.key)
-    return name is not None and name[1] in stored
+def _main_param_missing(value: Any, stored: Names) -> bool:
+    """Of a request `_as_stored`."""
+    name = _MAIN_PARAM.fullmatch(value.key) if _is_tensor(value) else None
+    return name is not None and value.key not in stored and name[1] in stored
 
 
 def _read_from_model(shard: ShardedTensor | ShardedTensorFactory) -> ShardedTensor | ShardedTensorFactory:
@@ -152,27 +155,30 @@ def _read_from_model(shard: ShardedTensor | ShardedTensorFactory) -> ShardedTens
     return replace(shard, key=name[1])
 
 
-def full_precision_request(model_request: dict[str, Any], stored: Catalog) -> tuple[dict[str, Any], dict[str, Any]]:
+def full_precision_request(
+    model_request: dict[str, Any], stored: Catalog, names: Names
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """(weights of an fp32 model that a half-precision run saved as fp32 copies, under the copies' names; the
     rest).
 
     Args:
         model_request: description of the model's parameters.
         stored: the checkpoint's table of contents.
+        names: its `plain_names`.
     """
 
     def has_fp32_copy(value: Any) -> bool:
-        if not isinstance(value, (ShardedTensor, ShardedTensorFactory)) or value.data is None:
+        if not _is_tensor(value) or value.data is None:
             return False
         weight = stored.tensors.get(value.key)
         rounded = weight is not None and weight.dtype != torch.float32
-        return value.data.dtype == torch.float32 and rounded and copy_of(value) is not None
+        return value.data.dtype == torch.float32 and rounded and copy_of(value) in names
 
-    def copy_of(shard: ShardedTensor | ShardedTensorFactory) -> str | None:
-        return stored_name(f"optimizer.state.fp32_param.{shard.key}", stored)
+    def copy_of(shard: ShardedTensor | ShardedTensorFactory) -> str:
+        return f"optimizer.state.fp32_param.{shard.key}"
 
     precise, rest = extract_matching_values(model_request, has_fp32_copy, return_lists_as_dicts=True)
-    return dict_list_map_outplace(lambda shard: replace(shard, key=copy_of(shard)), precise), rest
+    return dict_list_map_outplace(lambda shard: replace(shard, key=names[copy_of(shard)]), precise), rest
 
 
 def load_full_precision(precise: dict[str, Any], directory: Path) -> dict[str, Any]:

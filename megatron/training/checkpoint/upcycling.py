@@ -24,7 +24,7 @@ from megatron.training.checkpoint.state import load_model, sharded_model
 from megatron.training.train_state import TrainState
 from megatron.training.utils import gather_weights, print_rank_0
 
-FIRST = TrainState(iteration=1)
+FIRST_ITERATION = 1
 """Where the run stands."""
 
 
@@ -51,7 +51,7 @@ def load_upcycled(args: argparse.Namespace, model: list[nn.Module], optimizer: A
     load_model(model, contents, strict=True)
     if optimizer is not None:
         optimizer.reload_model_params()
-    state = TrainState(iteration=FIRST.iteration)
+    state = TrainState(iteration=FIRST_ITERATION)
     save_run(args, state, model, None, None, CheckpointContext())
     print_rank_0(f"  upcycled checkpoint saved to {args.save}")
     return state

@@ -8,7 +8,7 @@ from typing import Any
 
 from ..family import Family, require
 from ..weights import ModelShape, Weight, pattern_of_layers, same
-from .llama import gated, weights
+from .llama import HINTS, gated, weights
 from .mixtral import QWEN_NAMES, experts, require_routing
 from .rope import plain_number
 
@@ -233,11 +233,7 @@ def _deepseek(
         },
         read=read,
         write=write,
-        hints={
-            "max_position_embeddings": "max_position_embeddings",
-            "seq_length": "max_position_embeddings",
-            "attention_dropout": "attention_dropout",
-        },
+        hints=HINTS,
     )
 
 

@@ -11,6 +11,12 @@ from .rope import read_rope, write_rope
 
 Block = Callable[[ModelShape, int, str, str], Iterator[Weight]]
 """(shape, number of a layer, beginnings of our and of their names in it) -> the rows of one of its blocks."""
+HINTS = {
+    "max_position_embeddings": "max_position_embeddings",
+    "seq_length": "max_position_embeddings",
+    "attention_dropout": "attention_dropout",
+}
+"""See `Family.hints`."""
 
 
 def dense(shape: ModelShape, number: int, ours: str, theirs: str) -> Iterator[Weight]:
@@ -225,11 +231,7 @@ def relative(
         expected={"hidden_act": ("silu", "swish"), **expected},
         read=read,
         write=write,
-        hints={
-            "max_position_embeddings": "max_position_embeddings",
-            "seq_length": "max_position_embeddings",
-            "attention_dropout": "attention_dropout",
-        },
+        hints=HINTS,
     )
 
 
