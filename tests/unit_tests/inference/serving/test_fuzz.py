@@ -59,3 +59,43 @@ def fuzz(client: Any, service: Any, model: Any) -> None:
 @pytest.mark.slow
 def test_random_bodies_are_answered_or_refused() -> None:
     run_ranks(1, with_server, fuzz, timeout=1200)
+
+
+def explore(client: Any, service: Any, model: Any) -> None:
+    """Every operation of the description over a socket, with what it allows and with what it forbids."""
+    import schemathesis
+    from hypothesis import HealthCheck, given, settings
+    from schemathesis import GenerationMode
+    from schemathesis.checks import not_a_server_error
+
+    from megatron.inference.serving import http
+    from megatron.inference.serving.app import build_app
+
+    server = http.HttpServer(build_app(service), http.bind("127.0.0.1", 0))
+    description = schemathesis.openapi.from_url(f"http://127.0.0.1:{server.port}/openapi.json")
+    seen = set()
+    for found in description.get_all_operations():
+        operation = found.ok()
+        modes = list(GenerationMode) if operation.body else [GenerationMode.POSITIVE]
+        for mode in modes:
+            seen.add((operation.path, mode.value))
+
+            @settings(max_examples=100, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+            @given(operation.as_strategy(generation_mode=mode))
+            def send(case: Any) -> None:
+                case.call_and_validate(checks=[not_a_server_error])
+
+            send()
+    server.close()
+    assert {("/v1/completions", "negative"), ("/v1/chat/completions", "positive"), ("/api", "positive")} <= seen
+    assert client.get("/health").status_code == 200
+
+
+def explore_with_room() -> None:
+    with_server(explore, max_waiting=10_000)
+
+
+@pytest.mark.slow
+def test_schemathesis_finds_no_server_error() -> None:
+    pytest.importorskip("schemathesis")
+    run_ranks(1, explore_with_room, timeout=1200)
