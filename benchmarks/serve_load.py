@@ -23,6 +23,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -108,13 +109,16 @@ def load(address: str, num_clients: int, goes_on: Callable[[int], bool]) -> list
 
 
 def metrics(address: str) -> dict[str, float]:
-    """What /metrics tells."""
+    """What /metrics tells, of all copies of the model together."""
     connection = http.client.HTTPConnection(address, timeout=60)
     connection.request("GET", "/metrics")
     text = connection.getresponse().read().decode()
     connection.close()
     rows = (line.split() for line in text.splitlines() if not line.startswith("#"))
-    return {name.removeprefix("megatron_"): float(value) for name, value in rows}
+    found: dict[str, float] = defaultdict(float)
+    for name, value in rows:
+        found[name.removeprefix("megatron_").partition("{")[0]] += float(value)
+    return dict(found)
 
 
 def chunks_held(address: str, patience: float = 30) -> int:

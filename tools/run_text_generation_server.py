@@ -6,8 +6,8 @@
     curl localhost:5000/api -X PUT -H "Content-Type: application/json" \
         -d '{"prompts": ["Call me"], "tokens_to_generate": 20}'
 
-Under torchrun the model is spread by --tensor-model-parallel-size and --pipeline-model-parallel-size. See
-docs/inference.md for the routes.
+Under torchrun the model is spread by --tensor-model-parallel-size and --pipeline-model-parallel-size; more ranks hold
+further copies of it, over which requests are spread. See docs/inference.md for the routes.
 """
 
 import argparse
@@ -24,6 +24,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for the program beside this folder
 
 import pretrain_gpt
+from megatron.core.activity import communicating
 from megatron.core.inference.engines import DynamicInferenceEngine
 from megatron.core.inference.model_inference_wrappers.gpt.gpt_inference_wrapper import GPTInferenceWrapper
 from megatron.core.inference.model_inference_wrappers.inference_wrapper_config import InferenceWrapperConfig
@@ -33,7 +34,8 @@ from megatron.core.inference.weight_order import order_weights
 from megatron.inference.context_of_flags import build_context
 from megatron.inference.serving import http
 from megatron.inference.serving.app import build_app
-from megatron.inference.serving.loop import FAILED, EngineLoop
+from megatron.inference.serving.loop import FAILED, STOPPED, EngineLoop
+from megatron.inference.serving.replicas import Front, join_replicas
 from megatron.inference.serving.service import Limits, Service
 from megatron.training import get_args, get_model, get_tokenizer, initialize_megatron, print_rank_0
 from megatron.training.checkpoint.load import load_run
@@ -77,11 +79,7 @@ def check(args: argparse.Namespace) -> None:
         raise ValueError("a server runs no interleaved pipeline: leave --num-layers-per-virtual-pipeline-stage out")
     if args.context_parallel_size > 1:
         raise ValueError("--context-parallel-size above 1 is not served; a checkpoint loads into any other layout")
-    if args.data_parallel_size > 1:
-        raise ValueError(
-            f"{args.world_size} ranks hold {args.data_parallel_size} copies of the model: give as many as "
-            "--tensor-model-parallel-size x --pipeline-model-parallel-size"
-        )
+    check_replicas(args)
     if not (args.load or args.pretrained_checkpoint):
         raise ValueError("there is nothing to serve: give --load DIR or --load hf:DIR")
     if not 0 <= args.port < 1 << 16:
@@ -95,6 +93,19 @@ def check(args: argparse.Namespace) -> None:
         raise ValueError(f"--api-key-env {args.api_key_env}: there is no such environment variable, or it is empty")
 
 
+def check_replicas(args: argparse.Namespace) -> None:
+    """Raises ValueError: copies of the model would have to run in step."""
+    tensor, experts = args.tensor_model_parallel_size, args.expert_model_parallel_size
+    ranks_of_experts = experts * (args.expert_tensor_parallel_size or tensor)
+    if args.data_parallel_size > 1 and experts > 1 and tensor % ranks_of_experts:
+        raise ValueError(
+            f"{args.world_size} ranks hold {args.data_parallel_size} copies of the model, which share experts: give as "
+            "many ranks as --tensor-model-parallel-size x --pipeline-model-parallel-size, or let "
+            f"--expert-model-parallel-size x --expert-tensor-parallel-size ({ranks_of_experts}) divide "
+            f"--tensor-model-parallel-size ({tensor})"
+        )
+
+
 def build_engine(args: argparse.Namespace, model: list[torch.nn.Module], tokenizer: Any) -> DynamicInferenceEngine:
     """An engine over the model of this rank."""
     context = build_context(args, model)
@@ -105,8 +116,8 @@ def build_engine(args: argparse.Namespace, model: list[torch.nn.Module], tokeniz
     )
 
 
-def build_service(args: argparse.Namespace, loop: EngineLoop, tokenizer: Any) -> Service:
-    """What the routes stand on."""
+def build_service(args: argparse.Namespace, loop: Front, tokenizer: Any) -> Service:
+    """What the routes stand on. `--max-running` and `--max-waiting` are of each copy of the model."""
     return Service(
         loop,
         tokenizer,
@@ -116,12 +127,12 @@ def build_service(args: argparse.Namespace, loop: EngineLoop, tokenizer: Any) ->
         Limits(
             body_bytes=int(args.max_body_mb * 2**20),
             tokens_to_generate=args.max_tokens,
-            connections=args.max_running + args.max_waiting,
+            connections=(args.max_running + args.max_waiting) * args.data_parallel_size,
         ),
     )
 
 
-def stop_on_signal(loop: EngineLoop) -> None:
+def stop_on_signal(loop: Front) -> None:
     """SIGINT and SIGTERM end the loops of all ranks together; a second one ends this process where it is.
 
     Launchers send them to all ranks: those that are not the first wait for its word.
@@ -157,16 +168,21 @@ def serve(model_provider: Callable[..., Any] = pretrain_gpt.model_provider, fami
         quantize_weights(model, args.quantize)
     order_weights(model)
     loop = EngineLoop(build_engine(args, model, tokenizer), args.max_waiting)
-    stop_on_signal(loop)
-    farewells.append(lambda: loop.end(FAILED))
+    front = join_replicas(loop)
+    stop_on_signal(front)
+    farewells.append(lambda: front.end(FAILED))
     if listener is not None:
-        service = build_service(args, loop, tokenizer)
+        service = build_service(args, front, tokenizer)
         server = http.HttpServer(build_app(service), listener)
         farewells.append(server.close)
         print_rank_0(f"serving {service.model_name} at http://{args.host}:{server.port}")
     loop.run()
+    front.end(STOPPED)
     if listener is not None:
         server.close()
+    if args.data_parallel_size > 1:
+        with communicating("barrier", None, of="the end of all copies"):
+            torch.distributed.barrier()
     print_rank_0("stopped")
     stop_failure_watch()
     torch.distributed.destroy_process_group()

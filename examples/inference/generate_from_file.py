@@ -57,6 +57,11 @@ def write_texts() -> None:
     initialize_megatron(add_file_arguments)
     args, tokenizer = get_args(), get_tokenizer()
     check(args)
+    if args.data_parallel_size > 1:
+        raise ValueError(
+            f"{args.world_size} ranks hold {args.data_parallel_size} copies of the model: give as many as "
+            "--tensor-model-parallel-size x --pipeline-model-parallel-size"
+        )
     prompts = read_prompts(args.prompt_file)
     model = get_model(model_provider, wrap_with_ddp=False)
     load_run(args, model, None, None)

@@ -95,8 +95,8 @@ def test_a_model_without_a_checkpoint_is_not_served() -> None:
         run_ranks(1, start, FLAGS)
 
 
-def serve_until_death(folder: str, victim: int) -> None:
-    """The server, of which one rank is killed in its third pass."""
+def serve_until_death(folder: str, victim: int, tp: int) -> None:
+    """The server on two ranks, of which one is killed in its third pass."""
     from megatron.core.inference.engines import DynamicInferenceEngine
 
     original, passes = DynamicInferenceEngine.step, 0
@@ -109,7 +109,7 @@ def serve_until_death(folder: str, victim: int) -> None:
         return original(engine, *args, **kwargs)
 
     DynamicInferenceEngine.step = step  # type: ignore[method-assign]
-    sys.argv = [SERVER, *FLAGS, "--load", folder, "--tensor-model-parallel-size", "2"]
+    sys.argv = [SERVER, *FLAGS, "--load", folder, "--tensor-model-parallel-size", str(tp)]
     runpy.run_path(str(ROOT / SERVER), run_name="__main__")
 
 
@@ -123,14 +123,15 @@ def address_in(path: Path, thread: threading.Thread) -> str:
         time.sleep(0.05)
 
 
-def test_clients_hear_that_a_rank_has_died(tmp_path: Path, checkpoint: Path) -> None:
+@pytest.mark.parametrize("tp", [2, 1], ids=["a half of the model", "a copy of the model"])
+def test_clients_hear_that_a_rank_has_died(tmp_path: Path, checkpoint: Path, tp: int) -> None:
     ends: list[End] = []
     thread = threading.Thread(
-        target=lambda: ends.extend(run_to_the_end(tmp_path, 2, serve_until_death, str(checkpoint), 1))
+        target=lambda: ends.extend(run_to_the_end(tmp_path, 2, serve_until_death, str(checkpoint), 1, tp))
     )
     thread.start()
     address = address_in(tmp_path / "rank0", thread)
-    body = json.dumps({"prompts": ["1 2 3"], "tokens_to_generate": 20}).encode()
+    body = json.dumps({"prompts": ["1 2 3"] * 2, "tokens_to_generate": 20}).encode()
     with pytest.raises(urllib.error.HTTPError) as refused:
         urllib.request.urlopen(urllib.request.Request(f"{address}/api", body, method="PUT"))
     assert refused.value.code == 503

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import urllib.request
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from unittest import mock
 
@@ -53,12 +54,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.fixture(scope="module")
-def address(folder: Path) -> Iterator[str]:
+@contextmanager
+def served(folder: Path, *flags: str) -> Iterator[tuple[str, subprocess.Popen[str]]]:
+    """(address, launcher) of a server on two ranks."""
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
-    flags = ["--load", f"hf:{folder}", "--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", str(folder)]
+    source = ["--load", f"hf:{folder}", "--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", str(folder)]
     server = subprocess.Popen(
-        [*command, "tools/run_text_generation_server.py", *flags, "--tensor-model-parallel-size", "2", "--port", "0"],
+        [*command, "tools/run_text_generation_server.py", *source, *flags, "--port", "0"],
         cwd=ROOT,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
@@ -73,9 +75,18 @@ def address(folder: Path) -> Iterator[str]:
             break
     else:
         raise AssertionError("".join(said)[-4000:])
-    yield found[1]
-    server.send_signal(signal.SIGINT)
-    server.communicate()
+    try:
+        yield found[1], server
+    finally:
+        if server.poll() is None:
+            server.send_signal(signal.SIGINT)
+            server.communicate()
+
+
+@pytest.fixture(scope="module")
+def address(folder: Path) -> Iterator[str]:
+    with served(folder, "--tensor-model-parallel-size", "2") as (found, _):
+        yield found
 
 
 @pytest.fixture(scope="module")
@@ -220,3 +231,25 @@ def chat(page: Browser, expected: str) -> None:
     set_field(page, "max_tokens", "63")
     ask(page, PROMPT, "at most 64 tokens")
     assert page.run("document.getElementById('prompt').value") == PROMPT
+
+
+@pytest.mark.slow
+def test_two_copies_of_the_model_serve_and_stop_together(folder: Path, expected: str) -> None:
+    from benchmarks import serve_load
+
+    with served(folder) as (address, launcher):
+        client = openai.OpenAI(base_url=f"http://{address}/v1", api_key="none")
+        asked = {"model": client.models.list().data[0].id, "max_tokens": 12, "temperature": 0}
+        choices = client.completions.create(prompt=[PROMPT] * 4, **asked).choices
+        assert [choice.text for choice in choices] == [expected] * 4
+        with mock.patch.object(serve_load, "LONGEST", 24):
+            clients = serve_load.load(address, 8, lambda asked: asked < 20)
+        found = serve_load.report(clients)
+        assert found["errors"] == [] and found["finished"] + found["left"] == 8 * 20
+        assert serve_load.chunks_held(address) == 0
+        with urllib.request.urlopen(f"http://{address}/metrics") as answer:
+            told = re.findall(r'requests_total{replica="(.)"} (\d+)', answer.read().decode())
+        assert [copy for copy, _ in told] == ["0", "1"] and min(int(count) for _, count in told) > 40
+        launcher.send_signal(signal.SIGINT)
+        said, _ = launcher.communicate()
+        assert "stopped" in said and said.count("Traceback (most recent call last)") == 1, said  # the launcher's

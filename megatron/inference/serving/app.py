@@ -177,11 +177,12 @@ def build_app(service: Service) -> FastAPI:
     async def health() -> Any:
         if service.loop.gone is not None:
             raise service.loop.gone
-        return {"status": "ok"}
+        loads = service.loop.loads()
+        return {"status": "ok"} | ({"replicas": [{"requests": load} for load in loads]} if len(loads) > 1 else {})
 
     @app.get("/metrics")
-    async def exposition() -> PlainTextResponse:
-        return PlainTextResponse(metrics.exposition(service.loop), media_type="text/plain; version=0.0.4")
+    def exposition() -> PlainTextResponse:  # in a thread: copies of the model elsewhere are asked
+        return PlainTextResponse(metrics.exposition(service.loop.samples()), media_type="text/plain; version=0.0.4")
 
     return app
 

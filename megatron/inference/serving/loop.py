@@ -64,7 +64,12 @@ class _Stop:
     pass
 
 
-Command = _Add | _Cancel | _Stop
+@dataclass(frozen=True)
+class _Fail:
+    why: str
+
+
+Command = _Add | _Cancel | _Stop | _Fail
 
 
 @dataclass
@@ -107,8 +112,22 @@ class EngineLoop:
 
     # --- the first rank, any thread ------------------------------------------------------------------------
 
-    def submit(self, tokens: Sequence[int], params: SamplingParams, listener: Listener) -> int:
+    @property
+    def load(self) -> int:
+        """Requests that wait or run."""
+        return len(self._listeners)
+
+    def loads(self) -> list[int]:
+        """The same, of the one copy of the model that this is."""
+        return [self.load]
+
+    def submit(
+        self, tokens: Sequence[int], params: SamplingParams, listener: Listener, number: int | None = None
+    ) -> int:
         """The number of a new request, of which `listener` hears after each pass, in the engine's thread.
+
+        Args:
+            number: None is the next one.
 
         Raises:
             Overloaded: `max_waiting` requests wait.
@@ -119,10 +138,11 @@ class EngineLoop:
         with self._lock:
             if self.gone is not None:
                 raise self.gone
-            if len(self._listeners) - len(self.engine.context.sequences) >= self.max_waiting:
+            if self.load - len(self.engine.context.sequences) >= self.max_waiting:
                 self.counters.rejected += 1
                 raise Overloaded(f"{self.max_waiting} requests wait already")
-            number, self._next_id = self._next_id, self._next_id + 1
+            if number is None:
+                number, self._next_id = self._next_id, self._next_id + 1
             self._listeners[number] = listener
             self._arrivals[number] = time.monotonic()
             self.counters.requests += 1
@@ -137,6 +157,33 @@ class EngineLoop:
     def stop(self) -> None:
         """End `run` on all ranks after the pass that runs."""
         self._commands.put(_Stop())
+
+    def fail(self, why: str) -> None:
+        """End `run` on all ranks with a ConnectionError, unless it has been stopped."""
+        self._commands.put(_Fail(why))
+
+    def samples(self) -> list[dict[str, float]]:
+        """Numbers for /metrics, of the one copy of the model that this is."""
+        counters, context = self.counters, self.engine.context
+        waits = sorted(counters.first_token_seconds)
+        return [
+            {
+                "requests_total": counters.requests,
+                "requests_completed_total": counters.completed,
+                "requests_cancelled_total": counters.cancelled,
+                "requests_rejected_total": counters.rejected,
+                "prompt_tokens_total": counters.prompt_tokens,
+                "generated_tokens_total": counters.generated_tokens,
+                "passes_total": counters.passes,
+                "busy_seconds_total": counters.busy_seconds,
+                "requests_running": len(context.sequences),
+                "requests_waiting": len(self.engine.waiting),
+                "chunks_free": context.chunk_allocator.chunk_count_avail,
+                "chunks_remembered": context.prefix_cache.num_spare,
+                "chunks": context.chunk_allocator.chunk_count_total - 1,
+                "first_token_seconds_median": waits[len(waits) // 2] if waits else 0,
+            }
+        ]
 
     # --- all ranks, the main thread ------------------------------------------------------------------------
 
@@ -193,6 +240,8 @@ class EngineLoop:
                     self.engine.cancel(number)
                 case _Stop():
                     return False
+                case _Fail(why):
+                    raise ConnectionError(why)
         return True
 
     def _tell(self, request: DynamicInferenceRequest) -> None:

@@ -2,41 +2,33 @@
 
 from __future__ import annotations
 
-from megatron.inference.serving.loop import EngineLoop
+from collections.abc import Sequence
+
+KINDS = {
+    "requests_total": ("counter", "requests taken"),
+    "requests_completed_total": ("counter", "requests that came to their end"),
+    "requests_cancelled_total": ("counter", "requests whose client went away, or that met a stop text"),
+    "requests_rejected_total": ("counter", "requests refused because too many waited"),
+    "prompt_tokens_total": ("counter", "tokens of prompts"),
+    "generated_tokens_total": ("counter", "tokens generated"),
+    "passes_total": ("counter", "passes of the model"),
+    "busy_seconds_total": ("counter", "seconds in passes"),
+    "requests_running": ("gauge", "requests in the context"),
+    "requests_waiting": ("gauge", "requests that wait for room"),
+    "chunks_free": ("gauge", "free chunks of the cache"),
+    "chunks_remembered": ("gauge", "chunks that only the cache of beginnings holds"),
+    "chunks": ("gauge", "chunks of the cache"),
+    "first_token_seconds_median": ("gauge", "of the last 1000 requests"),
+}
+"""What `EngineLoop.samples` gives: the kind of each number, and what it is."""
 
 
-def exposition(loop: EngineLoop) -> str:
-    """One sample a line, each with its help and type."""
-    counters, engine = loop.counters, loop.engine
-    allocator = engine.context.chunk_allocator
-    waits = sorted(counters.first_token_seconds)
-    samples = [
-        ("requests_total", "counter", "requests taken", counters.requests),
-        ("requests_completed_total", "counter", "requests that came to their end", counters.completed),
-        (
-            "requests_cancelled_total",
-            "counter",
-            "requests whose client went away, or that met a stop text",
-            counters.cancelled,
-        ),
-        ("requests_rejected_total", "counter", "requests refused because too many waited", counters.rejected),
-        ("prompt_tokens_total", "counter", "tokens of prompts", counters.prompt_tokens),
-        ("generated_tokens_total", "counter", "tokens generated", counters.generated_tokens),
-        ("passes_total", "counter", "passes of the model", counters.passes),
-        ("busy_seconds_total", "counter", "seconds in passes", counters.busy_seconds),
-        ("requests_running", "gauge", "requests in the context", len(engine.context.sequences)),
-        ("requests_waiting", "gauge", "requests that wait for room", len(engine.waiting)),
-        ("chunks_free", "gauge", "free chunks of the cache", allocator.chunk_count_avail),
-        (
-            "chunks_remembered",
-            "gauge",
-            "chunks that only the cache of beginnings holds",
-            engine.context.prefix_cache.num_spare,
-        ),
-        ("chunks", "gauge", "chunks of the cache", allocator.chunk_count_total - 1),
-        ("first_token_seconds_median", "gauge", "of the last 1000 requests", waits[len(waits) // 2] if waits else 0),
-    ]
+def exposition(samples: Sequence[dict[str, float]]) -> str:
+    """Each number with its help and kind; with a label where there are several copies of the model."""
     lines = []
-    for name, kind, words, value in samples:
-        lines += [f"# HELP megatron_{name} {words}", f"# TYPE megatron_{name} {kind}", f"megatron_{name} {value}"]
+    for name, (kind, words) in KINDS.items():
+        lines += [f"# HELP megatron_{name} {words}", f"# TYPE megatron_{name} {kind}"]
+        for number, values in enumerate(samples):
+            label = f'{{replica="{number}"}}' if len(samples) > 1 else ""
+            lines.append(f"megatron_{name}{label} {values[name]}")
     return "\n".join(lines) + "\n"

@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 
 from megatron.core.inference.inference_request import DynamicInferenceRequest, FinishReason
 from megatron.core.inference.sampling_params import SamplingParams
-from megatron.inference.serving.loop import EngineLoop, Progress
+from megatron.inference.serving.loop import Progress
+from megatron.inference.serving.replicas import Front
 
 BROKEN = "\ufffd"
 """What a tokenizer writes for the bytes of an unfinished character."""
@@ -76,7 +77,7 @@ class Ticket:
 
     def __init__(
         self,
-        loop: EngineLoop,
+        loop: Front,
         tokens: Sequence[int],
         params: SamplingParams,
         detokenize: Callable[[list[int]], str],

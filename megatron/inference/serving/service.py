@@ -13,8 +13,9 @@ from typing import Any
 from megatron.core.inference.contexts import MaxSequenceLengthOverflowError
 from megatron.core.inference.sampling_params import SamplingParams
 from megatron.inference.continuation import text_behind
-from megatron.inference.serving.loop import EngineGone, EngineLoop, Overloaded
+from megatron.inference.serving.loop import EngineGone, Overloaded
 from megatron.inference.serving.progress import Piece, Ticket
+from megatron.inference.serving.replicas import Front
 
 Message = dict[str, Any]
 
@@ -53,7 +54,7 @@ class Service:
         api_key: clients must send it; None is open to all that reach the port.
     """
 
-    loop: EngineLoop
+    loop: Front
     tokenizer: Any
     model_name: str
     chat_template: Callable[[list[Message]], list[int]] | None = None

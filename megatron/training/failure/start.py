@@ -41,7 +41,7 @@ def start_failure_watch(timeout_seconds: float, heeds_sigterm: bool = True) -> N
     address: list[tuple[str, int, str, Member] | None] = [None]
     if rank == 0:
         token = secrets.token_hex(16)
-        server = _listen()
+        server = listen_to_ranks()
         address = [(*server.getsockname()[:2], token, Member(0, os.getpid(), socket.gethostname()))]
         hub = Hub(server, token, dist.get_world_size())
     dist.broadcast_object_list(address, src=0)
@@ -84,7 +84,7 @@ def stop_failure_watch() -> None:
         _watch = None
 
 
-def _listen() -> socket.socket:
+def listen_to_ranks() -> socket.socket:
     """A server on an address of this machine that the other ranks know: the master's, if that is this one."""
     for name in (os.getenv("MASTER_ADDR"), socket.gethostname()):
         if not name:
