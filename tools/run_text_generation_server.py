@@ -149,12 +149,17 @@ def stop_on_signal(loop: Front) -> None:
         signal.signal(one, stop)
 
 
-def serve(model_provider: Callable[..., Any] = pretrain_gpt.model_provider, family: str | None = None) -> None:
+def serve(
+    model_provider: Callable[..., Any] = pretrain_gpt.model_provider,
+    family: str | None = None,
+    engine_provider: Callable[[argparse.Namespace, list[torch.nn.Module], Any], DynamicInferenceEngine] = build_engine,
+) -> None:
     """Load and serve until a signal comes.
 
     Args:
         model_provider: of the program that trained the model.
         family: of its flags; None is a GPT.
+        engine_provider: (flags, model of this rank, tokenizer) -> an engine over the model.
     """
     initialize_megatron(add_server_arguments, args_defaults={"model_family": family} if family else {})
     args, tokenizer = get_args(), get_tokenizer()
@@ -167,7 +172,7 @@ def serve(model_provider: Callable[..., Any] = pretrain_gpt.model_provider, fami
     if args.quantize:
         quantize_weights(model, args.quantize)
     order_weights(model)
-    loop = EngineLoop(build_engine(args, model, tokenizer), args.max_waiting)
+    loop = EngineLoop(engine_provider(args, model, tokenizer), args.max_waiting)
     front = join_replicas(loop)
     stop_on_signal(front)
     farewells.append(lambda: front.end(FAILED))

@@ -152,6 +152,7 @@ def test_flags_of_the_server_of_hybrids_exist(scale: str, tensor_parallel: int, 
         ("run_text_generation_server_345M.sh", ["saved", "vocab.json", "merges.txt"], 1),
         ("run_text_generation_server_345M_8_tensor_parallel.sh", ["saved", "vocab.json", "merges.txt"], 8),
         ("run_text_generation_server_hf.sh", ["llama", "4", "--quantize", "int8"], 4),
+        ("run_t5_text_generation_server.sh", ["llama", "2"], 2),
     ],
 )
 def test_flags_of_servers_exist(script: str, arguments: list[str], tensor_parallel: int, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from megatron.core import parallel_state
-from megatron.core.inference.contexts import DynamicInferenceContext, cache_sizes_of
+from megatron.core.inference.contexts import DynamicInferenceContext, EncoderDecoderContext, cache_sizes_of
 from megatron.core.inference.engines import DynamicInferenceEngine, StaticInferenceEngine
 from megatron.core.inference.model_inference_wrappers.gpt.gpt_inference_wrapper import GPTInferenceWrapper
 from megatron.core.inference.model_inference_wrappers.inference_wrapper_config import InferenceWrapperConfig
@@ -115,6 +115,24 @@ def static_engine(model: list[nn.Module]) -> StaticInferenceEngine:
     return StaticInferenceEngine(EncoderDecoderTextGenerationController(T5InferenceWrapper(model, config), Words()))
 
 
+def joining_texts(case: str, flags: list[str], directory: Path) -> list[tuple[list[list[int]], list[list[float]]]]:
+    """As `our_texts`, of a T5 whose prompts come one a pass, four at once at most."""
+    model = started(case, ["--load", f"hf:{directory}", *flags])
+    config = get_model_config(model[0])
+    multiple = config.tensor_model_parallel_size if config.sequence_parallel else 1
+    context = EncoderDecoderContext(0, LONGEST, 4, token_multiple=multiple)
+    wrapper = T5InferenceWrapper(model, InferenceWrapperConfig(config.hidden_size, torch.float32, -1, VOCAB), context)
+    engine = DynamicInferenceEngine(TextGenerationController(wrapper, None), context, termination_id=-1)
+    params = SamplingParams(top_k=1, num_tokens_to_generate=NEW, return_log_probs=True)
+    requests = []
+    for number, prompt in enumerate(prompts()):
+        requests.append(engine.add_request(number, prompt, sampling_params=params))
+        engine.step()
+    while engine.has_unfinished_requests():
+        engine.step()
+    return [([request.generated_tokens for request in requests], [request.generated_log_probs for request in requests])]
+
+
 def our_texts(case: str, flags: list[str], directory: Path) -> list[tuple[list[list[int]], list[list[float]]]]:
     """(texts, log-probabilities) of the first prompt, of the first three, and of all 16."""
     params = SamplingParams(top_k=1, num_tokens_to_generate=NEW, return_log_probs=True, ignore_termination=True)
@@ -173,6 +191,16 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Any:
 CASES = ("gpt2", "llama", "mixtral", "mamba2", "t5")
 PAIRS: list[Any] = [(case, layout) for case in CASES for layout in ("TP1", "TP2", "PP2")] + [("mixtral", "EP2")]
 PAIRS += [pytest.param(case, "TP2 sequence parallel", marks=pytest.mark.slow) for case in ("mamba2", "t5")]
+
+
+@pytest.mark.parametrize("layout", ["TP1", "TP2", "PP2", pytest.param("TP2 sequence parallel", marks=pytest.mark.slow)])
+def test_texts_of_a_t5_that_join_and_leave_are_theirs(layout: str, made: Any) -> None:
+    directory, texts, log_probs = made("t5")
+    for rank in run_ranks(1 if layout == "TP1" else 2, joining_texts, "t5", LAYOUTS[layout], directory):
+        for found, values in rank:
+            assert found == texts
+            for own, wanted in zip(values, log_probs):
+                torch.testing.assert_close(own, wanted, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize(("case", "layout"), PAIRS)

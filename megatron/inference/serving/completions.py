@@ -49,6 +49,8 @@ async def complete(service: Service, body: Body) -> dict[str, Any]:
         Refusal: the call is not in order, or there is no room for it.
     """
     _check(body)
+    if body.echo:
+        service.require_continuing("echo")
     prompts = prompts_of(service, body.prompt)
     stop = [body.stop] if isinstance(body.stop, str) else list(body.stop or ())
     settings = [
@@ -78,6 +80,8 @@ def _choice(
     values = [*((request.prompt_log_probs or []) if request else []), *piece.log_probs]
     best = [*((request.prompt_top_n_token_logprobs or []) if request else []), *piece.best]
     skipped = 0 if body.echo else len(prompt)
+    if not service.continues_prompts:  # the first place is the decoder's start token
+        tokens, skipped = [0, *piece.tokens], 1
     words, offsets = service.words(tokens[skipped:])
     log_probs: list[float | None] = [None, *(json_safe(value) for value in values)]
     top: list[Any] = [None]

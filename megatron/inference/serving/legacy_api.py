@@ -35,6 +35,7 @@ async def generate(service: Service, body: Any, client: str) -> dict[str, Any]:
     if not values["no_log"]:
         log.info("request IP: %s\n%s\nstart time: %s", client, json.dumps(body)[:LOGGED_CHARACTERS], datetime.now())
     if values["beam_width"] is not None:
+        service.require_continuing("beam_width")
         return await _beams(service, values, rows[0])
     return await _texts(service, values, rows)
 
@@ -44,9 +45,10 @@ async def _texts(service: Service, values: Mapping[str, Any], rows: Sequence[lis
     stop = ["\n\n"] * values["stop_on_double_eol"] + ["\n"] * values["stop_on_eol"]
     tickets = service.tickets((row, _params(values, number, pairs), stop) for number, row in enumerate(rows))
     pieces = await service.all_of(tickets)
-    tokens = [[*row, *piece.tokens] for row, piece in zip(rows, pieces)]
+    goes_on = service.continues_prompts
+    tokens = [[*row * goes_on, *piece.tokens] for row, piece in zip(rows, pieces)]
     answer: dict[str, Any] = {
-        "text": [prompt + piece.text for prompt, piece in zip(values["prompts"], pieces)],
+        "text": [prompt * goes_on + piece.text for prompt, piece in zip(values["prompts"], pieces)],
         "segments": [service.words(row)[0] for row in tokens],
         "tokens": tokens,
     }

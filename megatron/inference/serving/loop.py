@@ -178,9 +178,7 @@ class EngineLoop:
                 "busy_seconds_total": counters.busy_seconds,
                 "requests_running": len(context.sequences),
                 "requests_waiting": len(self.engine.waiting),
-                "chunks_free": context.chunk_allocator.chunk_count_avail,
-                "chunks_remembered": context.prefix_cache.num_spare,
-                "chunks": context.chunk_allocator.chunk_count_total - 1,
+                **context.chunk_counts(),
                 "first_token_seconds_median": waits[len(waits) // 2] if waits else 0,
             }
         ]

@@ -27,6 +27,8 @@ def exposition(samples: Sequence[dict[str, float]]) -> str:
     """Each number with its help and kind; with a label where there are several copies of the model."""
     lines = []
     for name, (kind, words) in KINDS.items():
+        if name not in samples[0]:  # a model that keeps nothing has no chunks
+            continue
         lines += [f"# HELP megatron_{name} {words}", f"# TYPE megatron_{name} {kind}"]
         for number, values in enumerate(samples):
             label = f'{{replica="{number}"}}' if len(samples) > 1 else ""

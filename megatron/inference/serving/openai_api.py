@@ -324,6 +324,8 @@ def completion(service: Service, body: Completion) -> Answer:
         raise Refusal(400, "max_tokens 0 generates nothing: give echo true to score the prompt")
     if body.stream and body.echo and body.logprobs is not None:
         raise Refusal(400, "a prompt's logprobs are not streamed: leave out echo, logprobs or stream")
+    if body.echo:
+        service.require_continuing("echo")
     prompts = prompts_of(service, body.prompt)
     logs = body.logprobs is not None
     tickets = _tickets(service, body, prompts, body.max_tokens, body.logprobs or 0, logs)

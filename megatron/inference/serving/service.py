@@ -67,6 +67,16 @@ class Service:
         """Tokens of the longest text."""
         return self.loop.engine.context.max_sequence_length
 
+    @property
+    def continues_prompts(self) -> bool:
+        """A text goes on from its prompt; otherwise it is an answer to it, as of a model with an encoder."""
+        return self.loop.engine.context.continues_prompts
+
+    def require_continuing(self, field: str) -> None:
+        """Raises Refusal: what `field` asks for is of models that continue their prompts."""
+        if not self.continues_prompts:
+            raise Refusal(400, f"{field} is for models that continue their prompts; this one answers them")
+
     def require_key(self, header: str | None) -> None:
         """Raises Refusal: an API key is asked for, and this is not it."""
         if self.api_key is None:
@@ -95,7 +105,7 @@ class Service:
         Raises:
             Refusal: more are wanted than fit, or than one may ask for.
         """
-        fits = self.max_length - num_prompt_tokens
+        fits = self.loop.engine.context.room_for(num_prompt_tokens)
         most = fits if self.limits.tokens_to_generate is None else min(fits, self.limits.tokens_to_generate)
         if fits < 0 or (wanted is not None and wanted > most):
             raise Refusal(
@@ -113,7 +123,8 @@ class Service:
         """
         try:
             self.loop.engine.check_prompt(tokens, params.num_tokens_to_generate)
-            return Ticket(self.loop, tokens, params, self.detokenize_after(tokens), stop)
+            before = tokens if self.continues_prompts else ()
+            return Ticket(self.loop, tokens, params, self.detokenize_after(before), stop)
         except Overloaded as error:
             raise self.overloaded(str(error)) from None
         except EngineGone as error:

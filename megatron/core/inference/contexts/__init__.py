@@ -4,6 +4,7 @@ from .base_context import BaseInferenceContext
 from .cache_sizes import CacheSizes, cache_sizes_of
 from .dynamic_chunk_allocator import ChunkAllocator
 from .dynamic_context import DynamicInferenceContext
+from .encoder_decoder_context import EncoderDecoderContext
 from .overflow import (
     ChunkOverflowError,
     ContextOverflowError,
@@ -20,6 +21,7 @@ __all__ = [
     "ChunkOverflowError",
     "ContextOverflowError",
     "DynamicInferenceContext",
+    "EncoderDecoderContext",
     "MaxSequenceLengthOverflowError",
     "RequestOverflowError",
     "StaticInferenceContext",

@@ -20,6 +20,9 @@ class BaseInferenceContext(ABC):
     max_sequence_length: int
     """Tokens of the longest text."""
 
+    continues_prompts = True
+    """A text goes on from its prompt; otherwise it is an answer to it."""
+
     def __init__(self, materialize_only_last_token_logits: bool) -> None:
         self.materialize_only_last_token_logits = materialize_only_last_token_logits
 

@@ -153,6 +153,19 @@ class DynamicInferenceContext(BaseInferenceContext):
     def is_static_batching(self) -> bool:
         return False
 
+    def room_for(self, num_prompt_tokens: int) -> int:
+        """Tokens that a prompt can be continued by; negative if it is too long itself."""
+        return self.max_sequence_length - num_prompt_tokens
+
+    def chunk_counts(self) -> dict[str, float]:
+        """How many chunks are free, kept only as the beginning of texts, and there at all."""
+        allocator = self.chunk_allocator
+        return {
+            "chunks_free": allocator.chunk_count_avail,
+            "chunks_remembered": self.prefix_cache.num_spare,
+            "chunks": allocator.chunk_count_total - 1,
+        }
+
     # --- texts ----------------------------------------------------------------------------------------
 
     def add_request(

@@ -12,6 +12,7 @@ from torch import Tensor
 from megatron.core.inference.contexts import (
     ContextOverflowError,
     DynamicInferenceContext,
+    EncoderDecoderContext,
     MaxSequenceLengthOverflowError,
 )
 from megatron.core.inference.engines.abstract_engine import AbstractEngine
@@ -46,7 +47,7 @@ class DynamicInferenceEngine(AbstractEngine):
     def __init__(
         self,
         controller: TextGenerationController,
-        context: DynamicInferenceContext,
+        context: DynamicInferenceContext | EncoderDecoderContext,
         termination_id: int,
         enable_cuda_graph: bool = False,
         random_seed: int | None = None,
@@ -126,7 +127,7 @@ class DynamicInferenceEngine(AbstractEngine):
             raise ValueError("the prompt is empty; give at least one token")
         if not 0 <= min(tokens) <= max(tokens) < self.controller.vocab_size:
             raise ValueError(f"the prompt has token numbers outside the vocabulary of {self.controller.vocab_size}")
-        if len(tokens) + num_tokens_to_generate > self.context.max_sequence_length:
+        if num_tokens_to_generate > self.context.room_for(len(tokens)):
             raise MaxSequenceLengthOverflowError(
                 f"the prompt has {len(tokens)} tokens and {num_tokens_to_generate} more were asked for; a text "
                 f"has at most {self.context.max_sequence_length}"
@@ -185,7 +186,7 @@ class DynamicInferenceEngine(AbstractEngine):
             request = self.requests[self.waiting[0]]
             params = request.sampling_params = request.sampling_params or default
             if request.generated_length is None:
-                room = self.context.max_sequence_length - len(request.prompt_tokens or ())
+                room = self.context.room_for(len(request.prompt_tokens or ()))
                 request.generated_length = min(params.num_tokens_to_generate, room)
             missing = request.generated_length - len(request.generated_tokens)
             wants_prompt = params.return_log_probs or params.return_prompt_top_n_logprobs

@@ -10,7 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from megatron.core import parallel_state
-from megatron.core.inference.contexts import BaseInferenceContext, StaticInferenceContext
+from megatron.core.inference.contexts import (
+    BaseInferenceContext,
+    DynamicInferenceContext,
+    EncoderDecoderContext,
+    StaticInferenceContext,
+)
 from megatron.core.inference.model_inference_wrappers.inference_wrapper_config import InferenceWrapperConfig
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.process_groups_config import has_default_process_groups
@@ -77,6 +82,14 @@ class AbstractModelInferenceWrapper(ABC):
         self, inference_input: Inputs, context_start_position: int, context_end_position: int
     ) -> Inputs:
         """The input of one pass, over the tokens from start to end - 1 of each row."""
+
+    def inputs_of(self, context: DynamicInferenceContext | EncoderDecoderContext) -> Inputs:
+        """What the pass that `context` has planned needs."""
+        return {
+            "tokens": context.current_input_ids(),
+            "position_ids": context.current_position_ids(),
+            "output_positions": context.output_positions(),
+        }
 
     @abstractmethod
     def compute(self, chunk: nn.Module, inputs: Inputs) -> Tensor:

@@ -19,6 +19,7 @@ from megatron.core import device
 from megatron.core.inference.async_stream import AsyncStream
 from megatron.core.inference.communication_utils import decides, share_decision
 from megatron.core.inference.contexts.dynamic_context import DynamicInferenceContext
+from megatron.core.inference.contexts.encoder_decoder_context import EncoderDecoderContext
 from megatron.core.inference.contexts.step_plan import Part
 from megatron.core.inference.inference_request import DynamicInferenceRequest, InferenceRequest, Status
 from megatron.core.inference.log_probs import Told, rows_told, told
@@ -199,16 +200,13 @@ class TextGenerationController:
         return sample(last_token_logits[:, : vocab_size or self.vocab_size], draws)
 
     def run_step(
-        self, context: DynamicInferenceContext, requests: Mapping[int, DynamicInferenceRequest]
+        self,
+        context: DynamicInferenceContext | EncoderDecoderContext,
+        requests: Mapping[int, DynamicInferenceRequest],
     ) -> list[Outcome]:
         """What the pass that `context` has planned gives for each of its texts; the same on all ranks."""
         plan = context.plan
-        inputs = {
-            "tokens": context.current_input_ids(),
-            "position_ids": context.current_position_ids(),
-            "output_positions": context.output_positions(),
-        }
-        logits = self.inference_wrapped_model.run_one_forward_step(inputs)
+        logits = self.inference_wrapped_model.run_one_forward_step(self.inference_wrapped_model.inputs_of(context))
         params = [_params(requests[part.sequence.request_id]) for part in plan.parts]
         wanted = [len(places) for places in plan.wanted()]
         num_best = max(param.top_n_logprobs for param in params)

@@ -10,9 +10,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from megatron.core import device
-from megatron.core.inference.contexts import BaseInferenceContext
+from megatron.core.inference.contexts import BaseInferenceContext, DynamicInferenceContext, EncoderDecoderContext
+from megatron.core.inference.contexts.encoder_decoder_context import DecodedSequence
 from megatron.core.inference.model_inference_wrappers.abstract_model_inference_wrapper import (
     AbstractModelInferenceWrapper,
     Inputs,
@@ -59,14 +61,40 @@ class T5InferenceWrapper(AbstractModelInferenceWrapper):
         rows = [self.tokenize_encoder_prompt(prompt, tokenizer).tolist() for prompt in encoder_prompts]
         if not all(rows):
             raise ValueError("an encoder prompt is empty; give at least one token")
-        longest = -(-max(map(len, rows)) // self.token_multiple) * self.token_multiple
-        tokens = self.pad_encoder_prompts_tokens(rows, longest, tokenizer).to(device.current_device())
-        lengths = torch.tensor([len(row) for row in rows], device=tokens.device)
-        mask = (torch.arange(longest, device=tokens.device) >= lengths[:, None])[:, None, None, :]
-        inputs: Inputs = {"tokens": prompts_tokens, "encoder_tokens": tokens, "encoder_mask": mask}
+        inputs = {"tokens": prompts_tokens} | self._encoder_inputs(rows)
         if self.num_stages == 1:
             inputs["encoder_output"] = self._encode(inputs)
         return inputs
+
+    def _encoder_inputs(self, rows: list[list[int]]) -> Inputs:
+        """`encoder_tokens` and `encoder_mask`."""
+        longest = -(-max(map(len, rows)) // self.token_multiple) * self.token_multiple
+        tokens = self.pad_encoder_prompts_tokens(rows, longest, None).to(device.current_device())
+        lengths = torch.tensor([len(row) for row in rows], device=tokens.device)
+        mask = (torch.arange(longest, device=tokens.device) >= lengths[:, None])[:, None, None, :]
+        return {"encoder_tokens": tokens, "encoder_mask": mask}
+
+    def inputs_of(self, context: DynamicInferenceContext | EncoderDecoderContext) -> Inputs:
+        """As `prep_inference_input`, of texts that came at different times. The encoder's output is kept for each text,
+        unless it is cut into parts, over stages or sequence parallel ranks: then the encoder runs each time.
+        """
+        assert isinstance(context, EncoderDecoderContext), "a T5 takes an EncoderDecoderContext"
+        sequences = context.running()
+        inputs = self._encoder_inputs([sequence.encoder_tokens for sequence in sequences])
+        inputs |= {"tokens": context.current_input_ids(), "output_positions": context.output_positions()}
+        if self.num_stages == 1 and self.token_multiple == 1:
+            inputs["encoder_output"] = self._kept(sequences)
+        return inputs
+
+    def _kept(self, sequences: list[DecodedSequence]) -> Tensor:
+        """[e, b, h]: the encoder's output of all texts; it runs over those that are new."""
+        new = [sequence for sequence in sequences if sequence.encoder_output is None]
+        if new:
+            inputs = self._encoder_inputs([sequence.encoder_tokens for sequence in new])
+            output = self._encode(inputs | {"tokens": inputs["encoder_tokens"][:, :1]})
+            for row, sequence in enumerate(new):
+                sequence.encoder_output = output[: len(sequence.encoder_tokens), row].clone()
+        return pad_sequence([sequence.encoder_output for sequence in sequences if sequence.encoder_output is not None])
 
     @torch.no_grad()
     def _encode(self, inputs: Inputs) -> Tensor:
