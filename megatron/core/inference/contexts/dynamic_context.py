@@ -21,6 +21,7 @@ from megatron.core.inference.contexts.overflow import (
     RequestOverflowError,
     TokenOverflowError,
 )
+from megatron.core.inference.contexts.overflow import ContextOverflowError as ContextOverflowError  # a public name here
 from megatron.core.inference.contexts.paged_attention import attend_to_chunks, attend_to_past
 from megatron.core.inference.contexts.prefix_cache import PrefixCache
 from megatron.core.inference.contexts.step_plan import CachedSequence, Part, Pieces, StepPlan

@@ -178,6 +178,74 @@ class TextGenerationController:
             if params.return_prompt_top_n_logprobs:
                 request.prompt_top_n_logprobs = named[:first]
 
+    def update_generation_status(
+        self,
+        updated_prompts_tokens: Tensor,
+        generation_started: Tensor,
+        current_context_end_position: int,
+        is_generation_done_tensor: Tensor,
+        generated_sequence_lengths: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """(which rows [b] have ended, how many tokens [b] each has written): after the token at a position is known.
+
+        A row ends at the end-of-document token, which is not counted; one in its prompt does not end it.
+
+        Args:
+            updated_prompts_tokens: [b, l] prompts and what was written behind them so far.
+            generation_started: [b] bool, rows whose prompts end before the position.
+            current_context_end_position: the position.
+            is_generation_done_tensor: [b] bool, rows that had ended before.
+            generated_sequence_lengths: [b] int, tokens that each had written before.
+        """
+        tokens = updated_prompts_tokens[:, current_context_end_position]
+        done = is_generation_done_tensor.bool() | (generation_started & (tokens == int(self.tokenizer.eod)))
+        return done, generated_sequence_lengths + (generation_started & ~done)
+
+    def stream_tokens(
+        self,
+        sampling_params: SamplingParams,
+        request_ids: Sequence[str],
+        requests: Sequence[InferenceRequest],
+        streams: Sequence[AsyncStream | None],
+        generation_started: Sequence[bool],
+        is_generation_done: Sequence[bool],
+        tokens: Tensor,
+        prompt_lengths: Sequence[int],
+        generated_lengths: Sequence[int],
+        output_log_probs: Tensor | None = None,
+    ) -> None:
+        """Put each request that has begun to write, as it is now, into its stream; end the streams of those that have
+        ended. The requests themselves are not changed.
+
+        Args:
+            request_ids: unused, requests know theirs.
+            streams: None for a request that nobody listens to.
+            tokens: [b, l] prompts, each followed by what was written.
+            prompt_lengths, generated_lengths: tokens of each.
+            output_log_probs: [b, l - 1] of all tokens but the first of a row.
+        """
+        for row, (request, stream) in enumerate(zip(requests, streams)):
+            if stream is None or stream.finished or not generation_started[row]:
+                continue
+            begin, end = prompt_lengths[row], prompt_lengths[row] + generated_lengths[row]
+            written = tokens[row, begin:end]
+            now = dataclasses.replace(
+                request,
+                status=Status.COMPLETED if is_generation_done[row] else Status.ACTIVE_AND_GENERATING_TOKENS,
+                generated_tokens=written.clone(),
+                generated_length=generated_lengths[row],
+                generated_text=self.tokenizer.detokenize(written.tolist()),
+            )
+            if sampling_params.return_segments:
+                now.segments = self.segments(tokens[row, :end].tolist())
+                now.generated_segments = now.segments[begin:]
+            if sampling_params.return_log_probs and output_log_probs is not None:
+                values = output_log_probs[row, : end - 1].cpu()
+                now.prompt_log_probs, now.generated_log_probs = values[: begin - 1], values[begin - 1 :]
+            stream.put(now)
+            if is_generation_done[row]:
+                stream.finish()
+
     # --- drawing ----------------------------------------------------------------------------------------
 
     def sample_from_logits(
