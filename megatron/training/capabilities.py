@@ -43,7 +43,13 @@ ARGUMENTS_OF_TOOLS: dict[str, tuple[str, str]] = {
 }
 """Argument -> (what the only program that reads it sets, this program): others refuse it."""
 
-BUILT_WITHIN_GROUPS = ARGUMENTS_OF_TOOLS.keys() | {"qk_layernorm", "qk_l2_norm", "data_sharding"}
+BUILT_WITHIN_GROUPS = ARGUMENTS_OF_TOOLS.keys() | {
+    "qk_layernorm",
+    "qk_l2_norm",
+    "data_sharding",
+    "enable_cuda_graph",
+    "cuda_graph_warmup_steps",
+}
 """What works although it stands under such a heading."""
 
 ARGUMENTS_NOT_BUILT: dict[str, str] = {

@@ -109,7 +109,8 @@ class MambaStack(TransformerBlock):
                     "packed sequences: the state of a state space layer runs through all tokens of a sample; give each "
                     "sequence a sample of its own"
                 )
-            return layer(hidden_states, inference_context=others["inference_context"]), context
+            output = self.call_layer(layer, hidden_states, inference_context=others["inference_context"])
+            return output, context
         return super().run_layer(layer, hidden_states, context, others)
 
     def allocate_inference_cache(

@@ -18,6 +18,7 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.random import checkpoint, get_cuda_rng_tracker
 from megatron.core.transformer.activation_offload import ActivationOffload
+from megatron.core.transformer.cuda_graphs import CudaGraphManager
 from megatron.core.transformer.layer_placement import layers_of_chunk
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec, build_module, get_module
@@ -127,6 +128,7 @@ class TransformerBlock(MegatronModule):
             number: Any = getattr(layer, "layer_number", None)
             compute_in_fp8(layer, config, number, self.model_comm_pgs)
         self.offload = ActivationOffload(config)
+        self.graphs = CudaGraphManager(config) if config.enable_cuda_graph else None
         norm: nn.Module | None = None
         if post_process and post_layer_norm and self.submodules.layer_norm is not None:
             norm = build_module(
@@ -206,7 +208,11 @@ class TransformerBlock(MegatronModule):
         self, layer: Any, hidden_states: Tensor, context: Tensor | None, others: dict[str, Any]
     ) -> tuple[Tensor, Tensor | None]:
         """(hidden_states, context) after one layer; `others` are what all layers are handed."""
-        return layer(hidden_states, context=context, **others)
+        return self.call_layer(layer, hidden_states, context=context, **others)
+
+    def call_layer(self, layer: Any, *args: Any, **kwargs: Any) -> Any:
+        """`layer(*args, **kwargs)`, captured where layers run as CUDA graphs."""
+        return layer(*args, **kwargs) if self.graphs is None else self.graphs(layer, args, kwargs)
 
     def _run_recomputed(
         self, hidden_states: Tensor, context: Tensor | None, others: dict[str, Any]

@@ -266,13 +266,13 @@ class TransformerConfig(ModelParallelConfig):
 
     # --- CUDA graphs ---
     enable_cuda_graph: bool = False
-    """Run layers as CUDA graphs."""
+    """Run layers as CUDA graphs, captured one by one (`transformer.cuda_graphs`)."""
     cuda_graph_use_single_mempool: bool = False
     """All graphs share one memory pool."""
     cuda_graph_retain_backward_graph: bool = False
     """Keep the autograd graph of a captured backward."""
     cuda_graph_warmup_steps: int = 3
-    """Steps before graphs are captured."""
+    """Backward passes of a layer before it is captured; at least one."""
     external_cuda_graph: bool = False
     """The training program captures the graphs."""
     cuda_graph_scope: Literal["full", "attn"] = "full"

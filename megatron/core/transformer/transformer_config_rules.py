@@ -6,6 +6,7 @@ The split of layers over pipeline stages and recompute have a file of their own.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -399,11 +400,32 @@ def require_offloading_fits(config: TransformerConfig) -> None:
         )
 
 
+NOT_CAPTURED: tuple[tuple[str, Callable[[TransformerConfig], Any], str], ...] = (
+    ("cpu_offloading", lambda config: config.cpu_offloading, "activations stay where they were captured"),
+    ("recompute_granularity", lambda config: config.recompute_granularity, "a captured forward keeps its activations"),
+    ("num_moe_experts", lambda config: config.num_moe_experts, "how many tokens an expert gets changes"),
+    ("variable_seq_lengths", lambda config: config.variable_seq_lengths, "shapes are captured"),
+    ("hidden_dropout", lambda config: config.hidden_dropout > 0, "random states live on the host: set it to 0"),
+    ("attention_dropout", lambda config: config.attention_dropout > 0, "random states live on the host: set it to 0"),
+    ("fp8", lambda config: config.fp8, "its scales are chosen on the host"),
+    ("context_parallel_size", lambda config: config.context_parallel_size > 1, "keys that travel are not captured"),
+    ("tp_comm_overlap", lambda config: config.tp_comm_overlap, "its pieces have streams of their own"),
+    (
+        "overlap_p2p_comm",
+        lambda config: config.overlap_p2p_comm,
+        "a capture waits for all transfers that are under way",
+    ),
+    ("delay_wgrad_compute", lambda config: config.delay_wgrad_compute, "a captured backward is whole"),
+    ("pipeline_schedule", lambda config: config.pipeline_schedule.startswith("zb-"), "a captured backward is whole"),
+)
+"""Field, whether it is in use, and why it keeps a layer from being captured."""
+
+
 def require_capturable_layers(config: TransformerConfig) -> None:
-    """A captured layer cannot move activations away or run twice."""
+    """A captured layer does the same each time: no other shapes, random numbers or places."""
     if config.enable_cuda_graph:
-        require(not config.cpu_offloading, "enable_cuda_graph does not work with cpu_offloading")
-        require(config.recompute_granularity is None, "enable_cuda_graph does not work with recompute_granularity")
+        for name, used, reason in NOT_CAPTURED:
+            require(not used(config), f"enable_cuda_graph does not work with {shown(config, name)}: {reason}")
 
 
 LATENT_ATTENTION_RULES: tuple[Any, ...] = (require_yarn_for_fused_rope, require_latents_fit)

@@ -143,9 +143,22 @@ def derive_metrics_file(args: argparse.Namespace) -> None:
 
 
 def require_graphs_fit(args: argparse.Namespace) -> None:
-    """Graphs captured by the program need random states that live on the device."""
+    """Graphs hold kernels of one GPU, the same in each step; what the library can tell of that is in its own rules."""
     if args.external_cuda_graph:
         refuse_unless(args.te_rng_tracker, "--external-cuda-graph needs --te-rng-tracker")
+    if not args.enable_cuda_graph:
+        if was_given(args, "cuda_graph_warmup_steps"):
+            warn(args, "--cuda-graph-warmup-steps has no effect without --enable-cuda-graph")
+        return
+    for used, reason in (
+        (getattr(args, "serves_texts", False), "this program does not train, and only training is captured"),
+        (args.sft, "--sft packs other sequences into each sample, and shapes are captured"),
+        (args.reset_attention_mask, "--reset-attention-mask cuts each sample elsewhere, and shapes are captured"),
+        (args.use_torch_fsdp2, "--use-torch-fsdp2 gathers weights elsewhere in each step, and places are captured"),
+        (args.timeline, "--timeline marks what a layer does as it does it, which a replay does not"),
+        (device_type() != "cuda", f"it captures kernels of CUDA devices, found {device_type()}"),
+    ):
+        refuse_unless(not used, f"--enable-cuda-graph: {reason}; leave it out")
 
 
 def require_inference_settings_fit(args: argparse.Namespace) -> None:

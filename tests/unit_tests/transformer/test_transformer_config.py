@@ -284,6 +284,17 @@ BEHIND_UNBUILT: list[tuple[Any, dict[str, Any], str]] = [
     ),
     (
         rules.require_capturable_layers,
+        {"enable_cuda_graph": True, "pipeline_schedule": "zb-h1", "hidden_dropout": 0.0, "attention_dropout": 0.0},
+        r"enable_cuda_graph does not work with pipeline_schedule \(zb-h1\): a captured backward is whole",
+    ),
+    (rules.require_capturable_layers, {"enable_cuda_graph": True}, r"hidden_dropout \(0.1\): random states"),
+    (
+        rules.require_capturable_layers,
+        {"enable_cuda_graph": True, "num_moe_experts": 2},
+        r"num_moe_experts \(2\): how many tokens",
+    ),
+    (
+        rules.require_capturable_layers,
         {"enable_cuda_graph": True, "recompute_granularity": "full"},
         "does not work with recompute_granularity",
     ),

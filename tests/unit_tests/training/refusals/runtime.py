@@ -53,6 +53,21 @@ REFUSALS = [
     Refusal(runtime.require_named_wandb_run, "needs --wandb-exp-name", "--wandb-project p"),
     Refusal(runtime.require_graphs_fit, "needs --te-rng-tracker", values={"external_cuda_graph": True}),
     Refusal(
+        runtime.require_graphs_fit,
+        "--enable-cuda-graph: it captures kernels of CUDA devices, found cpu; leave it out",
+        "--enable-cuda-graph --hidden-dropout 0 --attention-dropout 0",
+    ),
+    Refusal(
+        runtime.require_graphs_fit,
+        "--enable-cuda-graph: --reset-attention-mask cuts each sample elsewhere",
+        "--enable-cuda-graph --reset-attention-mask --hidden-dropout 0 --attention-dropout 0",
+    ),
+    Refusal(
+        runtime.require_graphs_fit,
+        "--enable-cuda-graph: this program does not train",
+        values={"enable_cuda_graph": True, "serves_texts": True},
+    ),
+    Refusal(
         runtime.require_inference_settings_fit,
         "needs --pipeline-model-parallel-size above 1",
         values={"inference_batch_times_seqlen_threshold": 5},
