@@ -30,7 +30,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks import harness
-from benchmarks.gpu_gate import run_gate
+from benchmarks.gpu_gate_models import run_gate
 from benchmarks.gpu_rows import ROWS, Work, measured
 from megatron.core.fusions import compiled
 
@@ -124,6 +124,9 @@ class Run:
             self.write()
         peer = row["plain"] if work.peer == "plain" else self.result["rows"].get(work.peer or "", {}).get("ours", {})
         row["ratio"] = ratio(row["ours"], peer)
+        if work.beside_transformers:
+            row["transformers"] = self.find(name, "transformers", work.seconds)
+            row["ratio_to_transformers"] = ratio(row["ours"], row["transformers"])
         self.write()
         show(work, row)
 
@@ -142,12 +145,12 @@ def ratio(ours: dict[str, Any], peer: dict[str, Any]) -> float | None:
 def show(work: Work, row: dict[str, Any]) -> None:
     """Lines of the table."""
     harness.say(work.title)
-    for contender in ("ours", "plain"):
+    for contender in ("ours", "plain", "transformers"):
         found = row.get(contender)
         if found is None:
             continue
         if "tokens_per_second" not in found:
-            harness.say(f"  {contender:6} {found['said']}")
+            harness.say(f"  {contender:12} {found['said']}")
             continue
         mfu = " ".join(
             f"{found[name]:.1%} {text}"
@@ -155,7 +158,7 @@ def show(work: Work, row: dict[str, Any]) -> None:
             if found[name] is not None
         )
         harness.say(
-            f"  {contender:6} {found['tokens_per_second']:11.1f} tokens/s {1e3 * found['seconds_of_step']:9.1f} ms "
+            f"  {contender:12} {found['tokens_per_second']:11.1f} tokens/s {1e3 * found['seconds_of_step']:9.1f} ms "
             f"{found['peak_memory_gib']:7.1f} GiB {mfu} {found['share_of_matmul_peak']:.1%} of a large product"
             f"{' ' + found['said'] if 'said' in found else ''}"
         )
@@ -163,6 +166,8 @@ def show(work: Work, row: dict[str, Any]) -> None:
         against = "plain torch, compiled" if work.peer == "plain" else ROWS[work.peer or ""].title
         wanted = f" (wanted: {work.target_ratio})" if work.target_ratio else ""
         harness.say(f"  {row['ratio']:.2f} times {against}{wanted}")
+    if row.get("ratio_to_transformers") is not None:
+        harness.say(f"  {row['ratio_to_transformers']:.2f} times transformers, compiled (wanted: 1.5)")
 
 
 def parse() -> argparse.Namespace:

@@ -6,17 +6,14 @@ can hold); compared are the result and each gradient, by the norm of the differe
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron.core import dist_checkpointing
 from megatron.core.fp8.quantization import largest_magnitude, quantize_blocks, quantize_tensor, scale_for
 from megatron.core.fp8.scaled_product import scaled_product
 from megatron.core.fusions import compiled
@@ -30,8 +27,7 @@ from megatron.core.fusions.fused_rms_norm import rms_norm
 from megatron.core.fusions.fused_rotary import RotatePairs
 from megatron.core.fusions.fused_softmax import ScaledMaskedSoftmax, ScaledSoftmax, ScaledUpperTriangMaskedSoftmax
 from megatron.core.fusions.linear_cross_entropy import linear_cross_entropy
-from megatron.core.models.gpt import GPTModel
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.optimizer.muon import COEFFICIENTS, orthogonalized
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.ssm.causal_conv import causal_conv
 from megatron.core.ssm.ssd import chunked_scan
@@ -175,6 +171,15 @@ def plain_conv(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return F.conv1d(padded, weight, bias, groups=x.size(-1)).permute(2, 0, 1)
 
 
+def muon_direction(x: Tensor) -> Tensor:
+    """What Newton and Schulz's iteration makes of the singular values of x, which is all it changes."""
+    left, values, right = torch.linalg.svd(x, full_matrices=False)
+    values = values / values.norm()
+    for _ in range(5):
+        values = sum(factor * values ** (2 * i + 1) for i, factor in enumerate(COEFFICIENTS))  # type: ignore[assignment]
+    return left * values @ right
+
+
 # --- attention ------------------------------------------------------------------------------------------
 
 SEQUENCE, WIDTH = 48, 16
@@ -310,6 +315,7 @@ CHECKS: list[Check] = [
     Check("tokens to experts and back", ((12, 32),), there_and_back, lambda x: 2 * x * routed(x).sum(-1, keepdim=True)),
     Check("state space recurrence", RECURRENCE, our_scan, plain_scan, FULL),
     Check("causal convolution", ((20, 2, 16), (16, 1, 4), (16,)), causal_conv, plain_conv),
+    Check("Muon's direction", ((24, 8),), lambda x: orthogonalized(x, 5), muon_direction, FULL),
     Check("compiled RMSNorm", (X, GAIN), norm_region, normalized),
     Check("compiled SwiGLU", ((6, 2, 64), TWICE), compiled_region(compiled.activation(F.silu, True)), gated(F.silu)),
     *attention_checks(),
@@ -359,32 +365,9 @@ def tried(check: Check, dtype: torch.dtype, device: str, tolerance: float, gradi
     return outcome
 
 
-def checkpoint_round_trip(device: str) -> Outcome:
-    """What is saved of a model on the device is what another one loads."""
-    outcome = Outcome("checkpoint, there and back", "float32", tolerance=0.0)
-    try:
-        first, second = (small_model(device, seed) for seed in (1, 2))
-        with tempfile.TemporaryDirectory() as folder:
-            dist_checkpointing.save(first.sharded_state_dict(), folder)
-            second.load_state_dict(dist_checkpointing.load(second.sharded_state_dict(), folder))
-        pairs = zip(first.state_dict().items(), second.state_dict().values())
-        same = [a is None or torch.equal(a, b) for (name, a), b in pairs if isinstance(a, Tensor)]
-        outcome.difference = float(not all(same) or len(same) < 10)
-    except Exception as error:
-        outcome.said = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-    return outcome
-
-
-def small_model(device: str, seed: int) -> Any:
-    """A GPT of two layers."""
-    config = TransformerConfig(num_layers=2, hidden_size=32, num_attention_heads=4, attention_dropout=0.0)
-    torch.manual_seed(seed)
-    return GPTModel(config, get_gpt_layer_local_spec(), vocab_size=64, max_sequence_length=16).to(device)
-
-
-def run_gate(device: str) -> list[Outcome]:
-    """All checks; process groups exist."""
+def run_checks(device: str) -> list[Outcome]:
+    """All that are in the tables; process groups exist."""
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     found = [tried(check, dtype, device, TOLERANCE[dtype]) for check in CHECKS for dtype in check.types]
     found += [tried(check, dtype, device, FP8_TOLERANCE, False) for check in PRODUCTS for dtype in check.types]
-    return [*found, checkpoint_round_trip(device)]
+    return found

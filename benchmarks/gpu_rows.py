@@ -1,7 +1,8 @@
 """The models that `gpu.py` trains: rows of flags, as a user would give them to a training program, and plain peers.
 
 Each contender is alone in memory. Ours is the model of the flags with our schedule, gradient buffers and optimizer; the
-peer is `plain_models.PlainModel` under `torch.compile` and autocast, with fp32 weights and torch's fused AdamW.
+peer is `plain_models.PlainModel` under `torch.compile` and autocast, with fp32 weights and torch's fused AdamW, and
+beside mixtures of experts and hybrids the model of `transformers` in the same way.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from benchmarks.gpu_transformers import loss_model
 from benchmarks.harness import Ceiling, take_turns
 from benchmarks.plain_models import PlainModel
 from benchmarks.training_steps import Step, prepare_one_process, scheduled_step, torch_step
@@ -46,6 +48,8 @@ class Work:
     """That each of its contenders may take, start and compilation included."""
     peer: str | None = "plain"
     """"plain", or another row: ours of that row."""
+    beside_transformers: bool = False
+    """Also measure `transformers`, compiled, which ours should have 1.5 times the speed of."""
     family: str | None = None
     precision: str = "--bf16"
     target_mfu: float | None = None
@@ -115,6 +119,7 @@ ROWS: dict[str, Work] = {
         "--micro-batch-size 4",
         f"{SMALL} --moe-ffn-hidden-size 64",
         70,
+        beside_transformers=True,
         target_mfu=0.45,
         target_ratio=1.15,
     ),
@@ -127,6 +132,7 @@ ROWS: dict[str, Work] = {
         f"{SMALL} --num-layers 4 --hybrid-override-pattern M-*- --mamba-head-dim 16 --mamba-state-dim 16 "
         "--mamba-num-groups 2",
         70,
+        beside_transformers=True,
         family="mamba",
         target_mfu=0.45,
         target_ratio=1.15,
@@ -201,10 +207,13 @@ def ours(args: Any, device: str) -> Step:
     return scheduled_step(model, config, forward_step, args.seq_length, args.micro_batch_size)
 
 
-def plain(args: Any, device: str, backend: str) -> Step:
-    """A step of the peer."""
-    with torch.device(device):
-        model = PlainModel(args).train()
+def peer(contender: str, args: Any, device: str, backend: str) -> Step:
+    """A step of a model of others, compiled: "plain" torch or "transformers"."""
+    if contender == "transformers":
+        model = loss_model(args, device)
+    else:
+        with torch.device(device):
+            model = PlainModel(args).train()
     return torch_step(model, torch.compile(model, backend=backend), "autocast", device)
 
 
@@ -224,7 +233,8 @@ def measured(name: str, contender: str, device: str, tiny: bool, until: float) -
     """Speed and memory of one contender of a row; rounds end at `until`, of `time.monotonic`."""
     args = settings_of(ROWS[name], tiny)
     start = time.monotonic()
-    step = ours(args, device) if contender == "ours" else plain(args, device, "eager" if tiny else "inductor")
+    backend = "eager" if tiny else "inductor"
+    step = ours(args, device) if contender == "ours" else peer(contender, args, device, backend)
     ceiling = Ceiling(torch.bfloat16, device, seconds=0.01 if tiny else 0.2, size=128 if tiny else None)
     ceiling.sample()
     rounds, warmup = (2, 1) if tiny else (12, 3)

@@ -271,15 +271,18 @@ def gpu() -> Table:
     """Of `gpu.py`; rows without numbers say why."""
     rows = []
     for row in read("gpu")["rows"].values() if (RESULTS / "gpu.json").exists() else ():
-        ours, plain = row["ours"], row.get("plain", {})
+        ours = row["ours"]
         if "tokens_per_second" not in ours:
-            rows.append([row["title"], ours["said"], "", "", "", "", "", ""])
+            rows.append([row["title"], ours["said"], *[""] * 8])
             continue
         shares = [percent(ours[name]) for name in ("mfu_causal_half", "mfu_causal_whole", "share_of_matmul_peak")]
-        peer = f"{plain['tokens_per_second']:.0f}" if "tokens_per_second" in plain else plain.get("said", "")
-        ratio = "" if row["ratio"] is None else f"{row['ratio']:.2f}"
+        peers = []
+        for name, ratio in (("plain", "ratio"), ("transformers", "ratio_to_transformers")):
+            peer, times = row.get(name, {}), row.get(ratio)
+            peers.append(f"{peer['tokens_per_second']:.0f}" if "tokens_per_second" in peer else peer.get("said", ""))
+            peers.append("" if times is None else f"{times:.2f}")
         memory = f"{ours['peak_memory_gib']:.0f} GiB"
-        rows.append([row["title"], f"{ours['tokens_per_second']:.0f}", *shares, peer, ratio, memory])
+        rows.append([row["title"], f"{ours['tokens_per_second']:.0f}", *shares, *peers, memory])
     heads = [
         "model",
         "tokens/s",
@@ -288,9 +291,11 @@ def gpu() -> Table:
         "of a large product",
         "compiled plain torch",
         "ratio",
+        "compiled transformers",
+        "ratio",
         "memory",
     ]
-    return heads, rows or [["not measured yet", *[""] * 7]]
+    return heads, rows or [["not measured yet", *[""] * 9]]
 
 
 def regression_gate() -> Table:

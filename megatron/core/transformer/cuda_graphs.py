@@ -197,6 +197,11 @@ class CudaGraphManager(nn.Module):
         output = captured(*_tensors((args, kwargs)))
         return (output, kwargs["context"]) if "context" in kwargs else output
 
+    @property
+    def num_captured(self) -> int:
+        """Passes, of all layers together."""
+        return sum(map(len, self._passes.values()))
+
     def call_ddp_preforward_hook(self, module: nn.Module) -> None:
         """Wait for the weights of `module` as its parts do before they run, which a replay does not have run."""
         for part in module.modules():

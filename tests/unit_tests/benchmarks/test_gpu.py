@@ -14,12 +14,15 @@ from unittest import mock
 import pytest
 import torch
 
-from benchmarks import gpu, gpu_gate, gpu_rows
+from benchmarks import gpu, gpu_gate, gpu_gate_models, gpu_rows, gpu_transformers
+from benchmarks.gpu_transformers import model_of, why_not
 from benchmarks.plain_models import PlainModel, scan
 from megatron.core import parallel_state
 from megatron.core.fusions import compiled
 from megatron.core.ssm.ssd import chunked_scan
+from megatron.core.transformer import cuda_graphs
 from megatron.training.library_configs import core_transformer_config_from_args
+from tests.unit_tests.transformer.tape import Tape
 from tests.worker_pool import run_ranks
 
 
@@ -55,9 +58,9 @@ def test_the_whole_of_it_with_tiny_models(tmp_path: Path, rows: tuple[str, ...])
     assert {check.name for check in (*gpu_gate.CHECKS, *gpu_gate.PRODUCTS)} < names and len(found["gate"]) > 60
     assert "SystemExit" in found["rows"].pop("broken")["ours"]["said"]
     for name, row in found["rows"].items():
-        for contender in ("ours", "plain"):
+        for contender in ("ours", "plain", "transformers"):
             one = row.get(contender)
-            if one is None:
+            if one is None or one.get("said") == "RuntimeError: transformers is not installed":
                 continue
             first, last = one["first_and_last_loss"]
             assert abs(first - math.log(256)) < 0.2 and math.isfinite(last), (name, contender, one)
@@ -73,10 +76,13 @@ def sizes_of_models() -> dict[str, tuple[int, int, float]]:
     found = {}
     for name, work in gpu_rows.ROWS.items():
         small, large = (gpu_rows.settings_of(work, tiny) for tiny in (True, False))
+        ours = gpu_rows.our_model(small, core_transformer_config_from_args(small))
         with torch.device("meta"):
             theirs, full = PlainModel(small), PlainModel(large)
-        ours = gpu_rows.our_model(small, core_transformer_config_from_args(small))
-        counts = [sum(param.numel() for param in model.parameters()) for model in (ours, theirs, full)]
+            hugging_face = [model_of(small)] if work.beside_transformers and why_not(small) is None else []
+        models = (ours, theirs, full, *hugging_face)
+        counts = [sum(param.numel() for param in model.parameters()) for model in models]
+        assert counts[3:] in ([], [counts[0]])
         found[name] = (counts[0], counts[1], counts[2] / 1e9)
     return found
 
@@ -110,6 +116,33 @@ def test_what_is_wrong_does_not_pass() -> None:
     absent = gpu_gate.Check("none", (), lambda: None, lambda: None, missing=lambda device: f"no {device}")
     outcome = gpu_gate.tried(absent, torch.float32, "cpu", 0.0)
     assert outcome.passed and outcome.said == "missing: no cpu"
+
+
+def graphs_by(tape: type) -> gpu_gate.Outcome:
+    """What the gate says of layers in graphs that `tape` stands for."""
+    parallel_state.initialize_model_parallel()
+    with mock.patch.object(cuda_graphs, "CudaRecorder", tape):
+        return gpu_gate_models.graphs_beside_kernels("cpu")
+
+
+class Forgetful(Tape):
+    """Replays nothing: what lies in its memory is that of the recording."""
+
+    def record(self, work: Any) -> Any:
+        return super().record(work)[0], lambda: None
+
+
+def test_layers_in_graphs_are_compared() -> None:
+    assert gpu_gate_models.layers_in_graphs("cpu").said == "missing: graphs of kernels on cpu"
+    (right,), (wrong,) = run_ranks(1, graphs_by, Tape), run_ranks(1, graphs_by, Forgetful)
+    assert right.passed and right.difference < 1e-6
+    assert not wrong.passed and wrong.said == f"pass {gpu_gate_models.WARMUP}"
+
+
+def test_without_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_transformers, "find_spec", lambda name: None)
+    found = gpu.part("moe_1b", "transformers", "cpu", True, 0.0)
+    assert found == {"said": "RuntimeError: transformers is not installed"}
 
 
 def test_nothing_is_begun_without_time() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable
 from typing import Any
 from unittest import mock
 
@@ -16,39 +15,17 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.distributed.distributed_data_parallel import _add_to_main_grad
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.models.mamba import MambaModel
+from megatron.core.models.mamba.mamba_layer_specs import mamba_stack_spec
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from megatron.core.transformer import cuda_graphs
-from megatron.core.transformer.cuda_graphs import CapturedPass, CudaGraphManager, CudaRecorder, Results
+from megatron.core.transformer.cuda_graphs import CapturedPass, CudaGraphManager, CudaRecorder
 from megatron.core.transformer.transformer_config import TransformerConfig
+from tests.unit_tests.transformer.tape import Tape
 from tests.worker_pool import run_ranks
 
 LENGTH, BATCH, HIDDEN, LAYERS = 8, 2, 32, 2
-
-
-class Tape:
-    """Does recorded work anew for each replay. As with CUDA graphs, recording computes nothing: what the work has added
-    to `kept` is taken back, and the results are NaN until the first replay."""
-
-    kept: list[Tensor] = []
-    recorded = 0
-    log: list[str] = []
-
-    def record(self, work: Callable[[], Results]) -> tuple[Results, Callable[[], None]]:
-        before = [tensor.clone() for tensor in self.kept]
-        results = tuple(None if one is None else torch.full_like(one, torch.nan) for one in work())
-        for tensor, value in zip(self.kept, before):
-            tensor.copy_(value)
-        Tape.recorded += 1
-        number = Tape.recorded
-
-        def replay() -> None:
-            Tape.log.append(f"{work.__name__.strip('_')} {number}")
-            for place, one in zip(results, work()):
-                if place is not None:
-                    place.copy_(one)
-
-        return results, replay
 
 
 @pytest.fixture(autouse=True)
@@ -60,8 +37,8 @@ def tape(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def settings(**values: Any) -> TransformerConfig:
-    off = {"hidden_dropout": 0.0, "attention_dropout": 0.0}
-    return TransformerConfig(num_layers=LAYERS, hidden_size=HIDDEN, num_attention_heads=4, **(off | values))
+    given = {"num_layers": LAYERS, "hidden_dropout": 0.0, "attention_dropout": 0.0} | values
+    return TransformerConfig(hidden_size=HIDDEN, num_attention_heads=4, **given)
 
 
 def build(graphs: bool, **values: Any) -> GPTModel:
@@ -99,6 +76,21 @@ def test_the_same_numbers_over_several_microbatches() -> None:
     for (name, a), b in zip(graphed.named_parameters(), plain.parameters()):
         torch.testing.assert_close(a.grad, b.grad, rtol=0, atol=0, msg=name)
     assert list(graphed.state_dict()) == list(plain.state_dict())
+
+
+def hybrid(graphs: bool) -> MambaModel:
+    model_parallel_cuda_manual_seed(1234)
+    sizes = {"mamba_state_dim": 8, "mamba_head_dim": 8, "mamba_num_groups": 2, "gated_linear_unit": True}
+    config = settings(enable_cuda_graph=graphs, cuda_graph_warmup_steps=1, is_hybrid_model=True, num_layers=4, **sizes)
+    return MambaModel(config, mamba_stack_spec, 64, LENGTH, hybrid_override_pattern="M-*-")
+
+
+def test_layers_of_a_hybrid() -> None:
+    plain, graphed = hybrid(False), hybrid(True)
+    torch.testing.assert_close(step(graphed, [1, 2, 3]), step(plain, [1, 2, 3]), rtol=0, atol=0)
+    assert Tape.recorded == 2 * 4
+    for (name, a), b in zip(graphed.named_parameters(), plain.parameters()):
+        torch.testing.assert_close(a.grad, b.grad, rtol=0, atol=0, msg=name)
 
 
 @pytest.mark.parametrize("fused", [False, True])
