@@ -269,6 +269,13 @@ def norm_region(x: Tensor, weight: Tensor) -> Tensor:
     return compiled.region(compiled.rms_norm)(x, weight, 1e-5, False)
 
 
+def added_norm_region(x: Tensor, residual: Tensor, weight: Tensor) -> Tensor:
+    """Sum and norm one after the other."""
+    return torch.cat(
+        compiled.region(compiled.added_norm(compiled.rms_norm))(x, None, residual, 0.0, True, weight, 1e-5, False)
+    )
+
+
 X, GAIN, TWICE = (6, 2, 32), (32,), (64,)
 SCORES, LOGITS = (2, 3, 8, 8), (6, 2, 40)
 RECURRENCE = ((20, 2, 4, 8), (20, 2, 4), (4,), (20, 2, 2, 8), (20, 2, 2, 8))
@@ -317,6 +324,12 @@ CHECKS: list[Check] = [
     Check("causal convolution", ((20, 2, 16), (16, 1, 4), (16,)), causal_conv, plain_conv),
     Check("Muon's direction", ((24, 8),), lambda x: orthogonalized(x, 5), muon_direction, FULL),
     Check("compiled RMSNorm", (X, GAIN), norm_region, normalized),
+    Check(
+        "compiled residual and RMSNorm",
+        (X, X, GAIN),
+        added_norm_region,
+        lambda x, residual, weight: torch.cat((x + residual, normalized(x + residual, weight))),
+    ),
     Check("compiled SwiGLU", ((6, 2, 64), TWICE), compiled_region(compiled.activation(F.silu, True)), gated(F.silu)),
     *attention_checks(),
 ]

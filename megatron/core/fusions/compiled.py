@@ -29,18 +29,18 @@ FORMS = 64
 """Combinations that one region may be compiled for, beyond torch's default of 8: half of them are for recompute."""
 
 
-def compiles(function: Callable[..., Tensor]) -> bool:
-    """Whether `function` is worth compiling on this device."""
-    return device_type() != "cpu" or function not in SLOWER_ON_CPU
+def compiles(*functions: Callable[..., Any]) -> bool:
+    """Whether all `functions` are worth compiling on this device."""
+    return device_type() != "cpu" or not any(function in SLOWER_ON_CPU for function in functions)
 
 
-def region(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+def region(function: Callable[..., Any]) -> Callable[..., Any]:
     """`function` compiled; the same object each time."""
     return _compiled(function, BACKEND)
 
 
 @cache
-def _compiled(function: Callable[..., Tensor], backend: str) -> Callable[..., Tensor]:
+def _compiled(function: Callable[..., Any], backend: str) -> Callable[..., Any]:
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, FORMS)
     # Random numbers come from torch's own generator: dropout drops what it drops without compilation.
     options: dict[str, Any] | None = {"fallback_random": True} if backend == "inductor" else None
@@ -83,7 +83,21 @@ def bias_dropout_add(x: Tensor, bias: Tensor | None, residual: Tensor, probabili
     return residual + dropout(x if bias is None else x + bias, probability, training)
 
 
-SLOWER_ON_CPU: tuple[Callable[..., Tensor], ...] = (layer_norm, bias_dropout_add)
+@cache
+def added_norm(norm: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, Tensor]]:
+    """The region (`bias_dropout_add` of its first five arguments, `norm` of that and of the others): the sum is written
+    once, and not read again for the norm."""
+
+    def add_and_norm(
+        x: Tensor, bias: Tensor | None, residual: Tensor, probability: float, training: bool, *others: Any
+    ) -> tuple[Tensor, Tensor]:
+        total = bias_dropout_add(x, bias, residual, probability, training)
+        return total, norm(total, *others)
+
+    return add_and_norm
+
+
+SLOWER_ON_CPU: tuple[Callable[..., Any], ...] = (layer_norm, bias_dropout_add)
 """Regions that torch's own kernels for the CPU do faster (docs/performance.md)."""
 
 

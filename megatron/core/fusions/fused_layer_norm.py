@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -65,11 +68,24 @@ class FusedLayerNorm(nn.Module):
         register_parameter_init(param, init_method, perform_initialization=config.perform_initialization)  # type: ignore[arg-type]
         return param
 
-    def forward(self, input: Tensor) -> Tensor:
-        function = compiled.rms_norm if self.bias is None else compiled.layer_norm
-        if self.config.torch_compile and compiled.compiles(function):
+    @property
+    def _region(self) -> Callable[..., Tensor]:
+        return compiled.rms_norm if self.bias is None else compiled.layer_norm
+
+    @property
+    def adds(self) -> bool:
+        """Whether `forward` takes what is to be added first."""
+        return self.config.torch_compile and compiled.compiles(self._region, compiled.bias_dropout_add)
+
+    def forward(self, input: Tensor, added: tuple[Any, ...] | None = None) -> Any:
+        """The norm of `input`; or, given `added` as the further arguments of `compiled.bias_dropout_add`, (that sum,
+        the norm of the sum). Through the module, because others wait for its weights by hooks."""
+        if self.config.torch_compile and compiled.compiles(self._region):
             parameters = (self.weight,) if self.bias is None else (self.weight, self.bias)
-            return compiled.region(function)(input, *parameters, self.eps, self.zero_centered_gamma)
+            settings = (*parameters, self.eps, self.zero_centered_gamma)
+            if added is not None:
+                return compiled.region(compiled.added_norm(self._region))(input, *added, *settings)
+            return compiled.region(self._region)(input, *settings)
         if self.bias is None:
             output = rms_norm(input, self.weight, self.eps, self.zero_centered_gamma)
         elif input.dtype == self.weight.dtype:

@@ -19,6 +19,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 from megatron.core.dist_checkpointing.utils import apply_prefix_mapping
 from megatron.core.fusions import compiled
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add, get_compiled_bias_dropout_add
+from megatron.core.fusions.fused_layer_norm import FusedLayerNorm
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import (
     ProcessGroupCollection,
@@ -115,8 +116,21 @@ class TransformerLayer(MegatronModule, BaseTransformerLayer):
         self.mlp = self._feed_forward(submodules.mlp, groups)
         self.mlp_bda = self._bias_dropout_add(submodules.mlp_bda)
         self.recompute_norms = recomputes(config, "layernorm")
+        self.adds_with_norm = self._can_add_with_norm()
         kind = "moe" if isinstance(self.mlp, BaseMoELayer) else "mlp"
         self.recompute_mlp = recomputes(config, kind) and not isinstance(self.mlp, IdentityOp)
+
+    def _can_add_with_norm(self) -> bool:
+        """Whether the sum after self attention and the norm before the feed-forward block are one compiled region."""
+        between = (self.pre_cross_attn_layernorm, self.cross_attention, self.cross_attn_bda)
+        norm = self.pre_mlp_layernorm
+        return (
+            self.self_attn_bda is get_compiled_bias_dropout_add
+            and all(isinstance(part, (IdentityOp, IdentityFuncOp)) for part in between)
+            and isinstance(norm, FusedLayerNorm)
+            and norm.adds
+            and not self.recompute_norms
+        )
 
     def _norm(self, spec: Part) -> nn.Module:
         config = self.config
@@ -188,17 +202,23 @@ class TransformerLayer(MegatronModule, BaseTransformerLayer):
             packed_seq_params=packed_seq_params,
             sequence_len_offset=sequence_len_offset,
         )
-        hidden_states = self._leave(self.self_attn_bda, attended, residual, norm)
+        if self.adds_with_norm:
+            x, bias = attended
+            added = (bias, residual, self.hidden_dropout, self.training)
+            hidden_states, normed = self.pre_mlp_layernorm(x, added)
+            residual = normed if self.config.apply_residual_connection_post_layernorm else hidden_states
+        else:
+            hidden_states = self._leave(self.self_attn_bda, attended, residual, norm)
 
-        residual, normed, norm = self._enter(hidden_states, self.pre_cross_attn_layernorm)
-        attended = self.cross_attention(
-            normed, attention_mask=context_mask, key_value_states=context, inference_context=inference_context
-        )
-        if isinstance(attended, dict) and "context" in attended:
-            context = attended["context"]
-        hidden_states = self._leave(self.cross_attn_bda, attended, residual, norm)
+            residual, normed, norm = self._enter(hidden_states, self.pre_cross_attn_layernorm)
+            attended = self.cross_attention(
+                normed, attention_mask=context_mask, key_value_states=context, inference_context=inference_context
+            )
+            if isinstance(attended, dict) and "context" in attended:
+                context = attended["context"]
+            hidden_states = self._leave(self.cross_attn_bda, attended, residual, norm)
 
-        residual, normed, norm = self._enter(hidden_states, self.pre_mlp_layernorm)
+            residual, normed, norm = self._enter(hidden_states, self.pre_mlp_layernorm)
         output = checkpoint(self.mlp, False, normed) if self.recompute_mlp and self.training else self.mlp(normed)
         return self._leave(self.mlp_bda, output, residual, norm), context
 

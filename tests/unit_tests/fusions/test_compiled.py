@@ -21,6 +21,7 @@ from megatron.core.device import device_type
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.fusions import compiled
 from megatron.core.fusions.compiled import why_not_compilable
+from megatron.core.fusions.fused_layer_norm import FusedLayerNorm
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
@@ -87,6 +88,48 @@ def test_numbers_stay_with_dropout_and_recompute(variant: dict, memory: dict, tr
     torch.testing.assert_close(train({}, torch_compile=True, **variant, **memory), train({}, **variant))
 
 
+@pytest.mark.parametrize("kind", ["LayerNorm", "RMSNorm"])
+@pytest.mark.parametrize("zero_centered", [False, True])
+def test_sum_and_norm_in_one_region(kind: str, zero_centered: bool, traced: None) -> None:
+    settings: dict[str, Any] = {"num_layers": 1, "hidden_size": 8, "num_attention_heads": 1, "normalization": kind}
+    settings |= {"layernorm_zero_centered_gamma": zero_centered}
+    norms = [FusedLayerNorm(TransformerConfig(torch_compile=on, **settings), 8) for on in (False, True)]
+    assert [norm.adds for norm in norms] == [False, True]
+    x, residual, direction, other = torch.randn(4, 3, 2, 8).unbind()
+    for bias in (None, torch.randn(8)):
+        found = []
+        for norm in norms:
+            torch.manual_seed(1)
+            with torch.no_grad():
+                for param in norm.parameters():
+                    param.copy_(torch.randn(8))
+            torch.manual_seed(2)  # of the dropout
+            leaves = [t.clone().requires_grad_() for t in (x, residual, *([] if bias is None else [bias]))]
+            added = (leaves[2] if bias is not None else None, leaves[1], 0.3, True)
+            if norm.adds:
+                total, normed = norm(leaves[0], added)
+            else:
+                total = compiled.bias_dropout_add(leaves[0], *added)
+                normed = norm(total)
+            (total * direction + normed * other).sum().backward()
+            found.append([total, normed, *(leaf.grad for leaf in (*leaves, *norm.parameters()))])
+            norm.zero_grad()
+        torch.testing.assert_close(found[1], found[0])
+
+
+def test_layers_add_with_their_second_norm(traced: None) -> None:
+    model_parallel_cuda_manual_seed(1234)
+    shape: dict[str, Any] = {"num_layers": 2, "hidden_size": 32, "num_attention_heads": 4}
+    several = ((True, {}), (False, {}), (True, SELECTIVE))
+    configs = [TransformerConfig(torch_compile=on, **shape, **more) for on, more in several]
+    models = [GPTModel(config, get_gpt_layer_local_spec(), 64, LENGTH) for config in configs]
+    assert [[layer.adds_with_norm for layer in model.decoder.layers] for model in models] == [
+        [True, True],
+        [False, False],
+        [False, False],  # where norms are computed again
+    ]
+
+
 def test_numbers_stay_with_activations_on_the_host(traced: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("megatron.core.transformer.activation_offload.SMALLEST", 64)
     away = {"cpu_offloading": True, "cpu_offloading_num_layers": 2}
@@ -148,9 +191,10 @@ def test_all_layers_share_one_compilation(traced: None, monkeypatch: pytest.Monk
     monkeypatch.setattr(compiled, "BACKEND", count)
     compiled._compiled.cache_clear()
     train({}, torch_compile=True, **GPT2)
-    assert len(graphs) == 4  # norm, bias-dropout-add, activation, rotation (of queries and keys); of three layers
+    # Of three layers: norm, sum and norm, bias-dropout-add, activation, rotation (of queries and keys).
+    assert len(graphs) == 5
     train({}, torch_compile=True, **GPT2)
-    assert len(graphs) == 4
+    assert len(graphs) == 5
 
 
 @pytest.mark.parametrize("interleaved", [False, True])
