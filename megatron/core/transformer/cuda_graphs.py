@@ -19,6 +19,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from megatron.core.device import device_type
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -56,9 +57,9 @@ class CapturedPass:
     """One forward and one backward of a layer on tensors of given shapes.
 
     Args:
-        run: the layer as a function of tensors to one tensor.
+        run: the layer as a function of tensors and parameters to one tensor.
         examples: such tensors; those that require a gradient get one.
-        params: what else gets a gradient.
+        params: what else gets a gradient. `run` is handed others in the same memory.
     """
 
     def __init__(
@@ -67,7 +68,10 @@ class CapturedPass:
         self._run = run
         self.params = tuple(params)
         self.inputs = [x.detach().clone().requires_grad_(x.requires_grad) for x in examples]
-        self._wanted = [x for x in (*self.inputs, *self.params) if x.requires_grad]
+        # Autograd has a node for each parameter that belongs to the stream of its first use, and may outlive a step:
+        # no work of a capture may wait for that stream. These have nodes of their own.
+        self._own_params = [_in_same_memory(param) for param in self.params]
+        self._wanted = [x for x in (*self.inputs, *self._own_params) if x.requires_grad]
         self._result: Tensor | None = None
         self._lease: weakref.ref[_Lease] | None = None
         (output,), self._replay_forward = recorder.record(self._forward)
@@ -78,7 +82,7 @@ class CapturedPass:
 
     def _forward(self) -> Results:
         with torch.enable_grad():
-            self._result = self._run(*self.inputs)
+            self._result = self._run(*self.inputs, *self._own_params)
         return (self._result.detach(),)
 
     def _backward(self) -> Results:
@@ -147,6 +151,13 @@ class _Replay(torch.autograd.Function):
         if lease is None:
             raise RuntimeError("a layer in a CUDA graph (enable_cuda_graph) has one backward for each forward")
         return None, *lease.captured.backward(grad_output)
+
+
+def _in_same_memory(param: Tensor) -> nn.Parameter:
+    """Another parameter with the values, the `main_grad` and all other attributes of `param`."""
+    other = nn.Parameter(param.detach(), requires_grad=param.requires_grad)
+    other.__dict__.update(param.__dict__)
+    return other
 
 
 def _alias(x: Tensor) -> Tensor:
@@ -224,10 +235,10 @@ class CudaGraphManager(nn.Module):
         return found
 
     def _capture(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> CapturedPass:
-        def run(*tensors: Tensor) -> Tensor:
+        def run(*tensors: Tensor) -> Tensor:  # the arguments, then the parameters
             given = iter(tensors)
             own_args, own_kwargs = _mapped(lambda part: next(given) if part is _SLOT else part, form)
-            result = module(*own_args, **own_kwargs)
+            result = functional_call(module, dict(zip(params, given)), own_args, own_kwargs)
             if "context" in own_kwargs:
                 result, context = result
                 if context is not own_kwargs["context"]:
@@ -236,8 +247,8 @@ class CudaGraphManager(nn.Module):
 
         # Not the arguments themselves, whose memory the pass would keep.
         form = _mapped(lambda part: _SLOT if isinstance(part, Tensor) else part, (args, kwargs))
-        params = [param for param in module.parameters() if param.requires_grad]
-        return CapturedPass(run, _tensors((args, kwargs)), params, self.recorder())
+        params = {name: param for name, param in module.named_parameters() if param.requires_grad}
+        return CapturedPass(run, _tensors((args, kwargs)), list(params.values()), self.recorder())
 
 
 _SLOT = object()

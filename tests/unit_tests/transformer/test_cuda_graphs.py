@@ -205,7 +205,7 @@ def double(x: Tensor, weight: Tensor) -> Tensor:
 def test_a_pass_copies_what_goes_in_and_lends_what_comes_out() -> None:
     weight = torch.full((3,), 2.0, requires_grad=True)
     x = torch.ones(3, requires_grad=True)
-    captured = CapturedPass(lambda x: double(x, weight), [x], [weight], Tape())
+    captured = CapturedPass(double, [x], [weight], Tape())
     assert captured.output.isnan().all() and not captured.busy
     y = captured(x)
     assert y.data_ptr() == captured.output.data_ptr() and y._base is None and captured.busy
@@ -254,6 +254,22 @@ def test_arguments_of_all_kinds() -> None:
     packed = PackedSeqParams.from_documents(torch.zeros(1, 4, dtype=torch.long), 0)
     with pytest.raises(ValueError, match="takes tensors and plain values: packed is a PackedSeqParams"):
         manager(block, (x,), {"context": None, "packed": packed})
+
+
+def test_recorded_are_other_parameters_in_the_same_memory() -> None:
+    block = Block()
+    block.weight.main_grad = torch.zeros(3)  # type: ignore[assignment]
+    manager = CudaGraphManager(settings(cuda_graph_warmup_steps=1), recorder=Tape)
+    seen: list[Any] = []
+    block.register_forward_hook(lambda module, args, result: seen.append(module.weight))
+    weight: Any = block.weight
+    for _ in range(2):
+        manager(block, (torch.ones(3),), {"context": None, "pair": None})[0].sum().backward()
+    warming, recorded, *_ = seen
+    assert warming is weight and recorded is not weight and block.weight is weight
+    assert recorded.data_ptr() == weight.data_ptr() and recorded.main_grad is weight.main_grad
+    assert isinstance(recorded, nn.Parameter) and recorded.requires_grad and recorded.grad is None
+    assert torch.equal(weight.grad, torch.full((3,), 2.0))
 
 
 def test_weights_are_waited_for_before_a_replay() -> None:
