@@ -11,10 +11,12 @@ from __future__ import annotations
 import datetime
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
+from megatron.core import device
 from megatron.core.communicators import DEFAULT, Communicator
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.rank_grid import (
@@ -25,6 +27,7 @@ from megatron.core.rank_grid import (
     expert_layout,
     group_plan,
     hierarchical_plan,
+    hierarchical_ranks,
 )
 
 EmbeddingRanks = Callable[[list[int], "int | None"], list[int]]
@@ -128,3 +131,41 @@ def _create(
                 my_ranks[name] = list(ranks)
     levels = tuple(mine.pop(name) for name in [n for n in mine if n.startswith("hcp")])
     return CreatedGroups(ProcessGroupCollection(**mine, hcp=levels or None), my_ranks, communicators)
+
+
+def create_hierarchical_groups(
+    rank: int,
+    ranks: list[int],
+    hierarchical_group_sizes: list[int],
+    create_gloo_process_groups: bool = False,
+    pg_options: Any = None,
+    timeout: datetime.timedelta | None = None,
+    group_desc: str | None = None,
+) -> tuple[list[ProcessGroup], list[ProcessGroup]]:
+    """This rank's group of each level of a hierarchy over `ranks`, innermost first; the same on gloo, if asked for.
+
+    Collective over the whole world, which makes all groups; `rank` is this rank.
+    """
+    levels = hierarchical_ranks(ranks, hierarchical_group_sizes)
+    made: list[list[ProcessGroup]] = [[], []]
+    backends = [device.communication_backend(), *(["gloo"] if create_gloo_process_groups else [])]
+    for groups in levels:
+        for members in groups:
+            for found, backend in zip(made, backends):
+                options = pg_options if backend != "gloo" else None
+                group = dist.new_group(members, timeout, backend, options, group_desc=group_desc)
+                if rank in members:
+                    found.append(group)
+    return made[0], made[1]
+
+
+def create_group(
+    ranks: list[int] | None = None,
+    timeout: datetime.timedelta | None = None,
+    backend: str | None = None,
+    group_desc: str | None = None,
+) -> ProcessGroup:
+    """`torch.distributed.new_group` on the backend of this device."""
+    return dist.new_group(
+        ranks, timeout=timeout, backend=backend or device.communication_backend(), group_desc=group_desc
+    )

@@ -1,16 +1,16 @@
 """Process-wide model-parallel groups: the public face over one default `ProcessGroupCollection`.
 
 `initialize_model_parallel` turns sizes into groups (the arithmetic is in `rank_grid`), the getters read them
-back. Library code takes groups as arguments; it comes here only when it was handed none.
+back; what a pipeline's stages are asked is in `pipeline_stages`. Library code takes groups as arguments; it comes here
+only when it was handed none.
 """
 
 from __future__ import annotations
 
 import datetime
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
@@ -19,7 +19,27 @@ from torch.distributed import ProcessGroup
 from megatron.core import device
 from megatron.core.activity import communicating
 from megatron.core.communicators import keep_network_reduction_to, plan_communicators, require_network_reduction
-from megatron.core.group_creation import CreatedGroups, create_process_groups
+from megatron.core.group_creation import create_group, create_hierarchical_groups, create_process_groups
+from megatron.core.layout_state import group_of, group_ranks, layout, rank_in, size_of
+from megatron.core.pipeline_stages import (
+    get_pipeline_model_parallel_decoder_start,
+    get_pipeline_model_parallel_split_rank,
+    get_virtual_pipeline_model_parallel_rank,
+    get_virtual_pipeline_model_parallel_world_size,
+    is_inside_decoder,
+    is_inside_encoder,
+    is_pipeline_first_stage,
+    is_pipeline_last_stage,
+    is_pipeline_stage_after_split,
+    is_pipeline_stage_at_split,
+    is_pipeline_stage_before_split,
+    is_rank_in_embedding_group,
+    is_rank_in_position_embedding_group,
+    set_pipeline_model_parallel_split_rank,
+    set_virtual_pipeline_model_parallel_rank,
+    set_virtual_pipeline_model_parallel_world_size,
+    stage_placement,
+)
 from megatron.core.process_groups_config import (
     ProcessGroupCollection,
     default_process_groups,
@@ -31,29 +51,35 @@ from megatron.core.rank_grid import (
     default_embedding_ranks,
     default_position_embedding_ranks,
     generate_masked_orthogonal_rank_groups,
-    hierarchical_ranks,
 )
-from megatron.core.stage_placement import Placement, PlacementShape
+from megatron.core.stage_placement import PlacementShape
 from megatron.core.utils import GlobalMemoryBuffer
 
-__all__ = ["RankGenerator", "generate_masked_orthogonal_rank_groups"]
-
-
-@dataclass
-class _State:
-    """What `initialize_model_parallel` leaves behind besides the groups."""
-
-    created: CreatedGroups | None = None
-    virtual_pipeline_size: int | None = None
-    virtual_pipeline_rank: int | None = None
-    placement_shape: PlacementShape = "loop"
-    split_rank: int | None = None
-    """Pipeline ranks before this one hold an encoder, the others its decoder; None where stages are not parted."""
-    overrides: dict[str, int] = field(default_factory=dict)
-    """Ranks and sizes pretended by the `set_*` functions, for tools that run without processes."""
-
-
-_state = _State()
+# Public names of this module whose code lies elsewhere.
+__all__ = [
+    "RankGenerator",
+    "create_group",
+    "create_hierarchical_groups",
+    "generate_masked_orthogonal_rank_groups",
+    "get_pipeline_model_parallel_decoder_start",
+    "get_pipeline_model_parallel_split_rank",
+    "get_virtual_pipeline_model_parallel_rank",
+    "get_virtual_pipeline_model_parallel_world_size",
+    "group_ranks",
+    "is_inside_decoder",
+    "is_inside_encoder",
+    "is_pipeline_first_stage",
+    "is_pipeline_last_stage",
+    "is_pipeline_stage_after_split",
+    "is_pipeline_stage_at_split",
+    "is_pipeline_stage_before_split",
+    "is_rank_in_embedding_group",
+    "is_rank_in_position_embedding_group",
+    "set_pipeline_model_parallel_split_rank",
+    "set_virtual_pipeline_model_parallel_rank",
+    "set_virtual_pipeline_model_parallel_world_size",
+    "stage_placement",
+]
 
 
 def initialize_model_parallel(
@@ -122,7 +148,7 @@ def initialize_model_parallel(
         raise RuntimeError("call torch.distributed.init_process_group(...) before initialize_model_parallel(...)")
     if has_default_process_groups():
         raise RuntimeError("model parallel groups exist already; call destroy_model_parallel() first")
-    _state.created = create_process_groups(
+    layout.created = create_process_groups(
         tensor_model_parallel_size=tensor_model_parallel_size,
         pipeline_model_parallel_size=pipeline_size,
         pipeline_model_parallel_split_rank=split_rank,
@@ -139,13 +165,13 @@ def initialize_model_parallel(
             pipeline_model_parallel_comm_backend, nccl_communicator_config_path, high_priority_stream_groups or ()
         ),
     )
-    set_default_process_groups(_state.created.groups)
+    set_default_process_groups(layout.created.groups)
     if use_sharp:
         keep_network_reduction_to(get_data_parallel_group(with_context_parallel=True))
-    _state.virtual_pipeline_size = virtual_pipeline_model_parallel_size
-    _state.virtual_pipeline_rank = None if virtual_pipeline_model_parallel_size is None else 0
-    _state.placement_shape = virtual_pipeline_shape
-    _state.split_rank = split_rank
+    layout.virtual_pipeline_size = virtual_pipeline_model_parallel_size
+    layout.virtual_pipeline_rank = None if virtual_pipeline_model_parallel_size is None else 0
+    layout.placement_shape = virtual_pipeline_shape
+    layout.split_rank = split_rank
 
 
 def split_pipeline(size: int, encoder_size: int | None, split_rank: int | None) -> tuple[int, int | None]:
@@ -178,11 +204,10 @@ def _refuse_unbuilt(**values: object) -> None:
 
 def destroy_model_parallel() -> None:
     """Forget the groups and shut their communicators down; the world group stays."""
-    global _state
-    if _state.created is not None:
-        _state.created.destroy()
+    if layout.created is not None:
+        layout.created.destroy()
     set_default_process_groups(None)
-    _state = _State()
+    layout.reset()
 
 
 def get_process_groups() -> ProcessGroupCollection:
@@ -203,40 +228,6 @@ def is_unitialized() -> bool:
     return not has_default_process_groups()
 
 
-def _group(name: str, check_initialized: bool = True) -> ProcessGroup:
-    """Group `name` of this rank, None only where not checked."""
-    if not check_initialized and not has_default_process_groups():
-        return None  # type: ignore[return-value]
-    group = getattr(default_process_groups(), name)
-    if group is None and check_initialized:
-        raise RuntimeError(f"this rank is in no {name!r} group of the present layout")
-    return group
-
-
-def group_ranks(name: str) -> list[int]:
-    """Global ranks of this rank's group `name`, a field of `ProcessGroupCollection`."""
-    default_process_groups()
-    assert _state.created is not None
-    return _state.created.ranks[name]
-
-
-def _created_ranks(name: str) -> list[int]:
-    """As `group_ranks`; empty where this rank is in no such group."""
-    return [] if _state.created is None else _state.created.ranks.get(name, [])
-
-
-def _size(name: str) -> int:
-    if f"{name}_size" in _state.overrides:
-        return _state.overrides[f"{name}_size"]
-    return _group(name).size() if dist.is_initialized() and has_default_process_groups() else 1
-
-
-def _rank(name: str) -> int:
-    if f"{name}_rank" in _state.overrides:
-        return _state.overrides[f"{name}_rank"]
-    return _group(name).rank() if dist.is_initialized() and has_default_process_groups() else 0
-
-
 def _data_name(with_context_parallel: bool, partial_data_parallel: bool) -> str:
     if partial_data_parallel:
         return "intra_dp_cp"
@@ -255,15 +246,15 @@ class _GroupGetter(Protocol):
 
 
 def _group_getter(name: str) -> _GroupGetter:
-    return partial(_group, name)
+    return partial(group_of, name)
 
 
 def _size_getter(name: str) -> Callable[[], int]:
-    return partial(_size, name)
+    return partial(size_of, name)
 
 
 def _rank_getter(name: str) -> Callable[[], int]:
-    return partial(_rank, name)
+    return partial(rank_in, name)
 
 
 def _pretend(what: str) -> Callable[[int], None]:
@@ -272,7 +263,7 @@ def _pretend(what: str) -> Callable[[int], None]:
 
 
 def _state_override(what: str, value: int) -> None:
-    _state.overrides[what] = value
+    layout.overrides[what] = value
 
 
 get_model_parallel_group = _group_getter("mp")
@@ -319,7 +310,7 @@ set_expert_tensor_parallel_world_size = _pretend("expt_tp_size")
 
 def get_data_parallel_group(with_context_parallel: bool = False, partial_data_parallel: bool = False) -> ProcessGroup:
     """Data parallel, with context parallel folded in on request."""
-    return _group(_data_name(with_context_parallel, partial_data_parallel))
+    return group_of(_data_name(with_context_parallel, partial_data_parallel))
 
 
 get_data_parallel_group_gloo = get_data_parallel_group
@@ -340,41 +331,41 @@ def get_tensor_and_data_parallel_group(
     check_initialized: bool = True, with_context_parallel: bool = False
 ) -> ProcessGroup:
     """Tensor × data (× context)."""
-    return _group("tp_dp_cp" if with_context_parallel else "tp_dp", check_initialized)
+    return group_of("tp_dp_cp" if with_context_parallel else "tp_dp", check_initialized)
 
 
 def get_amax_reduction_group(with_context_parallel: bool = False, tp_only_amax_red: bool = False) -> ProcessGroup:
     """Ranks over which fp8 amax values are reduced."""
     if tp_only_amax_red:
-        return _group("tp_cp" if with_context_parallel else "tp")
-    return _group("tp_dp_cp" if with_context_parallel else "tp_dp")
+        return group_of("tp_cp" if with_context_parallel else "tp")
+    return group_of("tp_dp_cp" if with_context_parallel else "tp_dp")
 
 
 def get_expert_data_parallel_group(
     check_initialized: bool = True, partial_expert_data_parallel: bool = False
 ) -> ProcessGroup:
     """Replicas of the experts."""
-    return _group(_expert_data_name(partial_expert_data_parallel), check_initialized)
+    return group_of(_expert_data_name(partial_expert_data_parallel), check_initialized)
 
 
 def get_data_modulo_expert_parallel_group(partial_expert_data_parallel: bool = False) -> ProcessGroup:
     """Older name of `get_expert_data_parallel_group`."""
-    return _group(_expert_data_name(partial_expert_data_parallel))
+    return group_of(_expert_data_name(partial_expert_data_parallel))
 
 
 def get_expert_data_parallel_group_gloo(partial_expert_data_parallel: bool = False) -> ProcessGroup:
     """Same group as `get_expert_data_parallel_group`."""
-    return _group(_expert_data_name(partial_expert_data_parallel))
+    return group_of(_expert_data_name(partial_expert_data_parallel))
 
 
 def get_inter_distributed_optimizer_instance_group() -> ProcessGroup:
     """Ranks that hold the same shard in different distributed-optimizer instances."""
-    return _group("inter_dist_opt")
+    return group_of("inter_dist_opt")
 
 
 def get_intra_distributed_optimizer_instance_group() -> ProcessGroup:
     """All ranks of one distributed-optimizer instance."""
-    return _group("intra_dist_opt")
+    return group_of("intra_dist_opt")
 
 
 def get_tensor_model_parallel_src_rank() -> int:
@@ -400,23 +391,23 @@ def get_pipeline_model_parallel_last_rank() -> int:
 def get_pipeline_model_parallel_next_rank() -> int:
     """Global rank of the following stage; the last stage is followed by the first."""
     ranks = group_ranks("pp")
-    return ranks[(_rank("pp") + 1) % len(ranks)]
+    return ranks[(rank_in("pp") + 1) % len(ranks)]
 
 
 def get_pipeline_model_parallel_prev_rank() -> int:
     """Global rank of the preceding stage; the first stage is preceded by the last."""
     ranks = group_ranks("pp")
-    return ranks[(_rank("pp") - 1) % len(ranks)]
+    return ranks[(rank_in("pp") - 1) % len(ranks)]
 
 
 def get_data_parallel_world_size(with_context_parallel: bool = False, partial_data_parallel: bool = False) -> int:
     """Number of data parallel ranks."""
-    return _size(_data_name(with_context_parallel, partial_data_parallel))
+    return size_of(_data_name(with_context_parallel, partial_data_parallel))
 
 
 def get_data_parallel_rank(with_context_parallel: bool = False, partial_data_parallel: bool = False) -> int:
     """Place of this rank in its data parallel group."""
-    return _rank(_data_name(with_context_parallel, partial_data_parallel))
+    return rank_in(_data_name(with_context_parallel, partial_data_parallel))
 
 
 def get_data_parallel_src_rank(with_context_parallel: bool = False) -> int:
@@ -426,116 +417,17 @@ def get_data_parallel_src_rank(with_context_parallel: bool = False) -> int:
 
 def get_expert_data_parallel_world_size(partial_expert_data_parallel: bool = False) -> int:
     """Number of replicas of the experts."""
-    return _size(_expert_data_name(partial_expert_data_parallel))
+    return size_of(_expert_data_name(partial_expert_data_parallel))
 
 
 def get_expert_data_parallel_rank(partial_expert_data_parallel: bool = False) -> int:
     """Place of this rank among the replicas of its experts."""
-    return _rank(_expert_data_name(partial_expert_data_parallel))
-
-
-def get_virtual_pipeline_model_parallel_world_size() -> int | None:
-    """Number of model chunks of a rank, None without interleaving."""
-    return _state.virtual_pipeline_size
-
-
-def set_virtual_pipeline_model_parallel_world_size(world_size: int | None) -> None:
-    """Set the number of model chunks of a rank."""
-    _state.virtual_pipeline_size = world_size
-
-
-def get_virtual_pipeline_model_parallel_rank() -> int | None:
-    """The model chunk being built, None without interleaving."""
-    return _state.virtual_pipeline_rank
-
-
-def set_virtual_pipeline_model_parallel_rank(rank: int | None) -> None:
-    """Set the model chunk being built."""
-    _state.virtual_pipeline_rank = rank
-
-
-def stage_placement() -> Placement:
-    """Which pipeline rank holds which virtual stage."""
-    return Placement(_size("pp"), _state.virtual_pipeline_size or 1, _state.placement_shape)
-
-
-def _is_end_of_pipeline(stage: int, ignore_virtual: bool, vp_stage: int | None) -> bool:
-    holder = stage_placement().holder_of(stage)
-    if not ignore_virtual and _state.virtual_pipeline_size is not None:
-        chunk = _state.virtual_pipeline_rank if vp_stage is None else vp_stage
-        if chunk != holder.chunk:
-            return False
-    return _rank("pp") == holder.rank
-
-
-def is_pipeline_first_stage(ignore_virtual: bool = True, vp_stage: int | None = None) -> bool:
-    """Whether this rank holds the first stage (and, unless ignored, `vp_stage` is the chunk that does)."""
-    return _is_end_of_pipeline(0, ignore_virtual, vp_stage)
-
-
-def is_pipeline_last_stage(ignore_virtual: bool = True, vp_stage: int | None = None) -> bool:
-    """Whether this rank holds the last stage (and, unless ignored, `vp_stage` is the chunk that does)."""
-    return _is_end_of_pipeline(stage_placement().num_stages - 1, ignore_virtual, vp_stage)
-
-
-def is_rank_in_embedding_group(ignore_virtual: bool = True, vp_stage: int | None = None) -> bool:
-    """Whether this rank (and chunk, unless ignored) holds the tied word embedding."""
-    ranks = _created_ranks("embd")
-    rank = dist.get_rank()
-    if ignore_virtual or rank not in ranks:
-        return rank in ranks
-    if rank == ranks[0] and is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage):
-        return True
-    return rank == ranks[-1] and is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage)
-
-
-def is_rank_in_position_embedding_group() -> bool:
-    """Whether this rank holds position embeddings."""
-    return dist.get_rank() in _created_ranks("pos_embd")
-
-
-def is_inside_encoder(rank: int | None = None) -> bool:
-    """Whether pipeline rank `rank` (this one's) holds layers of an encoder; true where stages are not parted."""
-    return _state.split_rank is None or _pipeline_rank(rank) < _state.split_rank
-
-
-def is_inside_decoder(rank: int | None = None) -> bool:
-    """Whether pipeline rank `rank` (this one's) holds layers of a decoder; true where stages are not parted."""
-    return _state.split_rank is None or _pipeline_rank(rank) >= _state.split_rank
-
-
-def _pipeline_rank(rank: int | None) -> int:
-    return get_pipeline_model_parallel_rank() if rank is None else rank
-
-
-def get_pipeline_model_parallel_decoder_start() -> int | None:
-    """First decoder stage of a pipeline with an encoder before it, else None."""
-    return _state.split_rank
-
-
-def get_pipeline_model_parallel_split_rank() -> int | None:
-    """Another name of `get_pipeline_model_parallel_decoder_start`."""
-    return _state.split_rank
+    return rank_in(_expert_data_name(partial_expert_data_parallel))
 
 
 def get_all_ranks() -> str:
     """This rank's place along tp, dp, cp, pp and ep, e.g. `"0_1_0_2_0"`."""
-    return "_".join(str(_rank(name)) for name in ("tp", "dp", "cp", "pp", "ep"))
-
-
-def set_pipeline_model_parallel_split_rank(rank: int | None) -> None:
-    """Pretend that stages before `rank` hold an encoder, for tools that run without processes."""
-    _state.split_rank = rank
-
-
-is_pipeline_stage_before_split = is_inside_encoder
-is_pipeline_stage_after_split = is_inside_decoder
-
-
-def is_pipeline_stage_at_split() -> bool:
-    """Whether this rank is the encoder's last stage before its decoder's first."""
-    rank = get_pipeline_model_parallel_rank()
-    return _state.split_rank is not None and rank == _state.split_rank - 1
+    return "_".join(str(rank_in(name)) for name in ("tp", "dp", "cp", "pp", "ep"))
 
 
 _memory_buffer: GlobalMemoryBuffer | None = None
@@ -552,44 +444,6 @@ def destroy_global_memory_buffer() -> None:
     """Forget those tensors."""
     global _memory_buffer
     _memory_buffer = None
-
-
-def create_hierarchical_groups(
-    rank: int,
-    ranks: list[int],
-    hierarchical_group_sizes: list[int],
-    create_gloo_process_groups: bool = False,
-    pg_options: Any = None,
-    timeout: datetime.timedelta | None = None,
-    group_desc: str | None = None,
-) -> tuple[list[ProcessGroup], list[ProcessGroup]]:
-    """This rank's group of each level of a hierarchy over `ranks`, innermost first; the same on gloo, if asked for.
-
-    Collective over the whole world, which makes all groups; `rank` is this rank.
-    """
-    levels = hierarchical_ranks(ranks, hierarchical_group_sizes)
-    made: list[list[ProcessGroup]] = [[], []]
-    backends = [device.communication_backend(), *(["gloo"] if create_gloo_process_groups else [])]
-    for groups in levels:
-        for members in groups:
-            for found, backend in zip(made, backends):
-                options = pg_options if backend != "gloo" else None
-                group = dist.new_group(members, timeout, backend, options, group_desc=group_desc)
-                if rank in members:
-                    found.append(group)
-    return made[0], made[1]
-
-
-def create_group(
-    ranks: list[int] | None = None,
-    timeout: datetime.timedelta | None = None,
-    backend: str | None = None,
-    group_desc: str | None = None,
-) -> ProcessGroup:
-    """`torch.distributed.new_group` on the backend of this device."""
-    return dist.new_group(
-        ranks, timeout=timeout, backend=backend or device.communication_backend(), group_desc=group_desc
-    )
 
 
 def barrier(group: ProcessGroup | None = None) -> None:
