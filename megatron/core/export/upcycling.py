@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from megatron.core.transformer.moe.upcycling_utils import matrix_of_expert
+
 from .whole_state import WholeState
 
 _FEED_FORWARD = re.compile(r"(?P<layer>.*\blayers\.\d+(\.transformer_layer)?)\.mlp\.(?P<rest>linear_fc[12]\.weight)")
@@ -21,12 +23,8 @@ _BIAS = ".mlp.router.expert_bias"
 
 @dataclass(frozen=True)
 class Upcycling:
-    """How experts are made of a dense feed-forward block.
-
-    A block is cut into `granularity` G shards of f/G features, whose results sum to its own; each shard has E/G
-    copies. Expert c G + g is shard g of copy c, and routers give all shards of a copy the same score: a token goes to
-    k/G whole copies.
-    """
+    """How experts are made of a dense feed-forward block that is cut into `granularity` shards, see
+    `transformer.moe.upcycling_utils`."""
 
     num_experts: int
     granularity: int
@@ -42,12 +40,8 @@ class Upcycling:
 
     def of_expert(self, dense: Tensor, number: int, rest: str) -> Tensor:
         """An expert's matrix, from the dense block's; `rest` says which of its two."""
-        shard = number % self.granularity
-        if rest.startswith("linear_fc2"):
-            part = dense.chunk(self.granularity, dim=1)[shard]
-            return (part * self.output_scale).to(dense.dtype)
-        halves = dense.chunk(2) if self.gated else (dense,)
-        return torch.cat([half.chunk(self.granularity)[shard] for half in halves])
+        matrix, shard = int(rest.removeprefix("linear_fc")[0]), number % self.granularity
+        return matrix_of_expert(dense, matrix, shard, self.granularity, self.gated, self.output_scale)
 
     def router(self, name: str, dtype: torch.dtype) -> Tensor:
         """[E, h]: a row drawn for each copy, for all of its shards."""

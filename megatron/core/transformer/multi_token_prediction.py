@@ -185,6 +185,7 @@ class MultiTokenPredictionLayer(MegatronModule):
         inference_params: Any = None,
         packed_seq_params: PackedSeqParams | None = None,
         sequence_len_offset: Tensor | None = None,
+        padding_mask: Tensor | None = None,
     ) -> Tensor:
         """Normed hidden states [s, b, h]; arguments as of `TransformerLayer.forward`, and:
 
@@ -201,6 +202,7 @@ class MultiTokenPredictionLayer(MegatronModule):
             "inference_params": inference_params,
             "packed_seq_params": packed_seq_params,
             "sequence_len_offset": sequence_len_offset,
+            **({} if padding_mask is None else {"padding_mask": padding_mask}),
         }
 
         def run(embedded: Tensor, hidden: Tensor, context: Tensor | None, bias: Tensor | None) -> Tensor:

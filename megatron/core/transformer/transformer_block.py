@@ -158,6 +158,7 @@ class TransformerBlock(MegatronModule):
         sequence_len_offset: Tensor | None = None,
         *,
         inference_params: Any = None,
+        padding_mask: Tensor | None = None,
     ) -> Tensor:
         """Output of the last layer of the chunk, [s, b, h]; arguments as of `TransformerLayer.forward`."""
         if not self.pre_process:
@@ -175,6 +176,7 @@ class TransformerBlock(MegatronModule):
             "inference_context": inference_context if inference_context is not None else inference_params,
             "packed_seq_params": packed_seq_params,
             "sequence_len_offset": sequence_len_offset,
+            **({} if padding_mask is None else {"padding_mask": padding_mask}),
         }
         with self._dropout_rng():
             first_stored = 0

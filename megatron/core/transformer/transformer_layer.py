@@ -9,6 +9,7 @@ from __future__ import annotations
 from abc import ABC
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -177,6 +178,7 @@ class TransformerLayer(MegatronModule, BaseTransformerLayer):
         sequence_len_offset: Tensor | None = None,
         *,
         inference_params: Any = None,
+        padding_mask: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """(hidden_states, context): the layer's output, and what cross attention looks at, unchanged.
 
@@ -188,6 +190,7 @@ class TransformerLayer(MegatronModule, BaseTransformerLayer):
             rotary_pos_emb: angles of the positions.
             attention_bias: added to the attention scores.
             packed_seq_params: sequences on the token axis that do not see each other.
+            padding_mask: [s, b] of these hidden states, True where there is no token, for a mixture of experts.
         """
         inference_context = inference_context if inference_context is not None else inference_params
         residual, normed, norm = self._enter(hidden_states, self.input_layernorm)
@@ -219,7 +222,10 @@ class TransformerLayer(MegatronModule, BaseTransformerLayer):
             hidden_states = self._leave(self.cross_attn_bda, attended, residual, norm)
 
             residual, normed, norm = self._enter(hidden_states, self.pre_mlp_layernorm)
-        output = checkpoint(self.mlp, False, normed) if self.recompute_mlp and self.training else self.mlp(normed)
+        mlp: Callable[[Tensor], Any] = self.mlp
+        if padding_mask is not None and isinstance(self.mlp, BaseMoELayer):
+            mlp = partial(self.mlp, padding_mask=padding_mask)
+        output = checkpoint(mlp, False, normed) if self.recompute_mlp and self.training else mlp(normed)
         return self._leave(self.mlp_bda, output, residual, norm), context
 
     def _enter(self, hidden_states: Tensor, norm: nn.Module) -> tuple[Tensor, Tensor, CheckpointWithoutOutput | None]:

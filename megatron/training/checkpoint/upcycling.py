@@ -16,6 +16,7 @@ from megatron.core.dist_checkpointing.validation import parse_strict_flag
 from megatron.core.export import WholeStateLoadStrategy
 from megatron.core.export.upcycling import Upcycled, Upcycling
 from megatron.core.export.weights import is_gated, pattern_of_layers
+from megatron.core.transformer.moe.upcycling_utils import output_scale
 from megatron.training.checkpoint.context import CheckpointContext
 from megatron.training.checkpoint.conversion import load_own
 from megatron.training.checkpoint.find import candidates
@@ -58,25 +59,18 @@ def load_upcycled(args: argparse.Namespace, model: list[nn.Module], optimizer: A
 
 
 def how_of(args: argparse.Namespace) -> Upcycling:
-    """The experts that the settings ask for.
-
-    Weights of a token's k experts sum to the scaling factor; of a softmax over all E experts of even scores, to k/E.
-    """
+    """The experts that the settings ask for."""
     layers = pattern_of_layers(args.moe_layer_freq, args.num_layers)
     mixed = [f"decoder.layers.{number}" for number, mixture in enumerate(layers) if mixture]
     if layers[-1]:
         mixed += [f"mtp.layers.{number}.transformer_layer" for number in range(args.mtp_num_layers or 0)]
-    over_all = args.moe_router_score_function == "softmax" and (
-        args.moe_router_pre_softmax or args.moe_router_load_balancing_type == "sinkhorn"
-    )
-    total = args.moe_router_topk / args.num_experts if over_all else 1.0
     return Upcycling(
         num_experts=args.num_experts,
         granularity=args.moe_upcycling_granularity,
         layers=frozenset(mixed),
         hidden_size=args.hidden_size,
         gated=is_gated(vars(args)),
-        output_scale=args.moe_upcycling_granularity / (total * (args.moe_router_topk_scaling_factor or 1.0)),
+        output_scale=output_scale(args, args.num_experts, args.moe_upcycling_granularity),
         init_std=args.init_method_std,
         seed=args.seed,
         expert_bias=args.moe_router_enable_expert_bias,

@@ -30,6 +30,7 @@ from megatron.core.transformer.multi_token_prediction import (
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, build_block
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
+from megatron.core.utils import get_pg_rank, get_pg_size
 
 PositionEmbeddingType = Literal["learned_absolute", "rope", "yarn", "mrope", "none"]
 
@@ -218,6 +219,7 @@ class GPTModel(LanguageModule):
         inference_params: Any = None,
         loss_mask: Tensor | None = None,
         output_positions: Tensor | None = None,
+        padding_mask: Tensor | None = None,
     ) -> Tensor:
         """Loss of each token [b, s] fp32 if `labels` are given, else logits [b, s, v] (or [b, s, v/tp], see
         `parallel_output`); before the last stage the hidden states [s, b, h].
@@ -237,18 +239,22 @@ class GPTModel(LanguageModule):
                 next tokens' ones.
             output_positions: [b, s] bool: the positions whose logits are wanted, [1, n, v] in the order of [b, s].
                 Where ranks have whole sequences, the others do not go through the output layer. Excludes `labels`.
+            padding_mask: [b, s] bool on every stage, True where there is no token: experts learn nothing there about
+                their load.
         """
         if decoder_input is None and self.pre_process:
             assert input_ids is not None
             decoder_input = self.embedding(input_ids, position_ids)
         inference_context = inference_context if inference_context is not None else inference_params
         angles = self._angles(decoder_input, position_ids, packed_seq_params, inference_context)
+        padding = self._padding_of_rows(padding_mask)
         hidden_states = self.decoder(
             hidden_states=decoder_input,
             attention_mask=attention_mask,
             inference_context=inference_context,
             rotary_pos_emb=angles,
             packed_seq_params=packed_seq_params,
+            **padding,
             **(extra_block_kwargs or {}),
         )
         if not self.post_process:
@@ -264,6 +270,7 @@ class GPTModel(LanguageModule):
                 labels=labels,
                 rotary_pos_emb=angles,
                 packed_seq_params=packed_seq_params,
+                extra_block_kwargs=padding,
                 loss_mask=loss_mask,
                 embedding=self.embedding,
                 output_layer=self.output_layer,
@@ -280,6 +287,16 @@ class GPTModel(LanguageModule):
         if output_positions is not None and not selects_early:
             logits = _at(logits, output_positions)
         return logits.transpose(0, 1).contiguous()
+
+    def _padding_of_rows(self, padding_mask: Tensor | None) -> dict[str, Tensor]:
+        """An argument of the block: the mask of the rows of hidden states that this rank has; none without a mask."""
+        if padding_mask is None:
+            return {}
+        rows = padding_mask.t()
+        if self.config.sequence_parallel:
+            group = self.model_comm_pgs.tp
+            rows = rows.chunk(get_pg_size(group))[get_pg_rank(group)]
+        return {"padding_mask": rows}
 
     def _angles(
         self,
