@@ -133,21 +133,7 @@ class MambaMixer(MegatronModule):
         self.sizes.require_context_ranks(get_pg_size(groups.cp))
         self.context_parallel = HeadsOfRank(self.sizes, groups.cp)
 
-        self.in_proj = build_module(
-            submodules.in_proj,  # type: ignore[arg-type]
-            d_model,
-            sum(whole.parts_of_projection),
-            config=config,
-            init_method=config.init_method,
-            gather_output=False,
-            bias=bias,
-            skip_bias_add=False,
-            is_expert=False,
-            tp_comm_buffer_name="fc1",
-            tp_group=groups.tp,
-        )
-        for param in self.in_proj.parameters():
-            cut_in_parts(param, whole.parts_of_projection)
+        self.in_proj = self._input_projection(submodules.in_proj, whole, bias)
         self.conv1d = _ConvParameters(config, whole, d_conv, conv_init, conv_bias, groups)
         per_head = (whole.heads,)
         self.dt_bias = sharded_parameter(per_head, config, _initial_dt(dt_min, dt_max, dt_init_floor), groups.tp)
@@ -157,26 +143,43 @@ class MambaMixer(MegatronModule):
         self.D = sharded_parameter(of_d, config, nn.init.ones_, groups.tp, dtype=fp32)
         self.norm: GatedRMSNorm | None = None
         if rmsnorm:
+            own_groups, order = self.sizes.groups, norm_before_gate
             self.norm = GatedRMSNorm(
-                config,
-                whole.inner,
-                self.sizes.groups,
-                eps=NORM_EPS,
-                norm_before_gate=norm_before_gate,
-                tp_group=groups.tp,
+                config, whole.inner, own_groups, eps=NORM_EPS, norm_before_gate=order, tp_group=groups.tp
             )
-        self.out_proj = build_module(
-            submodules.out_proj,  # type: ignore[arg-type]
+        self.out_proj = self._output_projection(submodules.out_proj, whole, bias)
+
+    def _input_projection(self, spec: ModuleSpec | type | None, whole: MambaSizes, bias: bool) -> nn.Module:
+        projection = build_module(
+            spec,  # type: ignore[arg-type]
+            self.d_model,
+            sum(whole.parts_of_projection),
+            config=self.config,
+            init_method=self.config.init_method,
+            gather_output=False,
+            bias=bias,
+            skip_bias_add=False,
+            is_expert=False,
+            tp_comm_buffer_name="fc1",
+            tp_group=self.model_comm_pgs.tp,
+        )
+        for param in projection.parameters():
+            cut_in_parts(param, whole.parts_of_projection)
+        return projection
+
+    def _output_projection(self, spec: ModuleSpec | type | None, whole: MambaSizes, bias: bool) -> nn.Module:
+        return build_module(
+            spec,  # type: ignore[arg-type]
             whole.inner,
-            d_model,
-            config=config,
-            init_method=config.output_layer_init_method,
+            self.d_model,
+            config=self.config,
+            init_method=self.config.output_layer_init_method,
             bias=bias,
             input_is_parallel=True,
             skip_bias_add=True,
             is_expert=False,
             tp_comm_buffer_name="fc2",
-            tp_group=groups.tp,
+            tp_group=self.model_comm_pgs.tp,
         )
 
     def forward(
