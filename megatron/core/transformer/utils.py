@@ -53,10 +53,14 @@ def get_sliding_window_mask(
 
     -1 is no limit on that side. With fewer queries than keys the queries are the last positions.
     """
+    return outside_window(torch.arange(sk - sq, sk, device=device), sk, window_size)
+
+
+def outside_window(queries: Tensor, sk: int, window_size: tuple[int, int]) -> Tensor:
+    """[sq, sk] bool, True outside the window around each of `queries` [sq], which count on the axis of the keys."""
     left, right = window_size
-    query = torch.arange(sk - sq, sk, device=device)[:, None]
-    key = torch.arange(sk, device=device)[None, :]
-    outside = torch.zeros(sq, sk, dtype=torch.bool, device=device)
+    query, key = queries[:, None], torch.arange(sk, device=queries.device)[None, :]
+    outside = torch.zeros(len(queries), sk, dtype=torch.bool, device=queries.device)
     if left >= 0:
         outside |= key < query - left
     if right >= 0:

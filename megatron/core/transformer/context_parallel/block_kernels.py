@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from megatron.core.transformer.context_parallel.layout import Block, Order, Window
+from megatron.core.transformer.utils import outside_window
 
 Results = tuple[Tensor, Tensor]
 Gradients = tuple[Tensor, Tensor, Tensor]
@@ -233,15 +234,8 @@ class WrittenOutKernel:
     def _outside(self, rows: slice, m: int, device: torch.device) -> Tensor:
         """[rows, m] bool, True where the order hides a key."""
         distance = 0 if self.block.order is Order.CAUSAL else self.block.distance
-        left, right = (-1, 0) if self.block.order is Order.CAUSAL else self.window
-        query = torch.arange(rows.start, rows.stop, device=device)[:, None] + distance
-        key = torch.arange(m, device=device)[None, :]
-        outside = torch.zeros(rows.stop - rows.start, m, dtype=torch.bool, device=device)
-        if left >= 0:
-            outside |= key < query - left
-        if right >= 0:
-            outside |= key > query + right
-        return outside
+        window = (-1, 0) if self.block.order is Order.CAUSAL else self.window
+        return outside_window(torch.arange(rows.start, rows.stop, device=device) + distance, m, window)
 
 
 def _times(x: Tensor, y: Tensor) -> Tensor:
