@@ -4,6 +4,7 @@
 #   bash tests/run.sh                     all of it
 #   bash tests/run.sh -m slow             lint and the slow tests
 #   bash tests/run.sh tests/unit_tests/x  lint and these tests (arguments go to pytest)
+#   bash tests/run.sh -n 0 tests/x        in one process, which a debugger needs
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -26,7 +27,9 @@ check ruff check .
 check ruff format --check .
 check lint-imports
 check mypy
-check python -m pytest "$@"
+# Two processes: a test of one rank leaves a core idle, and ranks wait for each other. File by file, so that what a module
+# prepares is prepared once; in the order of the folders, which ends with small files.
+check python -m pytest -n 2 --dist loadfile --no-loadscope-reorder "$@"
 
 if ((${#failed[@]})); then
     echo "FAILED: ${failed[*]}" >&2
