@@ -78,7 +78,7 @@ def groups_of(model: torch.nn.Module | None) -> ProcessGroupCollection:
 class NormalInit:
     """Fills a tensor from N(0, std); blockwise, so that part of a tensor can be drawn without the rest."""
 
-    blockwise = True
+    blockwise = sequential = True
 
     def __init__(self, std: float) -> None:
         self.std = std

@@ -136,8 +136,8 @@ _HEADS = {"Bert": "ForPreTraining", "MegatronBert": "ForPreTraining", "GPT2": "L
 _HEADS["T5"] = "ForConditionalGeneration"
 
 
-SWEPT = ("deepseek-v2-moe-groups",)
-"""Cases of which most is tested with the slow tests."""
+SWEPT = ("deepseek-v2-moe", "deepseek-v2-moe-groups", "qwen3-moe-softmax-first")
+"""Cases that the fast tests see on one process only, because others like them go through layouts and conversions."""
 WITH_EXPERTS = [case for case in CASES if "mixtral" in case or "moe" in case]
 
 

@@ -415,7 +415,7 @@ def _wide(x: Tensor) -> Tensor:
 
 
 def _elementwise(fill: Callable[[Tensor], Any]) -> Callable[[Tensor], Any]:
-    fill.blockwise = True  # type: ignore[attr-defined]
+    fill.blockwise = fill.sequential = True  # type: ignore[attr-defined]
     return fill
 
 

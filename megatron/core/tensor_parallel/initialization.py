@@ -7,8 +7,9 @@ every rank drawing the same full tensor from the default CPU generator.
 
 Full tensors are drawn on the CPU in fp32. Elementwise initialisers (`blockwise = True`) are drawn block of
 rows by block of rows, each from a generator of its own, so that a rank draws no more than the blocks it holds
-a part of. Other initialisers see the whole tensor; where its size depends on the layout (a vocabulary padded to
-a multiple of the tensor parallel size), so may their values.
+a part of, and of the last block only its beginning where the initialiser allows it (`sequential = True`). Other
+initialisers see the whole tensor; where its size depends on the layout (a vocabulary padded to a multiple of
+the tensor parallel size), so may their values.
 """
 
 from __future__ import annotations
@@ -28,6 +29,9 @@ from megatron.core.utils import get_pg_rank, get_pg_size
 
 BLOCK_ELEMENTS = 1 << 20
 """Rows are drawn in blocks of about this many elements; part of the definition of the initial weights."""
+
+UNIT = 16
+"""Values of a `sequential` initialiser do not depend on how many are drawn behind them, but for the last so many."""
 
 
 @dataclass(frozen=True)
@@ -218,15 +222,23 @@ def _fill(param: Tensor, spec: ParameterInit, seed: int, name: str) -> None:
         stop = min(start + block_rows, rows)
         if not _overlaps(param, spec, start, stop):
             continue
-        # The whole block is drawn even where the tensor ends inside it: a vocabulary padded to another size
-        # has the same first rows.
-        values = _draw(spec, [block_rows, *shape[1:]], _derived_seed(seed, name, block))[: stop - start]
+        # As if the whole block were drawn even where the tensor ends inside it: a vocabulary padded to another
+        # size has the same first rows.
+        needed = (stop - start) * row_elements
+        values = _draw_first(needed, block_rows * row_elements, spec, _derived_seed(seed, name, block))
         _copy_rows(param, values.view([stop - start, *shape[1:]]) if shape else values, spec, start)
 
 
 def _derived_seed(seed: int, name: str, block: int) -> int:
     digest = hashlib.sha256(f"{seed}/{name}/{block}".encode()).digest()
     return int.from_bytes(digest[:8], "little") >> 1  # torch seeds are signed 64 bit
+
+
+def _draw_first(needed: int, whole: int, spec: ParameterInit, seed: int) -> Tensor:
+    """The first `needed` of the `whole` values of a block, without most of the others where that is the same."""
+    enough = -(-needed // UNIT) * UNIT
+    is_same = getattr(spec.init_method, "sequential", False) and enough <= whole - UNIT
+    return _draw(spec, [enough if is_same else whole], seed)[:needed]
 
 
 def _draw(spec: ParameterInit, shape: list[int], seed: int | None) -> Tensor:

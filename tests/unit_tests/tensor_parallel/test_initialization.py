@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from megatron.core import parallel_state
 from megatron.core.model_parallel_config import ModelParallelConfig
+from megatron.core.ssm.mamba_mixer import _initial_dt, _initial_log, _initial_uniform
 from megatron.core.tensor_parallel import (
     ColumnParallelLinear,
     RowParallelLinear,
@@ -127,6 +128,39 @@ def test_rows_longer_than_a_block() -> None:
 def test_a_vocabulary_padded_to_another_size_has_the_same_first_rows(rows: int) -> None:
     columns = BLOCK_ELEMENTS // 400 * 4  # blocks of 100 rows
     assert torch.equal(values((rows, columns)), values((260, columns))[:rows])
+
+
+class Whole:
+    """An initialiser that does not say that its values are drawn one after the other: blocks are drawn whole."""
+
+    blockwise = True
+
+    def __init__(self, init: Init) -> None:
+        self.init = init
+
+    def __call__(self, tensor: Tensor) -> object:
+        assert tensor.numel() >= BLOCK_ELEMENTS // 2
+        return self.init(tensor)
+
+
+SEQUENTIAL = {
+    "normal": normal,
+    "uniform": _initial_uniform(0.5),
+    "time steps": _initial_dt(0.001, 0.1, 1e-4),
+    "logarithms": _initial_log(1, 16),
+}
+
+
+@pytest.mark.parametrize("kind", SEQUENTIAL)
+@pytest.mark.parametrize("shape", [(), (1,), (15,), (16,), (33,), (5, 7), (64, 32), (3, 5, 11), (700, 999)])
+def test_the_beginning_of_a_block_is_that_of_the_whole_block(kind: str, shape: tuple[int, ...]) -> None:
+    assert torch.equal(values(shape, init=SEQUENTIAL[kind]), values(shape, init=Whole(SEQUENTIAL[kind])))
+
+
+@pytest.mark.parametrize("rows", [349_519, 349_520, 349_525, 349_526])
+def test_the_end_of_a_block_is_that_of_the_whole_block(rows: int) -> None:
+    """A block of 349 525 rows of 3: no multiple of 16 numbers, so that torch draws the last 16 anew."""
+    assert torch.equal(values((rows, 3)), values((rows, 3), init=Whole(normal)))
 
 
 def check_layers() -> list[Tensor]:
