@@ -136,6 +136,7 @@ def _serve(pipe: Connection, python_path: list[str]) -> None:
     from torch.distributed import TCPStore
 
     torch.set_num_threads(1)
+    os.fsync = lambda descriptor: None  # no test cuts the power, and a busy disk takes its time
     store: TCPStore | None = None  # one connection for all tests: making it may wait 5 s for a name server
     while True:
         try:

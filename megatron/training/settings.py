@@ -139,7 +139,8 @@ class Settings(argparse.Namespace):
     def note_changes(self, before: Mapping[str, Any], source: Source) -> None:
         """Note `source` for every setting that is no longer as in `before`."""
         for name, value in vars(self).items():
-            if name not in before or _differ(value, before[name]):
+            old = before.get(name, _NOTHING)
+            if value is not old and _differ(value, old):
                 self._sources[name] = source
 
     # --- copies and the lock ---
@@ -176,5 +177,8 @@ def was_given(args: argparse.Namespace, name: str) -> bool:
     return source_of(args, name).given
 
 
+_NOTHING = object()
+
+
 def _differ(value: Any, other: Any) -> bool:
-    return value is not other and (type(value) is not type(other) or value != other)
+    return type(value) is not type(other) or value != other
