@@ -33,10 +33,11 @@ class activity:
         details: numbers that tell it from others of its name.
         started: `time.perf_counter()` when it began.
         cpu_started: `time.thread_time()` when it began, if somebody listened; else 0.
+        is_flight: it is a communication from its launch to its end, beside what the thread does meanwhile (`launched`).
         outer: the activity of the same thread around it.
     """
 
-    __slots__ = ("cpu_started", "details", "group", "name", "outer", "peer", "started")
+    __slots__ = ("cpu_started", "details", "group", "is_flight", "name", "outer", "peer", "started")
 
     def __init__(
         self, name: str, *, group: ProcessGroup | None = None, peer: int | None = None, **details: Any
@@ -44,6 +45,7 @@ class activity:
         self.name, self.group, self.peer, self.details = name, group, peer, details
         self.started = self.cpu_started = 0.0
         self.outer: activity | None = None
+        self.is_flight = False
 
     @property
     def waits(self) -> bool:
@@ -100,6 +102,27 @@ def communicating(
     if torch.compiler.is_compiling():
         return nullcontext()
     return activity(name, group=torch.distributed.group.WORLD if group is None else group, peer=peer, **details)
+
+
+def launched(name: str, group: ProcessGroup | None, peer: int | None = None, **details: Any) -> Callable[[], None]:
+    """Note that a communication is under way. What is returned is to be called when it is through, or has been waited
+    for; further calls do nothing. A listener then hears of the whole flight, of which this thread sees its end alone.
+    """
+    if _state.listener is None or torch.compiler.is_compiling():
+        return _unheard
+    listeners = [_state.listener]
+    flight = activity(name, group=torch.distributed.group.WORLD if group is None else group, peer=peer, **details)
+    flight.is_flight, flight.started = True, time.perf_counter()
+
+    def landed() -> None:
+        while listeners:
+            listeners.pop()(flight, time.perf_counter())
+
+    return landed
+
+
+def _unheard() -> None:
+    """Nobody listened at the launch."""
 
 
 def current_activities() -> list[activity]:

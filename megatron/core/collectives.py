@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from megatron.core.activity import communicating
+from megatron.core.activity import communicating, launched
 from megatron.core.utils import divide, get_pg_size
 
 # torch 2.13 renames the two; the old names warn there and the new ones do not exist before.
@@ -66,6 +67,12 @@ class InFlight:
     name: str = "collective"
     group: ProcessGroup | None = None
     what: str = ""
+    landed: Callable[[], None] | None = field(init=False, default=None)
+    """To be told when it is through."""
+
+    def __post_init__(self) -> None:
+        if self.work is not None:
+            object.__setattr__(self, "landed", launched(self.name, self.group, of=self.what))
 
     def is_done(self) -> bool:
         """Whether `wait` would return at once."""
@@ -76,6 +83,8 @@ class InFlight:
         if self.work is not None:
             with communicating(self.name, self.group, of=self.what):
                 self.work.wait()
+            if self.landed is not None:
+                self.landed()
         return self.result
 
 

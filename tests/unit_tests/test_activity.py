@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import threading
+import time
 
 import pytest
 import torch
 
 from megatron.core import collectives
-from megatron.core.activity import activity, communicating, current_activities, interrupted_by, listening
+from megatron.core.activity import activity, communicating, current_activities, interrupted_by, launched, listening
 from tests.worker_pool import run_ranks
 
 
@@ -79,6 +80,7 @@ def test_collectives_name_themselves() -> None:
             ("broadcast", 1, "", True),
             ("all-to-all", None, "", True),
             ("all-reduce", None, "", True),
+            ("all-reduce", None, "", True),
         ]
 
 
@@ -94,7 +96,25 @@ def heard_collectives() -> list[tuple[str, int | None, str, bool]]:
         collectives.all_to_all(torch.empty_like(x), x, group=group)
         in_flight = collectives.start_all_reduce(x, group)
         in_flight.wait()
+        in_flight.wait()
+    assert [one.is_flight for one in heard] == [False] * 6 + [True, False]
+    heard.pop()
     return [(one.name, one.peer, one.details["of"], one.waits and one.group is group) for one in heard]
+
+
+def test_a_flight_is_heard_once_from_launch_to_end() -> None:
+    heard: list[tuple[str, float, bool]] = []
+    group = object()
+    unheard = launched("all-gather", group)  # type: ignore[arg-type]
+    with listening(lambda one, ended: heard.append((one.name, ended - one.started, one.is_flight))):
+        landed = launched("reduce-scatter", group, of="gradients")  # type: ignore[arg-type]
+        with activity("backward"):
+            time.sleep(0.01)
+        unheard()
+    landed()  # whoever has listened at the launch hears of it
+    landed()
+    assert [(name, is_flight) for name, _, is_flight in heard] == [("backward", False), ("reduce-scatter", True)]
+    assert heard[1][1] >= heard[0][1] >= 0.01 and names() == []
 
 
 def test_a_communication_without_group_is_the_worlds() -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from megatron.core import device, parallel_state
-from megatron.core.activity import activity, communicating
+from megatron.core.activity import activity, communicating, launched
 from megatron.core.pipeline_parallel.grad_sync import GradientSync
 from megatron.core.pipeline_parallel.microbatch import (
     ForwardStepFunction,
@@ -165,7 +165,9 @@ class StageExecutor:
                 Send(self._outgoing(t), t.peer) if t.is_send else Receive(self.shapes[t.direction], t.peer)
                 for t in some
             ]
-            self._in_flight.update(zip(some, post(work, self.config, self.group)))
+            for t, flight in zip(some, post(work, self.config, self.group)):
+                flight.landed = launched(*self._named(t), **_number(t))
+                self._in_flight[t] = flight
 
     def _outgoing(self, transfer: Transfer) -> Tensor:
         key = transfer.microbatch, transfer.chunk
@@ -174,15 +176,15 @@ class StageExecutor:
     def _wait(self, transfers: tuple[Transfer, ...]) -> None:
         with timed(self.config, timer_name(transfers)):
             for t in transfers:
-                what = (
-                    f"{'activations' if t.direction is Direction.FORWARD else 'gradients'} of microbatch {t.microbatch}"
-                )
-                name = "send" if t.is_send else "receive"
-                with communicating(name, self.group, t.peer, of=what, microbatch=t.microbatch, chunk=t.chunk):
+                with communicating(*self._named(t), **_number(t)):
                     tensor = self._in_flight.pop(t).wait()
                 self._finish(t, tensor)
             if self.config.batch_p2p_comm and self.config.batch_p2p_sync:
                 device.synchronize()
+
+    def _named(self, transfer: Transfer) -> tuple[str, ProcessGroup | None, int]:
+        """What an activity is made of."""
+        return "send" if transfer.is_send else "receive", self.group, transfer.peer
 
     def _finish(self, transfer: Transfer, tensor: Tensor) -> None:
         key = transfer.microbatch, transfer.chunk
@@ -196,6 +198,13 @@ class StageExecutor:
             del self._outputs[key]
         elif self._outputs[key] is not self._inputs.get(key):  # a chunk without layers gives what it takes
             deallocate_output_tensor(self._outputs[key], self.config.deallocate_pipeline_outputs)
+
+
+def _number(transfer: Transfer) -> dict[str, Any]:
+    """What tells it from others."""
+    kind = "activations" if transfer.direction is Direction.FORWARD else "gradients"
+    of = f"{kind} of microbatch {transfer.microbatch}"
+    return {"of": of, "microbatch": transfer.microbatch, "chunk": transfer.chunk}
 
 
 def timer_name(transfers: tuple[Transfer, ...]) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -40,12 +40,16 @@ class InFlight:
     tensor: Tensor
     """What is sent, kept until it has left, or the buffer that is being filled; that one requires gradients."""
     work: list[Any] = field(default_factory=list)
+    landed: Callable[[], None] | None = None
+    """To be told when it is through."""
 
     def wait(self) -> Tensor:
         """The tensor, once it has left or arrived."""
         for work in self.work:
             work.wait()
         self.work = []
+        if self.landed is not None:
+            self.landed()
         return self.tensor
 
 

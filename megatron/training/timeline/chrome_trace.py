@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from megatron.training.timeline.spans import MeasuredStep, Span
+from megatron.training.timeline.spans import MeasuredStep, RankSpans, Span, lanes
 from megatron.training.timeline.undisturbed import undisturbed
 
 NAMES = {
@@ -18,12 +18,16 @@ NAMES = {
     "data": "data",
     "other": "other",
 }
+IN_FLIGHT = "in flight"
 PLANNED = 1_000_000
 """Planned ranks are numbered from here on, so that they stand below the measured ones."""
 
 
 def chrome_trace(step: MeasuredStep) -> dict[str, Any]:
-    """Complete events ("X") in microseconds: a process for each rank, then one for each planned pipeline rank."""
+    """Complete events ("X") in microseconds: a process for each rank, then one for each planned pipeline rank.
+
+    Thread 0 of a rank is what it does; those from 1 on, what is in flight beside that.
+    """
     events: list[dict[str, Any]] = []
     for rank in step.ranks:
         events += _named(rank.rank, f"rank {rank.rank} ({rank.place})", rank.rank)
@@ -35,6 +39,7 @@ def chrome_trace(step: MeasuredStep) -> dict[str, Any]:
                 args["chunk"] = span.chunk
             event = _event(rank.rank, span.label or span.text, NAMES[span.kind], span.start, span.end, args)
             events.append({**event, **_thread_clock(span)})
+        events += _flights(rank)
     for stage, spans in enumerate(step.planned.ranks):
         events += _named(PLANNED + stage, f"planned: pipeline rank {stage}", PLANNED + stage)
         for planned in spans:
@@ -55,6 +60,7 @@ def numbers_of(step: MeasuredStep) -> dict[str, float | None]:
         "processor share of computations": step.processor_share,
         "in collectives": step.share("collective"),
         "waiting for transfers": step.share("p2p"),
+        "hidden share of communication in flight": step.hidden_share,
         "measured bubble": step.measured_bubble,
         "undisturbed bubble": alone and alone.bubble,
         "undisturbed bubble without transfers": alone and alone.bubble_without_transfers,
@@ -64,6 +70,17 @@ def numbers_of(step: MeasuredStep) -> dict[str, float | None]:
     }
 
 
+def _flights(rank: RankSpans) -> list[dict[str, Any]]:
+    """Tracks of what is in flight, beside each other where they overlap."""
+    events: list[dict[str, Any]] = []
+    for number, lane in enumerate(lanes(rank.flights), start=1):
+        events.append(_label(rank.rank, "thread_name", number, name=f"in flight, {number}"))
+        for span in lane:
+            event = _event(rank.rank, span.text, IN_FLIGHT, span.start, span.end, {"what": span.text})
+            events.append({**event, "tid": number})
+    return events
+
+
 def _thread_clock(span: Span) -> dict[str, float]:
     if not span.cpu_end:
         return {}
@@ -71,10 +88,11 @@ def _thread_clock(span: Span) -> dict[str, float]:
 
 
 def _named(process: int, name: str, order: int) -> list[dict[str, Any]]:
-    return [
-        {"ph": "M", "name": "process_name", "pid": process, "tid": 0, "args": {"name": name}},
-        {"ph": "M", "name": "process_sort_index", "pid": process, "tid": 0, "args": {"sort_index": order}},
-    ]
+    return [_label(process, "process_name", name=name), _label(process, "process_sort_index", sort_index=order)]
+
+
+def _label(process: int, what: str, track: int = 0, **args: Any) -> dict[str, Any]:
+    return {"ph": "M", "name": what, "pid": process, "tid": track, "args": args}
 
 
 def _event(process: int, name: str, category: str, start: float, end: float, args: dict[str, Any]) -> dict[str, Any]:

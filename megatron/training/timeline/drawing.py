@@ -8,7 +8,7 @@ from html import escape
 
 from megatron.core.pipeline_parallel.schedule import Compute
 from megatron.training.timeline.chrome_trace import NAMES
-from megatron.training.timeline.spans import MeasuredStep, RankSpans, Span
+from megatron.training.timeline.spans import MeasuredStep, RankSpans, Span, lanes
 
 ROW, GAP, HEADING, AXIS = 28, 6, 30, 26
 LABELS = 150
@@ -39,6 +39,8 @@ class Row:
     note: str
     """Shown when the label is pointed at."""
     spans: Sequence[Span]
+    overlaps: bool = False
+    """Whether spans lie beside each other, in lanes."""
 
 
 @dataclass(frozen=True)
@@ -67,12 +69,19 @@ def sections_of(step: MeasuredStep) -> list[Section]:
     ]
     pipelines = list(step.pipelines().values())
     shown = [rank for pipeline in pipelines for rank in pipeline][:MOST_RANKS]
-    rows = [Row(_label(rank, step), f"{rank.place}; {rank.host}", rank.spans) for rank in shown]
+    rows = [row for rank in shown for row in _rows_of(rank, step)]
     left_out = f", the first {MOST_RANKS} ranks of {len(step.ranks)}" if len(step.ranks) > MOST_RANKS else ""
     return [
         Section(f"Planned: {_percent(step.planned.bubble_fraction)} bubble", planned),
         Section(f"Measured: {_percent(step.measured_bubble)} bubble{left_out}", rows),
     ]
+
+
+def _rows_of(rank: RankSpans, step: MeasuredStep) -> Iterator[Row]:
+    """What a rank does and, below it, what is under way meanwhile."""
+    yield Row(_label(rank, step), f"{rank.place}; {rank.host}", rank.spans)
+    if rank.flights:
+        yield Row("in flight", "communication from its launch until it has been waited for", rank.flights, True)
 
 
 def _label(rank: RankSpans, step: MeasuredStep) -> str:
@@ -148,10 +157,17 @@ _PATTERN = (
 def _row(row: Row, y: float, scale: Scale, seconds: float) -> Iterator[str]:
     yield f'<g role="list" aria-label="{escape(row.label)}">'
     yield f'<rect x="0" y="{y:g}" width="{scale.x(seconds):g}" height="{ROW}" class="track"/>'
-    outer = [span for span in row.spans if span.depth == 0]
-    for i, span in enumerate(outer):
-        yield _box(span, y, scale, is_first=i == 0)
-    yield from _inner(row.spans, y, scale)
+    if row.overlaps:
+        beside = lanes(row.spans)
+        height = ROW / len(beside)
+        for i, lane in enumerate(beside):
+            yield from _strips(lane, y + i * height, max(height - 0.5, 0.5), scale)
+    else:
+        outer = [span for span in row.spans if span.depth == 0]
+        for i, span in enumerate(outer):
+            yield _box(span, y, scale, is_first=i == 0)
+        inner = [span for span in row.spans if span.depth and span.kind in ("p2p", "collective")]
+        yield from _strips(inner, y + ROW - 7, 6, scale)  # communication inside computations, at their lower edge
     yield "</g>"
 
 
@@ -170,27 +186,27 @@ def _box(span: Span, y: float, scale: Scale, is_first: bool) -> str:
     )
 
 
-def _inner(spans: Iterable[Span], y: float, scale: Scale) -> Iterator[str]:
-    """Communication inside computations, as a strip at their lower edge; what is too close to tell apart is one."""
+def _strips(spans: Iterable[Span], y: float, height: float, scale: Scale) -> Iterator[str]:
+    """Low boxes of communication; what is too close to tell apart is one."""
     open_span: tuple[float, float, float, int, str, str] | None = None
-    for span in sorted((s for s in spans if s.depth and s.kind in ("p2p", "collective")), key=lambda s: s.start):
+    for span in sorted(spans, key=lambda span: span.start):
         x, end = scale.x(span.start), scale.x(span.end)
         if open_span is not None and x - open_span[1] < 1.0 and span.kind == open_span[4]:
             first, last, total, count, kind, text = open_span
             open_span = (first, max(end, last), total + span.seconds, count + 1, kind, text)
             continue
         if open_span is not None:
-            yield _strip(open_span, y)
+            yield _strip(open_span, y, height)
         open_span = (x, end, span.seconds, 1, span.kind, span.text)
     if open_span is not None:
-        yield _strip(open_span, y)
+        yield _strip(open_span, y, height)
 
 
-def _strip(merged: tuple[float, float, float, int, str, str], y: float) -> str:
+def _strip(merged: tuple[float, float, float, int, str, str], y: float, height: float) -> str:
     x, end, seconds, count, kind, text = merged
     words = f"{text}: {_ms(seconds)}" if count == 1 else f"{count} communications, the first: {text}; {_ms(seconds)}"
     return (
-        f'<rect x="{x:g}" y="{y + ROW - 7:g}" width="{max(end - x, 0.6):g}" height="6" '
+        f'<rect x="{x:g}" y="{y:g}" width="{max(end - x, 0.6):g}" height="{height:g}" '
         f'class="s strip {kind}"><title>{escape(words)}</title></rect>'
     )
 
@@ -228,6 +244,8 @@ def times_of(rank: RankSpans, first: float, last: float) -> list[tuple[str, floa
         ("weight gradients", rank.seconds_of("W")),
         ("waiting for transfers", rank.seconds_of("p2p")),
         ("collectives", rank.seconds_of("collective")),
+        ("in flight", rank.seconds_in_flight),
+        ("of it hidden", rank.seconds_hidden),
         ("optimizer", rank.seconds_of("optimizer")),
         ("reading data", rank.seconds_of("data")),
         ("idle in the pipeline", max(0.0, last - first - computing)),

@@ -44,7 +44,8 @@ def page(step: MeasuredStep) -> str:
 <p class="note">Milliseconds. Collectives inside computations count in both columns. The bubble is the time between
 the first and the last computation of a pipeline in which its ranks compute nothing, divided by that time. The plan has
 the median time of each computation on each stage, and transfers that cost nothing; “equal stages” is the same
-schedule with stages of one length and backward twice as long as forward.{_synchronized(step)}{_disturbed(step)}</p>
+schedule with stages of one length and backward twice as long as forward.
+{_flights(step)}{_synchronized(step)}{_disturbed(step)}</p>
 </section>
 <details>
 <summary>All computations, planned and measured</summary>
@@ -79,6 +80,7 @@ def _cards(step: MeasuredStep) -> Iterator[str]:
         ("planned, equal stages", _percent(step.ideal_bubble)),
         ("Waiting for transfers", _percent(step.share("p2p"))),
         ("In collectives", _percent(step.share("collective"))),
+        *([("Hidden of what is in flight", _percent(step.hidden_share))] if step.hidden_share is not None else []),
         ("Optimizer", _percent(step.share("optimizer"))),
     ]
     for name, number in numbers:
@@ -147,6 +149,15 @@ def _disturbed(step: MeasuredStep) -> str:
     return (
         f" Computations had a processor for {_percent(step.processor_share)} of their time; “without other programs” "
         "is the bubble if they had had one for all of it."
+    )
+
+
+def _flights(step: MeasuredStep) -> str:
+    if step.hidden_share is None:
+        return ""
+    return (
+        " Communication is in flight from its launch until it has been waited for, which may be long after it arrived; "
+        "hidden is the part of that in which the rank waits for none."
     )
 
 

@@ -7,7 +7,7 @@ import os
 import socket
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -105,8 +105,9 @@ def _gather(
         parallel_state.get_context_parallel_rank(),
         parallel_state.get_data_parallel_rank(),
     )
-    spans = sorted((as_span(*one, offset) for one in heard), key=lambda span: (span.start, -span.end))
-    mine = RankSpans(dist.get_rank(), f"{socket.gethostname()}, pid {os.getpid()}", place, tuple(spans), cpu_seconds)
+    spans, flights = (_in_order(as_span(*one, offset) for one in heard if one[0].is_flight is x) for x in (False, True))
+    host = f"{socket.gethostname()}, pid {os.getpid()}"
+    mine = RankSpans(dist.get_rank(), host, place, spans, cpu_seconds, flights)
     everyone: list[Any] = [None] * dist.get_world_size()
     with communicating("all-gather", None, of="spans of the timeline"):
         dist.all_gather_object(everyone, mine)
@@ -118,10 +119,17 @@ def _gather(
     return MeasuredStep(iteration, ranks, plan_for(config, request), is_synchronized=not device.is_cpu())
 
 
+def _in_order(spans: Iterable[Span]) -> tuple[Span, ...]:
+    return tuple(sorted(spans, key=lambda span: (span.start, -span.end)))
+
+
 def shifted(rank: RankSpans, seconds: float) -> RankSpans:
     """The same later."""
-    spans = tuple(replace(span, start=span.start + seconds, end=span.end + seconds) for span in rank.spans)
-    return replace(rank, spans=spans)
+
+    def later(spans: Iterable[Span]) -> tuple[Span, ...]:
+        return tuple(replace(span, start=span.start + seconds, end=span.end + seconds) for span in spans)
+
+    return replace(rank, spans=later(rank.spans), flights=later(rank.flights))
 
 
 def as_span(one: activity, ended: float, cpu_ended: float = 0.0, offset: float = 0.0) -> Span:
@@ -134,6 +142,8 @@ def as_span(one: activity, ended: float, cpu_ended: float = 0.0, offset: float =
     if one.name in _COMPUTE:
         words = f"{one.name} of microbatch {microbatch}" + (f" on model chunk {chunk}" if chunk else "")
     begin, end = one.started + offset, ended + offset
+    if one.is_flight:
+        return Span(_kind(one), words, begin, end, 0, microbatch, chunk)
     return Span(_kind(one), words, begin, end, depth, microbatch, chunk, one.cpu_started, cpu_ended)
 
 

@@ -79,6 +79,8 @@ class RankSpans:
     spans: tuple[Span, ...]
     cpu_seconds: float = 0.0
     """Processor time of the step, of all threads of the process."""
+    flights: tuple[Span, ...] = ()
+    """Communications from launch to the end of the wait for them, beside the spans, by launch."""
 
     @property
     def computations(self) -> list[Span]:
@@ -87,11 +89,18 @@ class RankSpans:
 
     def seconds_of(self, *kinds: SpanKind) -> float:
         """Time in spans of these kinds, counted once where they lie inside each other."""
-        total, reached = 0.0, float("-inf")
-        for span in sorted((span for span in self.spans if span.kind in kinds), key=lambda span: span.start):
-            total += max(0.0, span.end - max(span.start, reached))
-            reached = max(reached, span.end)
-        return total
+        return _covered(span for span in self.spans if span.kind in kinds)
+
+    @property
+    def seconds_in_flight(self) -> float:
+        """Time in which some communication is under way."""
+        return _covered(self.flights)
+
+    @property
+    def seconds_hidden(self) -> float:
+        """Time in which some communication is under way and this rank does not wait for one."""
+        waits = [span for span in self.spans if span.kind in ("p2p", "collective")]
+        return _covered([*self.flights, *waits]) - _covered(waits)
 
 
 @dataclass(frozen=True)
@@ -166,6 +175,33 @@ class MeasuredStep:
         if not self.seconds:
             return 0.0
         return statistics.fmean(rank.seconds_of(*kinds) for rank in self.ranks) / self.seconds
+
+    @property
+    def hidden_share(self) -> float | None:
+        """Of the time in which communication is under way, the share in which ranks do not wait for one."""
+        seconds = sum(rank.seconds_in_flight for rank in self.ranks)
+        return sum(rank.seconds_hidden for rank in self.ranks) / seconds if seconds else None
+
+
+def _covered(spans: Iterable[Span]) -> float:
+    """Seconds in which there is at least one of them."""
+    total, reached = 0.0, float("-inf")
+    for span in sorted(spans, key=lambda span: span.start):
+        total += max(0.0, span.end - max(span.start, reached))
+        reached = max(reached, span.end)
+    return total
+
+
+def lanes(spans: Iterable[Span]) -> list[list[Span]]:
+    """Spans that overlap beside each other, in as few lanes as possible."""
+    found: list[list[Span]] = []
+    for span in sorted(spans, key=lambda span: span.start):
+        free = next((lane for lane in found if lane[-1].end <= span.start), None)
+        if free is None:
+            found.append([span])
+        else:
+            free.append(span)
+    return found
 
 
 def measured_timeline(ranks: Sequence[RankSpans]) -> Timeline:

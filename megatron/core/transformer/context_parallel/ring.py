@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from megatron.core.activity import communicating
+from megatron.core.activity import communicating, launched
 from megatron.core.transformer.context_parallel.block_kernels import accumulation_type
 from megatron.core.transformer.context_parallel.task import AttentionTask
 from megatron.core.utils import get_pg_rank, get_pg_size
@@ -33,6 +33,7 @@ class _Hop:
         self.shapes = [t.shape for t in tensors]
         self.outgoing = torch.cat([t.reshape(-1) for t in tensors])  # one message; kept until it has left
         self.incoming = torch.empty_like(self.outgoing)
+        self.landed = launched("exchange", group, self.source, of=what)
         self.works = dist.batch_isend_irecv(
             [
                 dist.P2POp(dist.isend, self.outgoing, group=group, group_peer=(rank + 1) % size),
@@ -45,6 +46,7 @@ class _Hop:
         with communicating("exchange", self.group, peer=self.source, of=self.what):
             for work in self.works:
                 work.wait()
+        self.landed()
         parts = self.incoming.split([shape.numel() for shape in self.shapes])
         return [part.view(shape) for part, shape in zip(parts, self.shapes)]
 

@@ -36,7 +36,7 @@ def test_a_pipeline_with_replicas(tmp_path: Path) -> None:
     assert numbers["planned bubble with equal stages"] == pytest.approx(1 / 9)  # (2 - 1) / (2 chunks x 4 + 1)
     for rank in range(4):
         mine = [event for event in events if event["pid"] == rank]
-        names = [event["name"] for event in mine]
+        names = [event["name"] for event in mine if event["tid"] == 0]
         for chunk in ("", ".1"):
             assert [n for n in names if n in [f"F{i}{chunk}" for i in range(4)]] == [f"F{i}{chunk}" for i in range(4)]
             assert {f"B{i}{chunk}" for i in range(4)} <= set(names)
@@ -44,13 +44,30 @@ def test_a_pipeline_with_replicas(tmp_path: Path) -> None:
         assert any(name.startswith("reduce-scatter of gradients over the data parallel ranks") for name in names)
         received = [name for name in names if name.startswith("receive of activations of microbatch")]
         assert len(received) == (4 if rank < 2 else 8)  # the first stage gets none for its first chunk
+        require_flights(mine)
     assert 0 < numbers["undisturbed bubble"] < 1 and 0 < numbers["planned bubble with even stages"] < 0.2
-    assert all(event["tdur"] <= 1.1 * event["dur"] + 100 for event in events)  # processor time, in microseconds
+    done = [event for event in events if event["tid"] == 0]
+    assert all(event["tdur"] <= 1.1 * event["dur"] + 100 for event in done)  # processor time, in microseconds
+    assert 0 < numbers["hidden share of communication in flight"] < 1
     readers = {event["pid"] for event in events if event["cat"] == "data"}
     assert readers == {0, 1, 2, 3}  # first stages read tokens, last ones labels
     html = (tmp_path / "step4.html").read_text()
     read(html)
-    assert len(chart_of(html).findall("g")) == 2 + 4
+    assert len(chart_of(html).findall("g")) == 2 + 4 + 4
+
+
+def require_flights(events: list[dict[str, Any]]) -> None:
+    """On tracks of their own: each begins before the wait for it and ends in it; computations run beside some."""
+    waits = [event for event in events if event["tid"] == 0 and event["cat"] in ("collective", "point to point")]
+    flights = [event for event in events if event["cat"] == "in flight"]
+    computed = [event for event in events if event["cat"] in ("forward", "backward")]
+    assert flights and all(event["tid"] > 0 for event in flights)
+    beside = 0
+    for flight in flights:
+        end = flight["ts"] + flight["dur"]
+        assert any(flight["ts"] <= one["ts"] <= end for one in waits if one["name"] == flight["name"]), flight
+        beside += any(flight["ts"] <= one["ts"] and one["ts"] + one["dur"] <= end for one in computed)
+    assert beside
 
 
 def test_one_process(tmp_path: Path) -> None:

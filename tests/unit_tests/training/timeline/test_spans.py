@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from megatron.core.pipeline_parallel.timeline import Costs
-from megatron.training.timeline.spans import Place, RankSpans, Span
+from megatron.training.timeline.spans import Place, RankSpans, Span, lanes
 from tests.unit_tests.training.timeline.steps import perfect_step
 
 
@@ -60,6 +60,21 @@ def test_time_in_spans_inside_each_other_counts_once() -> None:
     assert rank.seconds_of("collective") == 6.0
     assert rank.seconds_of("p2p", "collective") == 6.5
     assert rank.seconds_of("W") == 0.0
+
+
+def test_what_is_hidden_is_in_flight_and_not_waited_for() -> None:
+    spans = (Span("B", "", 0, 6), Span("collective", "", 5, 8), Span("F", "", 8, 20), Span("p2p", "", 10, 11))
+    flights = (Span("collective", "", 1, 8), Span("collective", "", 3, 12), Span("p2p", "", 15, 16))
+    rank = RankSpans(0, "", Place(), spans, flights=flights)
+    assert rank.seconds_in_flight == 12.0  # 1 to 12, 15 to 16
+    assert rank.seconds_hidden == 8.0  # without 5 to 8 and 10 to 11
+    assert RankSpans(0, "", Place(), spans).seconds_hidden == 0.0
+
+
+def test_spans_that_overlap_lie_in_lanes() -> None:
+    a, b, c, d = (Span("p2p", "", start, end) for start, end in ((0, 4), (1, 2), (2, 3), (4, 5)))
+    assert lanes([d, c, b, a]) == [[a, d], [b, c]]
+    assert lanes([]) == []
 
 
 def test_ranks_of_a_pipeline_belong_together() -> None:

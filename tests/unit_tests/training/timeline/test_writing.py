@@ -6,6 +6,7 @@ import json
 import re
 import xml.etree.ElementTree as ET
 from collections import Counter, defaultdict
+from dataclasses import replace
 from html.parser import HTMLParser
 from typing import Any
 
@@ -14,6 +15,7 @@ import pytest
 from megatron.training.timeline.chrome_trace import PLANNED, chrome_trace
 from megatron.training.timeline.drawing import ticks
 from megatron.training.timeline.page import page
+from megatron.training.timeline.spans import MeasuredStep, Span
 from tests.unit_tests.training.timeline.steps import perfect_step
 
 # --- the trace ------------------------------------------------------------------------------------
@@ -141,10 +143,6 @@ def test_texts_are_escaped() -> None:
 
 
 def test_communication_that_is_too_close_to_tell_apart_is_one_strip() -> None:
-    from dataclasses import replace
-
-    from megatron.training.timeline.spans import MeasuredStep, Span
-
     step = perfect_step(1, 2)
     rank = step.ranks[0]
     start = rank.computations[0].start
@@ -152,6 +150,23 @@ def test_communication_that_is_too_close_to_tell_apart_is_one_strip() -> None:
     crowded = replace(rank, spans=tuple(sorted([*rank.spans, *crowd], key=lambda s: (s.start, -s.end))))
     html = page(MeasuredStep(3, (crowded,), step.plan))
     assert html.count('class="s strip collective"') == 1 and "1001 communications" in html
+
+
+def test_flights_have_a_row_of_their_own_in_lanes() -> None:
+    step = perfect_step(1, 2)
+    start = step.ranks[0].computations[0].start
+    flights = [Span("collective", f"gather {i}", start + i * 1e-4, start + 5e-4 + i * 1e-4) for i in range(2)]
+    step = MeasuredStep(3, (replace(step.ranks[0], flights=tuple(flights)),), step.plan)
+    rows = chart_of(page(step)).findall("g")
+    assert [row.get("aria-label") for row in rows] == ["pipeline rank 0", "rank 0", "in flight"]
+    first, second = (box for box in rows[2] if box.get("class") == "s strip collective")
+    top, height = float(first.get("y", 0)), float(first.get("height", 0))
+    assert float(second.get("y", 0)) >= top + height and 10 < height < 14
+    trace = chrome_trace(step)
+    require_valid(trace)
+    tracks = [(e["name"], e["tid"]) for e in trace["traceEvents"] if e.get("cat") == "in flight"]
+    assert tracks == [("gather 0", 1), ("gather 1", 2)]
+    assert trace["otherData"]["hidden share of communication in flight"] == pytest.approx(4 / 6)
 
 
 def test_many_ranks_are_cut_with_a_word() -> None:
