@@ -6,7 +6,7 @@ can hold); compared are the result and each gradient, by the norm of the differe
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 
@@ -378,9 +378,8 @@ def tried(check: Check, dtype: torch.dtype, device: str, tolerance: float, gradi
     return outcome
 
 
-def run_checks(device: str) -> list[Outcome]:
+def run_checks(device: str) -> Iterator[Outcome]:
     """All that are in the tables; process groups exist."""
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-    found = [tried(check, dtype, device, TOLERANCE[dtype]) for check in CHECKS for dtype in check.types]
-    found += [tried(check, dtype, device, FP8_TOLERANCE, False) for check in PRODUCTS for dtype in check.types]
-    return found
+    yield from (tried(check, dtype, device, TOLERANCE[dtype]) for check in CHECKS for dtype in check.types)
+    yield from (tried(check, dtype, device, FP8_TOLERANCE, False) for check in PRODUCTS for dtype in check.types)

@@ -59,19 +59,33 @@ def model_of(args: Any) -> nn.Module:
 
 
 class Loss(nn.Module):
+    """Mean loss of the output layer."""
+
+    def __init__(self, out: nn.Module) -> None:
+        super().__init__()
+        self.out = out
+
+    def forward(self, x: Tensor, labels: Tensor) -> Tensor:
+        return F.cross_entropy(self.out(x).flatten(0, 1).float(), labels.flatten())
+
+
+class TransformersModel(nn.Module):
     """Mean loss of (ids, labels), [b, s] each."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self.model = model
+        self.body, self.head = model.model, Loss(model.lm_head)
+
+    def parts_to_compile(self) -> list[nn.Module]:
+        """Each layer, and what follows them."""
+        return [*self.body.layers, self.head]
 
     def forward(self, ids: Tensor, labels: Tensor) -> Tensor:
-        logits = self.model(input_ids=ids).logits
-        return F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten())
+        return self.head(self.body(input_ids=ids).last_hidden_state, labels)
 
 
-def loss_model(args: Any, device: str) -> nn.Module:
-    """`Loss` of the model.
+def transformers_model(args: Any, device: str) -> TransformersModel:
+    """The model, to be trained.
 
     Raises:
         RuntimeError: it cannot be had.
@@ -80,4 +94,4 @@ def loss_model(args: Any, device: str) -> nn.Module:
     if missing is not None:
         raise RuntimeError(missing)
     with torch.device(device):
-        return Loss(model_of(args)).train()
+        return TransformersModel(model_of(args)).train()

@@ -13,7 +13,6 @@ processes.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 from dataclasses import asdict, dataclass
@@ -27,6 +26,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor
 
+from benchmarks.harness import write_result
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from megatron.core.transformer.enums import AttnBackend
@@ -177,8 +177,7 @@ def main() -> None:
             rows.extend(result)
     show(rows)
     if args.output:
-        content = {"torch": torch.__version__, "shape": asdict(shape), "type": "bf16", "rows": rows}
-        args.output.write_text(json.dumps(content, indent=1) + "\n")
+        write_result(args.output, shape=asdict(shape), type="bf16", rows=rows)
 
 
 if __name__ == "__main__":

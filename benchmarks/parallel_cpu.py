@@ -85,27 +85,29 @@ BASE = LAYOUTS[0].name
 
 def run(layout: Layout, hidden: int, steps: int) -> list[dict[str, Any]]:
     """The numbers of each measured step of one start of the program."""
-    with tempfile.TemporaryDirectory() as folder, socket.create_server(("127.0.0.1", 0)) as server:
+    with tempfile.TemporaryDirectory() as folder:
+        traces = traces_of(layout, hidden, steps, Path(folder))
+    return [{name: number and round(number, 5) for name, number in one["otherData"].items()} for one in traces]
+
+
+def traces_of(layout: Layout, hidden: int, steps: int, folder: Path) -> list[dict[str, Any]]:
+    """The traces of the measured steps of one start of the program, which leaves its pages in `folder`, too.
+
+    Raises:
+        RuntimeError: it failed; with the end of what each rank said.
+    """
+    with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
-        server.close()
-        measured = range(WARMUP + 1, WARMUP + steps + 1)
-        words = ["--train-iters", str(WARMUP + steps), "--timeline", folder, "--timeline-step", *map(str, measured)]
-        command = [
-            sys.executable,
-            str(ROOT / "pretrain_gpt.py"),
-            *FLAGS,
-            "--hidden-size",
-            str(hidden),
-            *layout.flags,
-            *words,
-        ]
-        ranks = [_start(command, rank, layout, port, Path(folder)) for rank in range(layout.ranks)]
-        codes = [rank.wait() for rank in ranks]
-        if any(codes):
-            logs = "\n".join((Path(folder) / f"log{rank}").read_text()[-2000:] for rank in range(layout.ranks))
-            raise RuntimeError(f"{layout.name} ended with {codes}:\n{logs}")
-        traces = (json.loads((Path(folder) / f"step{step}.json").read_text()) for step in measured)
-        return [{name: number and round(number, 5) for name, number in one["otherData"].items()} for one in traces]
+    measured = range(WARMUP + 1, WARMUP + steps + 1)
+    words = ["--hidden-size", str(hidden), *layout.flags, "--train-iters", str(WARMUP + steps)]
+    words += ["--timeline", str(folder), "--timeline-step", *map(str, measured)]
+    command = [sys.executable, str(ROOT / "pretrain_gpt.py"), *FLAGS, *words]
+    ranks = [_start(command, rank, layout, port, folder) for rank in range(layout.ranks)]
+    codes = [rank.wait() for rank in ranks]
+    if any(codes):
+        logs = "\n".join((folder / f"log{rank}").read_text()[-2000:] for rank in range(layout.ranks))
+        raise RuntimeError(f"{layout.name} ended with {codes}:\n{logs}")
+    return [json.loads((folder / f"step{step}.json").read_text()) for step in measured]
 
 
 def _start(command: list[str], rank: int, layout: Layout, port: int, folder: Path) -> subprocess.Popen[bytes]:

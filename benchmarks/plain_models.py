@@ -167,31 +167,60 @@ def pattern_of(args: Any) -> str:
     return ("*E" if args.num_experts else "*-") * args.num_layers
 
 
-class PlainModel(nn.Module):
-    """The model that the settings `args` describe: mean loss of (ids, labels), [b, s] each."""
+class Layer(nn.Module):
+    """x plus each of its blocks of the norm, one after the other."""
+
+    def __init__(self, args: Any, symbols: str) -> None:
+        super().__init__()
+        norm = nn.RMSNorm if args.normalization == "RMSNorm" else nn.LayerNorm
+        self.norms = nn.ModuleList(norm(args.hidden_size) for _ in symbols)
+        self.blocks = nn.ModuleList(BLOCKS[symbol](args) for symbol in symbols)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for norm, block in zip(self.norms, self.blocks):
+            x = x + block(norm(x))
+        return x
+
+
+class Head(nn.Module):
+    """Mean loss of the output layer."""
 
     def __init__(self, args: Any) -> None:
         super().__init__()
-        h, vocab = args.hidden_size, args.padded_vocab_size
         norm = nn.RMSNorm if args.normalization == "RMSNorm" else nn.LayerNorm
+        self.norm = norm(args.hidden_size)
+        self.out = nn.Linear(args.hidden_size, args.padded_vocab_size, bias=False)
+
+    def forward(self, x: Tensor, labels: Tensor) -> Tensor:
+        return F.cross_entropy(self.out(self.norm(x)).flatten(0, 1).float(), labels.flatten())
+
+
+class PlainModel(nn.Module):
+    """The model that the settings `args` describe: mean loss of (ids, labels), [b, s] each. Two blocks are a layer."""
+
+    def __init__(self, args: Any) -> None:
+        super().__init__()
+        h, pattern = args.hidden_size, pattern_of(args)
         self.recomputes = args.recompute_granularity == "full"
-        self.embedding = nn.Embedding(vocab, h)
+        self.embedding = nn.Embedding(args.padded_vocab_size, h)
         learned = args.position_embedding_type == "learned_absolute"
         self.positions = nn.Embedding(args.seq_length, h) if learned else None
-        self.blocks = nn.ModuleList(BLOCKS[symbol](args) for symbol in pattern_of(args))
-        self.norms = nn.ModuleList(norm(h) for _ in self.blocks)
-        self.norm, self.head = norm(h), nn.Linear(h, vocab, bias=False)
+        self.layers = nn.ModuleList(Layer(args, pattern[i : i + 2]) for i in range(0, len(pattern), 2))
+        self.head = Head(args)
         for param in self.parameters():
             if param.dim() == 2:
                 nn.init.normal_(param, std=0.02)
         if not args.untie_embeddings_and_output_weights:
-            self.head.weight = self.embedding.weight
+            self.head.out.weight = self.embedding.weight
+
+    def parts_to_compile(self) -> list[nn.Module]:
+        """Each layer, and what follows them."""
+        return [*self.layers, self.head]
 
     def forward(self, ids: Tensor, labels: Tensor) -> Tensor:
         x = self.embedding(ids)
         if self.positions is not None:
             x = x + self.positions.weight[: ids.size(1)]
-        for norm, block in zip(self.norms, self.blocks):
-            x = x + (checkpoint(block, norm(x), use_reentrant=False) if self.recomputes else block(norm(x)))
-        logits = self.head(self.norm(x))
-        return F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten())
+        for layer in self.layers:
+            x = checkpoint(layer, x, use_reentrant=False) if self.recomputes else layer(x)
+        return self.head(x, labels)

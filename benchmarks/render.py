@@ -19,7 +19,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks/results"
-PAGES = tuple(ROOT / f"docs/{name}.md" for name in ("performance", "data", "fp8", "memory"))
+PAGES = tuple(ROOT / f"docs/{name}.md" for name in ("performance", "data", "fp8", "memory", "timeline"))
 BLOCK = re.compile(r"(<!-- table (\w+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
 
 Row = list[str]
@@ -270,19 +270,22 @@ def percent(value: float | None) -> str:
 def gpu() -> Table:
     """Of `gpu.py`; rows without numbers say why."""
     rows = []
-    for row in read("gpu")["rows"].values() if (RESULTS / "gpu.json").exists() else ():
-        ours = row["ours"]
+    found = read("gpu")["rows"] if (RESULTS / "gpu.json").exists() else {}
+    for row in found.values():
+        ours, title = row["ours"], row["title"]
         if "tokens_per_second" not in ours:
-            rows.append([row["title"], ours["said"], *[""] * 8])
+            rows.append([title, ours.get("said", ""), *[""] * 8])
             continue
+        if row["peer"] in found and row["ratio"] is not None:
+            title += f" ({row['ratio']:.2f} times {found[row['peer']]['title']})"
         shares = [percent(ours[name]) for name in ("mfu_causal_half", "mfu_causal_whole", "share_of_matmul_peak")]
         peers = []
-        for name, ratio in (("plain", "ratio"), ("transformers", "ratio_to_transformers")):
+        for name, ratio in (("plain", "ratio_to_plain"), ("transformers", "ratio_to_transformers")):
             peer, times = row.get(name, {}), row.get(ratio)
             peers.append(f"{peer['tokens_per_second']:.0f}" if "tokens_per_second" in peer else peer.get("said", ""))
             peers.append("" if times is None else f"{times:.2f}")
         memory = f"{ours['peak_memory_gib']:.0f} GiB"
-        rows.append([row["title"], f"{ours['tokens_per_second']:.0f}", *shares, *peers, memory])
+        rows.append([title, f"{ours['tokens_per_second']:.0f}", *shares, *peers, memory])
     heads = [
         "model",
         "tokens/s",
@@ -296,6 +299,30 @@ def gpu() -> Table:
         "memory",
     ]
     return heads, rows or [["not measured yet", *[""] * 9]]
+
+
+ON_THE_TIMELINE = {
+    "gradients": "reduce-scatter of gradients over the data parallel ranks",
+    "weights": "all-gather of weights over the data parallel ranks",
+    "tensor": "exchange of pieces over the tensor parallel ranks",
+    "pipeline": "send, receive of activations, gradients of microbatch n",
+    "experts": "all-to-all of tokens of experts over the expert parallel ranks",
+}
+
+
+def overlap() -> Table:
+    """Of `overlap_cpu.py`."""
+    rows = []
+    for name, row in read("overlap_cpu")["rows"].items():
+        plain, overlapped = (row["milliseconds"][way] for way in ("plain", "overlapped"))
+        beside = {part: overlapped[f"beside {part}"] for part in ("forward", "backward", "optimizer")}
+        total = sum(beside.values())
+        shares = [f"{part} {seconds / total:.0%}".replace("%", " %") for part, seconds in beside.items() if seconds > 1]
+        times = [f"{plain[key]:.0f} → {overlapped[key]:.0f} ms" for key in ("waiting", "step")]
+        flag = f"`{row['flag']}`" if row["flag"].startswith("--") else row["flag"]
+        hidden = f"{row['hidden']:.0%}".replace("%", " %").replace("-", "−")
+        rows.append([row["title"], flag, ON_THE_TIMELINE[name], ", ".join(shares), times[0], hidden, times[1]])
+    return ["kind", "flag", "in flight, by name", "runs beside", "waiting", "hidden", "step"], rows
 
 
 def regression_gate() -> Table:
@@ -361,6 +388,7 @@ TABLES: dict[str, Callable[[], Table]] = {
     "data": data,
     "lm_eval": lm_eval,
     "gpu": gpu,
+    "overlap": overlap,
     "regression_gate": regression_gate,
     "fp8_text": fp8_text,
     "loss_memory": loss_memory,

@@ -67,6 +67,7 @@ heading "3. The documents as token ids in a binary file"
 TRAIN=(
     torchrun --standalone --nproc-per-node "$RANKS" pretrain_gpt.py
     --tensor-model-parallel-size 2 --sequence-parallel --use-distributed-optimizer
+    --overlap-grad-reduce --overlap-param-gather --cross-entropy-loss-fusion
     --num-layers 4 --hidden-size 256 --num-attention-heads 8 --seq-length 256 --max-position-embeddings 256
     --position-embedding-type rope --normalization RMSNorm --swiglu --ffn-hidden-size 704 --disable-bias-linear
     --attention-dropout 0 --hidden-dropout 0

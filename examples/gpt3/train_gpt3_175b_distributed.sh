@@ -44,6 +44,8 @@ PARALLEL=(
     --pipeline-model-parallel-size 16
     --sequence-parallel
     --use-distributed-optimizer
+    --overlap-grad-reduce
+    --overlap-param-gather
 )
 
 # 300 billion tokens. The batch grows from 16 to 1536 sequences over the first 5,859,375 of them, in steps of 16.
@@ -62,6 +64,7 @@ TRAINING=(
     --weight-decay 0.1
     --clip-grad 1.0
     --init-method-std 0.006
+    --cross-entropy-loss-fusion
     --bf16
 )
 

@@ -34,6 +34,9 @@ TRAINING=(
     --weight-decay 0.01
     --clip-grad 1.0
     --use-distributed-optimizer
+    --overlap-grad-reduce
+    --overlap-param-gather
+    --cross-entropy-loss-fusion
     --bf16
 )
 

@@ -70,6 +70,7 @@ TRAINING=(
     --use-distributed-optimizer
     --overlap-grad-reduce
     --overlap-param-gather
+    --cross-entropy-loss-fusion
     --bf16
 )
 

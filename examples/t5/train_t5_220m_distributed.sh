@@ -46,6 +46,9 @@ TRAINING=(
     --weight-decay 1.0e-2
     --clip-grad 1.0
     --use-distributed-optimizer
+    --overlap-grad-reduce
+    --overlap-param-gather
+    --cross-entropy-loss-fusion
     --bf16
 )
 

@@ -7,8 +7,9 @@ numbers but for the order of the sum.
 
 from __future__ import annotations
 
+from contextlib import suppress
 from functools import cache
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +21,11 @@ from megatron.core.fp8.recipes import Block
 _ALIGNMENT = 16
 """k and n of the kernels are multiples of it; zeros fill up."""
 
+Order = Literal["by kind", "by side"]
+ORDERS: tuple[Order, ...] = ("by kind", "by side")
+"""Which scales of blocks are handed over transposed: those of square blocks, or those of the right factor. torch's
+checks on the meta device say the former; versions may differ."""
+
 
 def scaled_product(
     a: Quantized, b: Quantized, out_dtype: torch.dtype, bias: Tensor | None = None, exact_sums: bool = True
@@ -30,8 +36,10 @@ def scaled_product(
         bias: [n].
         exact_sums: keep partial sums in fp32; without, the kernel may keep fewer bits, which is faster.
     """
-    if a.data.numel() and _kernel_works(a.data.device.type, a.data.dtype, b.data.dtype, a.block, b.block, out_dtype):
-        product = _by_kernel(a, b, out_dtype, exact_sums)
+    kinds = a.data.dtype, b.data.dtype, a.block, b.block
+    order = _order_that_works(a.data.device.type, *kinds, out_dtype) if a.data.numel() else None
+    if order is not None:
+        product = _by_kernel(a, b, out_dtype, exact_sums, order)
         return product if bias is None else product + bias
     return plain_product(a, b, out_dtype, bias)
 
@@ -46,40 +54,50 @@ def plain_product(a: Quantized, b: Quantized, out_dtype: torch.dtype, bias: Tens
     return (product if bias is None else product + bias.to(product.dtype)).to(out_dtype)
 
 
-def _by_kernel(a: Quantized, b: Quantized, out_dtype: torch.dtype, exact_sums: bool) -> Tensor:
-    n = b.data.size(0)
-    left, right = _aligned(a.data, rows=False), _aligned(b.data, rows=True).t()
+def _by_kernel(a: Quantized, b: Quantized, out_dtype: torch.dtype, exact_sums: bool, order: Order) -> Tensor:
+    m, n = a.data.size(0), b.data.size(0)
     if a.block is None:
+        left, right = _filled_up(a.data, 1, _ALIGNMENT), _filled_up(b.data, _ALIGNMENT, _ALIGNMENT)
         product = torch._scaled_mm(
-            left, right, scale_a=a.scale, scale_b=b.scale, out_dtype=out_dtype, use_fast_accum=not exact_sums
+            left, right.t(), scale_a=a.scale, scale_b=b.scale, out_dtype=out_dtype, use_fast_accum=not exact_sums
         )
     else:
+        (left, left_scale), (right, right_scale) = _for_blocks(a, 1), _for_blocks(b, _ALIGNMENT)
+        transposed = [_is_square(a), _is_square(b)] if order == "by kind" else [False, True]
+        scales = [scale.t() if turn else scale for scale, turn in zip((left_scale, right_scale), transposed)]
         product = F.scaled_mm(  # torch 2.10
             left,
-            right,
-            _outer_dimension_major(a),
+            right.t(),
+            scales[0],
             _kind(a.block),
-            _outer_dimension_major(b).t(),
+            scales[1],
             _kind(b.block),
             output_dtype=out_dtype,
             use_fast_accum=not exact_sums,
         )
-    return product[:, :n] if product.size(1) != n else product
+    return product[:m, :n] if product.shape != (m, n) else product
 
 
-def _aligned(data: Tensor, rows: bool) -> Tensor:
-    """Row-major, with zeros behind the columns (and rows) up to a multiple of 16."""
-    beside, below = -data.size(1) % _ALIGNMENT, -data.size(0) % _ALIGNMENT if rows else 0
+def _filled_up(data: Tensor, rows: int, columns: int) -> Tensor:
+    """Row-major, with zeros behind rows and columns up to multiples of these."""
+    beside, below = -data.size(1) % columns, -data.size(0) % rows
     if not beside and not below:
         return data.contiguous()
-    return F.pad(data.view(torch.uint8), (0, beside, 0, below)).view(data.dtype)
+    kind = torch.uint8 if data.dtype.itemsize == 1 else data.dtype
+    return F.pad(data.view(kind), (0, beside, 0, below)).view(data.dtype)
 
 
-def _outer_dimension_major(x: Quantized) -> Tensor:
-    """Scales [blocks of rows, blocks of k] in the order in which the kernel reads them: rows run fastest for single
-    rows, else blocks of k."""
+def _for_blocks(x: Quantized, rows: int) -> tuple[Tensor, Tensor]:
+    """Values in whole blocks, and their scales as the kernel reads them: of single rows, rows run fastest; of square
+    blocks, blocks of k do, filled up to a multiple of 4."""
     assert x.block is not None
-    return x.scale.t().contiguous().t() if x.block[0] == 1 else x.scale.contiguous()
+    if _is_square(x):
+        return _filled_up(x.data, x.block[0], x.block[1]), _filled_up(x.scale, 1, 4)
+    return _filled_up(x.data, rows, x.block[1]), _filled_up(x.scale, rows, 1).t().contiguous().t()
+
+
+def _is_square(x: Quantized) -> bool:
+    return x.block is not None and x.block[0] == x.block[1]
 
 
 def _kind(block: Block | None) -> Any:
@@ -88,22 +106,23 @@ def _kind(block: Block | None) -> Any:
 
 
 @cache
-def _kernel_works(
+def _order_that_works(
     device_type: str, a_type: torch.dtype, b_type: torch.dtype, a: Block | None, b: Block | None, out_dtype: torch.dtype
-) -> bool:
-    """Whether this machine multiplies such operands itself, and rightly; tried once."""
+) -> Order | None:
+    """How this machine takes scales, if it multiplies such operands itself, and rightly; tried once."""
     known = {None, (1, 128), (128, 128)}  # blocks of 32 take scales in an order of their own, and another generation
     if device_type != "cuda" or not {a, b} <= known or (a is not None and not hasattr(F, "scaled_mm")):
-        return False
+        return None
     generator = torch.Generator(device_type).manual_seed(0)
-    x, y = (torch.randn(size, 512, device=device_type, generator=generator) for size in (384, 256))
-    try:
-        left, right = _quantized(x, a_type, a), _quantized(y, b_type, b)
-        found = _by_kernel(left, right, out_dtype, exact_sums=True).float()
-    except (RuntimeError, NotImplementedError, TypeError, ValueError, AttributeError):
-        return False
+    x, y = (torch.randn(size, 384, device=device_type, generator=generator) for size in (384, 256))
+    left, right = _quantized(x, a_type, a), _quantized(y, b_type, b)
     expected = plain_product(left, right, torch.float32)
-    return bool((found - expected).norm() < 0.01 * expected.norm())
+    for order in ORDERS[: 1 if a is None else None]:
+        with suppress(RuntimeError, NotImplementedError, TypeError, ValueError, AttributeError):
+            found = _by_kernel(left, right, out_dtype, True, order).float()
+            if (found - expected).norm() < 0.01 * expected.norm():
+                return order
+    return None
 
 
 def _quantized(x: Tensor, dtype: torch.dtype, block: Block | None) -> Quantized:

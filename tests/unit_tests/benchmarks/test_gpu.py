@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import subprocess
 import sys
+import time
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
@@ -35,11 +37,7 @@ def run_program(path: Path, rows: tuple[str, ...]) -> bool:
     parallel_state.initialize_model_parallel()
     broken = {"broken": gpu_rows.Work("flags that no program has", "--no-such-flag", "", 60)}
     with mock.patch.object(compiled, "BACKEND", compiled.BACKEND), mock.patch.dict(gpu_rows.ROWS, broken):
-        run = gpu.Run(options(path))
-        right = run.gate()
-        for name in (*rows, "broken"):
-            run.row(name)
-    return right
+        return gpu.Run(options(path)).all(gpu.steps_of([*rows, "broken"]))
 
 
 SOME = ("gpt_2b", "llama_7b_fp8", "hybrid_1b")
@@ -65,7 +63,7 @@ def test_the_whole_of_it_with_tiny_models(tmp_path: Path, rows: tuple[str, ...])
             first, last = one["first_and_last_loss"]
             assert abs(first - math.log(256)) < 0.2 and math.isfinite(last), (name, contender, one)
             assert one["tokens_per_second"] > 0 and "said" not in one
-        if "plain" in row:
+        if gpu_rows.ROWS[name].peer == "plain":
             speeds = [row[contender]["tokens_per_second"] for contender in ("ours", "plain")]
             assert row["ratio"] == speeds[0] / speeds[1]
 
@@ -145,12 +143,79 @@ def test_without_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found == {"said": "RuntimeError: transformers is not installed"}
 
 
+def test_what_matters_most_comes_first() -> None:
+    steps = gpu.steps_of(list(gpu_rows.ROWS))
+    assert steps[:4] == [("gate", "ours"), ("gpt_2b", "ours"), ("gpt_2b", "plain"), ("llama_7b_recompute", "ours")]
+    later = [("moe_1b", "transformers"), ("hybrid_1b", "transformers"), ("llama_7b", "plain")]
+    assert steps[-3:] == later and len(set(steps)) == len(steps)
+    assert [name for name, contender in steps[1:-3] if contender == "ours"] == list(gpu_rows.ROWS)
+
+
+def test_no_memory_in_one_row_leaves_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def measured(name: str, contender: str, *unused: Any) -> dict[str, Any]:
+        if (name, contender) == ("llama_7b_recompute", "plain"):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 has a total capacity")
+        speed = {"ours": 30.0, "plain": 20.0}[contender]
+        shares = dict.fromkeys(("mfu_causal_half", "mfu_causal_whole"), 0.5) | {"share_of_matmul_peak": 0.6}
+        return {
+            "tokens_per_second": speed,
+            "seconds_of_step": 1.0,
+            "peak_memory_gib": 1.0,
+            "seconds_in_all": 9,
+        } | shares
+
+    monkeypatch.setattr(gpu, "measured", measured)
+    run = gpu.Run(options(tmp_path / "gpu.json"))
+    run.all([step for step in gpu.steps_of(["gpt_2b", "llama_7b_recompute", "llama_7b_fp8"]) if step.name != gpu.GATE])
+    rows = json.loads((tmp_path / "gpu.json").read_text())["rows"]
+    said = rows["llama_7b_recompute"]["plain"]["said"]
+    assert said.startswith("OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0")
+    assert rows["llama_7b_recompute"]["ours"]["tokens_per_second"] == 30 and rows["llama_7b_recompute"]["ratio"] is None
+    assert rows["gpt_2b"]["ratio"] == 1.5 and rows["llama_7b_fp8"]["ratio"] == 1.0
+    assert rows["llama_7b_fp8"]["ratio_to_plain"] is None  # the peer of the other row found no memory
+
+
+# --- a part in a process of its own ---
+
+SAYS = (
+    "import sys, time, os, signal; print(flush=True); sys.stdin.readline(); print('answer: {\"n\": 1}', flush=True); "
+)
+
+
+def found_by(code: str, seconds: float = 30.0) -> dict[str, Any]:
+    worker = gpu.Worker([sys.executable, "-c", code])
+    while worker._process.poll() is None and not os.fstat(worker._said.fileno()).st_size:
+        time.sleep(0.02)  # its imports take none of its time
+    return worker.run(seconds)
+
+
+def test_a_part_that_dies_or_hangs_says_so_and_keeps_what_it_has_said() -> None:
+    assert found_by(SAYS) == {"n": 1}
+    killed = found_by(f"{SAYS} os.kill(os.getpid(), signal.SIGKILL)")
+    assert killed == {"n": 1, "said": "the process ended with -9: nothing"}
+    assert found_by(f"{SAYS} time.sleep(300)", 3.0) == {"n": 1, "said": "ended after 3 s"}
+    raised = found_by("raise RuntimeError('no device')")  # before it is told to begin
+    assert raised == {"said": "the process ended with 1: RuntimeError: no device"}
+    assert found_by(f"{SAYS} print('answer: {{\"n\":', flush=True)") == {"n": 1}
+
+
+def test_what_a_part_has_started_does_not_outlive_it(tmp_path: Path) -> None:
+    """Compilers hold on to its output, and would keep whoever reads that waiting."""
+    child = f"import time, pathlib; time.sleep(2); pathlib.Path({str(tmp_path / 'lives')!r}).touch()"
+    starts = f"import subprocess; subprocess.Popen([sys.executable, '-c', {child!r}]); "
+    begun = time.monotonic()
+    assert found_by(f"{SAYS} {starts}")["n"] == 1
+    assert found_by(f"{SAYS} {starts} time.sleep(300)", 1.0)["said"] == "ended after 1 s"
+    time.sleep(max(0.0, 4.0 - (time.monotonic() - begun)))
+    assert not (tmp_path / "lives").exists()
+
+
 def test_nothing_is_begun_without_time() -> None:
     run = gpu.Run(options(None, minutes=0))
-    assert not run.gate()
-    run.row("moe_1b")
-    assert run.result["rows"]["moe_1b"]["ours"] == {"said": "not tried: 0 s are left"}
-    assert run.result["rows"]["moe_1b"]["ratio"] is None
+    assert not run.all(gpu.steps_of(["moe_1b"]))
+    for contender in ("ours", "plain", "transformers"):
+        assert run.result["rows"]["moe_1b"][contender] == {"said": "not tried: 0 s are left"}
+    assert run.result["rows"]["moe_1b"]["ratio"] is None and run.result["gate"][-1]["said"].startswith("not tried")
 
 
 @pytest.mark.slow
@@ -160,5 +225,5 @@ def test_parts_in_processes_of_their_own(tmp_path: Path) -> None:
     ended = subprocess.run([*command, "--rows", "gpt_2b"], capture_output=True, text=True)
     assert ended.returncode == 0, ended.stdout + ended.stderr
     assert "0 wrong" in ended.stdout and "times plain torch, compiled" in ended.stdout
-    lost = gpu.apart("gpt_2b", "ours", "cpu", True, 0.5)
-    assert lost == {"said": "ended after 0 s"}
+    found = json.loads((tmp_path / "gpu.json").read_text())
+    assert found["rows"]["gpt_2b"]["ratio_to_plain"] > 0 and found["machine"]["torch"]

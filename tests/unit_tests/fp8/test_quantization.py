@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from megatron.core.enums import Fp8Recipe
@@ -119,7 +120,7 @@ def test_torch_multiplies_the_same_numbers(
     shape: tuple[int, int, int], transposed: bool, gradient: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The one product of torch's that a CPU has too, called as on CUDA: operands of any size and order in memory."""
-    monkeypatch.setattr(module, "_kernel_works", lambda *_: True)
+    monkeypatch.setattr(module, "_order_that_works", lambda *_: "by kind")
     torch.manual_seed(0)
     m, n, k = shape
     x, y, bias = torch.randn(m, k), torch.randn(n, k), torch.randn(n)
@@ -129,6 +130,29 @@ def test_torch_multiplies_the_same_numbers(
         a, b = a.transposed(), b.transposed()
     found = scaled_product(a, b, torch.float32, bias)
     torch.testing.assert_close(found, plain_product(a, b, torch.float32, bias), rtol=1e-5, atol=1e-5)
+
+
+ROWS_OF_128, SQUARES_OF_128 = (1, 128), (128, 128)
+
+
+@pytest.mark.skipif(not hasattr(F, "scaled_mm"), reason="torch 2.10 has it")
+@pytest.mark.parametrize("shape", [(384, 256, 512), (128, 256, 256), (64, 128, 11008), (40, 72, 200), (1, 1, 1)])
+@pytest.mark.parametrize(
+    "blocks", [(ROWS_OF_128, ROWS_OF_128), (ROWS_OF_128, SQUARES_OF_128), (SQUARES_OF_128, ROWS_OF_128)]
+)
+def test_torch_takes_operands_in_blocks(shape: tuple[int, int, int], blocks: tuple[Block, Block]) -> None:
+    """Sizes and strides of what the kernel on CUDA is handed, by torch's checks on the meta device."""
+    m, n, k = shape
+    a, b = (
+        module.Quantized(
+            torch.empty(rows, k, dtype=E4M3, device="meta"),
+            torch.empty(-(-rows // block[0]), -(-k // block[1]), device="meta"),
+            block,
+            power_of_two=True,
+        )
+        for rows, block in zip((m, n), blocks)
+    )
+    assert module._by_kernel(a, b, torch.bfloat16, True, "by kind").shape == (m, n)
 
 
 @pytest.mark.parametrize("block", [(1, 32), (128, 128)])
