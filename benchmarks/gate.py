@@ -29,9 +29,10 @@ from benchmarks.training_steps import Step, prepare_one_process, torch_step
 from megatron.core.host_memory import keep_freed_memory
 
 EXPECTED = RESULTS / "gate.json"
-MARGIN = 0.12
+MARGIN = 0.08
 """Of the accepted ratio. At a load of 7 on 2 cores single rounds lay between 0.88 and 1.21 of the median (gate.json).
-Of medians drawn from them, one in a thousand is below 0.88 with 5 rounds; with 15, the lowest of 20 000 was 0.94."""
+Of medians drawn from them, one in a thousand is below 0.88 with 5 rounds; with 15, the lowest of 20 000 was 0.94: no
+chance makes all of ROUNDS fall below 0.92, and a step that is 15 % slower, a ratio of 0.87, seldom stays above it."""
 ROUNDS = (5, 15, 15)
 SHAPE = """
     --num-layers 4 --hidden-size 256 --num-attention-heads 4 --seq-length 512 --max-position-embeddings 512

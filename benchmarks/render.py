@@ -284,7 +284,9 @@ def gpu() -> Table:
             peer, times = row.get(name, {}), row.get(ratio)
             peers.append(f"{peer['tokens_per_second']:.0f}" if "tokens_per_second" in peer else peer.get("said", ""))
             peers.append("" if times is None else f"{times:.2f}")
-        memory = f"{ours['peak_memory_gib']:.0f} GiB"
+        memory = " / ".join(
+            f"{one['peak_memory_gib']:.0f} GiB" for one in (ours, row.get("plain", {})) if "peak_memory_gib" in one
+        )
         rows.append([title, f"{ours['tokens_per_second']:.0f}", *shares, *peers, memory])
     heads = [
         "model",
@@ -296,7 +298,7 @@ def gpu() -> Table:
         "ratio",
         "compiled transformers",
         "ratio",
-        "memory",
+        "memory / plain torch's",
     ]
     return heads, rows or [["not measured yet", *[""] * 9]]
 
