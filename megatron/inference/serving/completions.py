@@ -76,9 +76,8 @@ def _choice(
     service: Service, body: Body, index: int, prompt: list[int], ticket: Ticket, piece: Piece
 ) -> dict[str, Any]:
     text = service.detokenize(prompt) + piece.text if body.echo else piece.text
-    tokens, request = [*prompt, *piece.tokens], ticket.request
-    values = [*((request.prompt_log_probs or []) if request else []), *piece.log_probs]
-    best = [*((request.prompt_top_n_token_logprobs or []) if request else []), *piece.best]
+    tokens, known = [*prompt, *piece.tokens], ticket.prompt
+    values, best = [*known.log_probs, *piece.log_probs], [*known.best, *piece.best]
     skipped = 0 if body.echo else len(prompt)
     if not service.continues_prompts:  # the first place is the decoder's start token
         tokens, skipped = [0, *piece.tokens], 1

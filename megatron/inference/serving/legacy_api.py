@@ -12,7 +12,7 @@ from megatron.core.inference.sampling_params import SamplingParams
 from megatron.inference.serving.beam_search import Tokens, beam_search
 from megatron.inference.serving.legacy_fields import read_fields
 from megatron.inference.serving.progress import json_safe
-from megatron.inference.serving.service import Service
+from megatron.inference.serving.service import Refusal, Service
 
 LOGGED_CHARACTERS = 10_000
 
@@ -26,9 +26,17 @@ async def generate(service: Service, body: Any, client: str) -> dict[str, Any]:
         client: address of who asks, for the log.
 
     Raises:
-        Refusal: the call is not in order, or there is no room for it.
+        Refusal: the call is not in order, or there is no room for it; with status 200 where its prompts are in order,
+            but cannot be continued as it wants.
     """
     values = read_fields(body, service.limits.prompts)
+    try:
+        return await _generate(service, values, body, client)
+    except Refusal as error:
+        raise Refusal(200, error.message) if error.status == 400 else error from None
+
+
+async def _generate(service: Service, values: Mapping[str, Any], body: Any, client: str) -> dict[str, Any]:
     rows = [service.tokens_of(prompt, values["add_BOS"]) for prompt in values["prompts"]]
     for row in rows:
         service.room(len(row), values["tokens_to_generate"])
@@ -53,9 +61,9 @@ async def _texts(service: Service, values: Mapping[str, Any], rows: Sequence[lis
         "tokens": tokens,
     }
     if values["logprobs"]:
-        of_prompts = [(ticket.request.prompt_log_probs if ticket.request else None) or [] for ticket in tickets]
         answer["logprobs"] = [
-            [json_safe(value) for value in [*known, *piece.log_probs]] for known, piece in zip(of_prompts, pieces)
+            [json_safe(value) for value in [*ticket.prompt.log_probs, *piece.log_probs]]
+            for ticket, piece in zip(tickets, pieces)
         ]
     return answer
 

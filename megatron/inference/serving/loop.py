@@ -31,6 +31,18 @@ FAILED = "the model has stopped working; the server's log says why"
 STOPPED = "the server is being stopped"
 
 
+Best = list[list[tuple[int, float]]]
+"""For each token the likeliest ones in its place: (token, log-probability)."""
+
+
+@dataclass(frozen=True)
+class PromptTold:
+    """What was asked of a prompt's tokens but the first; empty where nothing was."""
+
+    log_probs: list[float] = field(default_factory=list)
+    best: Best = field(default_factory=list)
+
+
 @dataclass(frozen=True)
 class Progress:
     """What a pass gave for a request."""
@@ -42,6 +54,8 @@ class Progress:
     reason: FinishReason | None
     log_probs: tuple[float, ...] | None = None
     best: tuple[list[tuple[int, float]], ...] | None = None
+    prompt: PromptTold = field(default_factory=PromptTold)
+    """Complete from the first token on."""
 
 
 Listener = Callable[[Progress | BaseException], None]
@@ -260,6 +274,7 @@ class EngineLoop:
                 request.finish_reason,
                 None if log_probs is None else tuple(log_probs),
                 None if best is None else tuple(best),
+                PromptTold(request.prompt_log_probs or [], request.prompt_top_n_token_logprobs or []),
             )
         )
 

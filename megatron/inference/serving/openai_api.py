@@ -231,39 +231,37 @@ class CompletionAnswer(Answer):
         self.head = self.chunk_head = _head("text_completion", "cmpl", self.service)
         self._lengths = [0] * len(self.tickets)
         """Characters of the tokens told of so far."""
+        goes_on = self.service.continues_prompts and not self.body.echo
+        self._last = [self.prompts[index // self.body.n][-1:] if goes_on else [] for index in range(len(self.tickets))]
+        """The token before the next one, whose text depends on it."""
 
     def _echo(self, index: int) -> list[int]:
         return self.prompts[index // self.body.n] if self.body.echo else []
 
     def choice(self, index: int, piece: Piece) -> dict[str, Any]:
-        text = self.service.detokenize(self._echo(index)) + piece.text
-        return {
-            "index": index,
-            "text": text,
-            "logprobs": self._log_probs(index, piece),
-            "finish_reason": piece.reason and REASONS[piece.reason],
-        }
+        return self.delta(index, piece, is_first=True)
 
     def delta(self, index: int, piece: Piece, is_first: bool) -> dict[str, Any]:
-        echo = self.service.detokenize(self._echo(index)) if is_first else ""
+        echo = self._echo(index) if is_first else []
         return {
             "index": index,
-            "text": echo + piece.text,
-            "logprobs": self._log_probs(index, piece),
+            "text": self.service.detokenize(echo) + piece.text,
+            "logprobs": self._log_probs(index, piece, echo),
             "finish_reason": piece.reason and REASONS[piece.reason],
         }
 
-    def _log_probs(self, index: int, piece: Piece) -> dict[str, Any] | None:
+    def _log_probs(self, index: int, piece: Piece, echo: list[int]) -> dict[str, Any] | None:
+        """Of the tokens of the piece, behind those of `echo`, the prompt's."""
         if self.body.logprobs is None:
             return None
-        tokens, values, best = list(piece.tokens), list(piece.log_probs), list(piece.best)
-        request = self.tickets[index].request
-        if self.body.echo and request is not None:
-            tokens = self._echo(index) + tokens
-            values = [float("nan"), *(request.prompt_log_probs or ()), *values]
-            best = [[], *(request.prompt_top_n_token_logprobs or ()), *best]
-        words, offsets = self.service.words(tokens, self._lengths[index])
+        tokens, values, best = [*echo, *piece.tokens], list(piece.log_probs), list(piece.best)
+        if echo:
+            known = self.tickets[index].prompt
+            values = [float("nan"), *known.log_probs, *values]
+            best = [[], *known.best, *best]
+        words, offsets = self.service.words(tokens, self._lengths[index], self._last[index])
         self._lengths[index] += sum(map(len, words))
+        self._last[index] = tokens[-1:] or self._last[index]
         return {
             "tokens": words,
             "token_logprobs": [json_safe(value) for value in values],
@@ -271,7 +269,8 @@ class CompletionAnswer(Answer):
             "top_logprobs": [
                 {self.service.detokenize([token]): json_safe(value) for token, value in row} or None for row in best
             ]
-            or None,
+            if self.body.logprobs
+            else None,
         }
 
 
@@ -322,8 +321,6 @@ def completion(service: Service, body: Completion) -> Answer:
     _require_model(service, body.model)
     if body.max_tokens == 0 and not body.echo:
         raise Refusal(400, "max_tokens 0 generates nothing: give echo true to score the prompt")
-    if body.stream and body.echo and body.logprobs is not None:
-        raise Refusal(400, "a prompt's logprobs are not streamed: leave out echo, logprobs or stream")
     if body.echo:
         service.require_continuing("echo")
     prompts = prompts_of(service, body.prompt)

@@ -7,9 +7,9 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 
-from megatron.core.inference.inference_request import DynamicInferenceRequest, FinishReason
+from megatron.core.inference.inference_request import FinishReason
 from megatron.core.inference.sampling_params import SamplingParams
-from megatron.inference.serving.loop import Progress
+from megatron.inference.serving.loop import Progress, PromptTold
 from megatron.inference.serving.replicas import Front
 
 BROKEN = "\ufffd"
@@ -86,8 +86,8 @@ class Ticket:
         self._loop, self._events = loop, asyncio.get_running_loop()
         self._queue: asyncio.Queue[Progress | BaseException] = asyncio.Queue()
         self._text = TextOfTokens(detokenize, stop)
-        self.request: DynamicInferenceRequest | None = None
-        """When it is completed."""
+        self.prompt = PromptTold()
+        """From the first piece on."""
         self.number = loop.submit(tokens, params, self._hear)
         self._ended = False
 
@@ -119,8 +119,7 @@ class Ticket:
                 reason = item.reason
                 if self._text.stopped:
                     reason = FinishReason.STOP
-                if self._ended:
-                    self.request = item.request
+                self.prompt = item.prompt
                 yield Piece(
                     text,
                     list(item.tokens[seen:]),

@@ -164,11 +164,14 @@ class Service:
         """(tokens) -> their text behind the tokens `before`: alone, many tokenizers give it without its first space."""
         return text_behind(self.detokenize, before)
 
-    def words(self, tokens: Sequence[int], begin: int = 0) -> tuple[list[str], list[int]]:
-        """The text of each token, and where it begins in the texts of all, of which the first begins at `begin`."""
-        texts = [
-            self.detokenize_after(tokens[max(place - 1, 0) : place])([token]) for place, token in enumerate(tokens)
-        ]
+    def words(self, tokens: Sequence[int], begin: int = 0, before: Sequence[int] = ()) -> tuple[list[str], list[int]]:
+        """The text of each token, and where it begins in the texts of all, of which the first begins at `begin`.
+
+        Args:
+            before: the token before them, if there is one.
+        """
+        lefts = [before, *([token] for token in tokens)]
+        texts = [self.detokenize_after(left)([token]) for left, token in zip(lefts, tokens)]
         return texts, list(accumulate(map(len, texts), initial=begin))[:-1]
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from megatron.core.inference.inference_request import DynamicInferenceRequest, FinishReason
 from megatron.core.inference.sampling_params import SamplingParams
-from megatron.inference.serving.loop import Listener, Progress
+from megatron.inference.serving.loop import Best, Listener, Progress, PromptTold
 from megatron.training.failure.line_channel import tune
 
 Message = dict[str, Any]
@@ -67,7 +67,8 @@ class Heard:
             request_id=number, prompt_tokens=list(tokens), sampling_params=params, generated_tokens=[]
         )
         self.log_probs: list[float] | None = None
-        self.best: list[list[tuple[int, float]]] | None = None
+        self.best: Best | None = None
+        self.prompt = PromptTold()
 
     def take(self, message: Message) -> Progress:
         """All there is, with what a message adds."""
@@ -77,11 +78,10 @@ class Heard:
             self.log_probs = [*(self.log_probs or ()), *message["log_probs"]]
         if message["best"] is not None:
             self.best = [*(self.best or ()), *pairs(message["best"])]
+        if message["prompt"] is not None:
+            self.prompt = PromptTold(message["prompt"]["log_probs"], pairs(message["prompt"]["best"]))
         if end is not None:
-            request.finish_reason = FinishReason(end["reason"])
-            request.prompt_log_probs = end["prompt_log_probs"]
-            known = end["prompt_best"]
-            request.prompt_top_n_token_logprobs = None if known is None else pairs(known)
+            request.finish_reason = FinishReason(end)
             request.generated_log_probs, request.generated_top_n_token_logprobs = self.log_probs, self.best
         return Progress(
             tuple(request.generated_tokens),
@@ -89,27 +89,24 @@ class Heard:
             request.finish_reason,
             None if self.log_probs is None else tuple(self.log_probs),
             None if self.best is None else tuple(self.best),
+            self.prompt,
         )
 
 
-def pairs(rows: list[list[list[Any]]]) -> list[list[tuple[int, float]]]:
+def pairs(rows: list[list[list[Any]]]) -> Best:
     """JSON has no tuples."""
     return [[(token, value) for token, value in row] for row in rows]
 
 
 def message_of(number: int, item: Progress, since: int) -> Message:
-    """What of a request is new after its first `since` tokens."""
-    end = None
-    if item.reason is not None:
-        request = item.request
-        known = {"prompt_log_probs": request.prompt_log_probs, "prompt_best": request.prompt_top_n_token_logprobs}
-        end = {"reason": item.reason.value, **known}
+    """What of a request is new after its first `since` tokens; of its prompt, with the first of them."""
     return {
         "of": number,
         "tokens": item.tokens[since:],
         "log_probs": None if item.log_probs is None else item.log_probs[since:],
         "best": None if item.best is None else item.best[since:],
-        "end": end,
+        "prompt": asdict(item.prompt) if since == 0 else None,
+        "end": None if item.reason is None else item.reason.value,
     }
 
 

@@ -179,8 +179,9 @@ BAD_LEGACY = [
     ({"prompts": ["1"], "top_p_decay": 0.0}, 200, "top_p_decay needs"),
     ({"prompts": ["1"], "top_p": 0.5, "top_p_bound": 0.0}, 200, "top_p_bound must be above"),
     ({"prompts": ["1"], "random_seed": None}, 200, "random_seed"),
-    ({"prompts": ["~"]}, 400, "cannot be tokenized"),
-    ({"prompts": ["1"], "tokens_to_generate": 1000}, 400, "at most 48 tokens"),
+    ({"prompts": ["~"]}, 200, "cannot be tokenized"),
+    ({"prompts": ["1"], "tokens_to_generate": 1000}, 200, "at most 48 tokens"),
+    ({"prompts": ["1" * 49], "tokens_to_generate": 1}, 200, "49 tokens"),
     ([1], 400, "prompts is missing"),
 ]
 
@@ -246,8 +247,17 @@ def streamed_log_probs(client: Any, service: Any, model: Any) -> None:
     assert len(choices) < 6
     for name, told in whole["logprobs"].items():
         assert told == [one for choice in choices for one in choice["logprobs"][name]] and len(told) == 6
-    refused = client.post("/v1/completions", json=body | {"stream": True, "echo": True})
-    assert refused.status_code == 400 and "echo" in refused.json()["error"]["message"]
+    for count in (6, 0):
+        scored = body | {"echo": True, "n": 2, "max_tokens": count}
+        whole = client.post("/v1/completions", json=scored).json()["choices"]
+        lines = client.post("/v1/completions", json=scored | {"stream": True}).text.split("\n\n")[:-2]
+        choices = [json.loads(line.removeprefix("data: "))["choices"][0] for line in lines]
+        for index in range(2):
+            own = [choice for choice in choices if choice["index"] == index]
+            assert whole[index]["text"] == "31415" + text[:count] == "".join(choice["text"] for choice in own)
+            for name, told in whole[index]["logprobs"].items():
+                assert told == [one for choice in own for one in choice["logprobs"][name]] and len(told) == 5 + count
+            assert own[0]["logprobs"]["token_logprobs"][0] is None and own[0]["logprobs"]["top_logprobs"][0] is None
 
 
 def page(client: Any, service: Any, model: Any) -> None:
