@@ -107,7 +107,8 @@ def _their_bert(size: EncoderSize, *, hidden_only: bool = False) -> tuple[nn.Mod
     return BertForPreTraining(config).train(), loss_of_hidden if hidden_only else loss
 
 
-def _their_t5(size: EncoderSize) -> tuple[nn.Module, Loss]:
+def their_t5(size: EncoderSize) -> tuple[nn.Module, Loss]:
+    """transformers' model of version 1.1, and its loss of a batch."""
     from transformers import T5Config, T5ForConditionalGeneration
 
     config = T5Config(
@@ -157,7 +158,8 @@ def _our_bert(size: EncoderSize, half: bool) -> tuple[Any, nn.Module, Loss]:
     return config, bert, loss
 
 
-def _our_t5(size: EncoderSize, half: bool) -> tuple[Any, nn.Module, Loss]:
+def our_t5(size: EncoderSize, half: bool) -> tuple[Any, nn.Module, Loss]:
+    """Configuration, model, and its loss of a batch."""
     from megatron.core.models.T5 import T5Model
     from megatron.core.models.T5.t5_spec import decoder_model_with_local_spec, encoder_model_with_local_spec
 
@@ -214,6 +216,6 @@ CONTENDERS: dict[str, dict[str, Callable[[EncoderSize, str], Step]]] = {
         "hugging face": partial(theirs, _their_bert),
         "hugging face, hidden tokens": partial(theirs, partial(_their_bert, hidden_only=True)),
     },
-    "t5": {"ours": partial(ours, _our_t5), "hugging face": partial(theirs, _their_t5)},
+    "t5": {"ours": partial(ours, our_t5), "hugging face": partial(theirs, their_t5)},
 }
 """By model and name: what makes a step of (size, "fp32" or "bf16")."""

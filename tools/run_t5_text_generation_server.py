@@ -18,7 +18,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for the programs beside this folder
 
 import pretrain_t5
-from megatron.core.inference.contexts import EncoderDecoderContext
+from megatron.core import parallel_state
+from megatron.core.inference.contexts import EncoderDecoderContext, cache_sizes_of
 from megatron.core.inference.engines import DynamicInferenceEngine
 from megatron.core.inference.model_inference_wrappers.inference_wrapper_config import InferenceWrapperConfig
 from megatron.core.inference.model_inference_wrappers.t5.t5_inference_wrapper import T5InferenceWrapper
@@ -41,13 +42,15 @@ def start_token(args: argparse.Namespace, tokenizer: Any) -> int:
 
 def build_engine(args: argparse.Namespace, model: list[torch.nn.Module], tokenizer: Any) -> DynamicInferenceEngine:
     """An engine over the T5 of this rank."""
-    settings = context_settings(args)
+    settings, group = context_settings(args), parallel_state.get_pipeline_model_parallel_group()
     context = EncoderDecoderContext(
         start_token(args, tokenizer),
         settings["max_sequence_length"],
         settings["max_requests_override"],
         max_decoded_length=args.decoder_seq_length,
         token_multiple=args.tensor_model_parallel_size if args.sequence_parallel else 1,
+        bytes_per_token=cache_sizes_of(model, args.params_dtype, group).per_encoded_token,
+        buffer_size_gb=settings["buffer_size_gb"],
     )
     config = InferenceWrapperConfig(args.hidden_size, args.params_dtype, -1, args.padded_vocab_size)
     wrapper = T5InferenceWrapper(model, config, context)

@@ -122,8 +122,10 @@ class Attention(MegatronModule, ABC):
         return self.config.kv_channels
 
     def cache_bytes(self, dtype: torch.dtype) -> tuple[int, int]:
-        """(bytes that the key and the value of a token take in a context, 0)."""
+        """(bytes that the key and the value of a token take in a context, 0); none are kept without a causal mask."""
         assert self.config.kv_channels is not None
+        if self.attn_mask_type is not AttnMaskType.causal:
+            return 0, 0
         return 2 * self.num_query_groups_per_partition * self.config.kv_channels * dtype.itemsize, 0
 
     def scale_of_scores(self) -> float | None:
@@ -164,17 +166,22 @@ class Attention(MegatronModule, ABC):
             inference_context: keys and values of the tokens before these, which it also keeps the new ones with.
 
         Raises:
-            NotImplementedError: it is handed in together with a mask, a bias or packed sequences, or to attention
-                that is not causal self attention.
+            NotImplementedError: it is handed in together with a mask or packed sequences, or to attention that is not
+                causal; or with a bias, and it takes none.
         """
         inference_context = inference_context if inference_context is not None else inference_params
         query, key, value = self.get_query_key_value_tensors(hidden_states, key_value_states)
         if rotary_pos_emb is not None and not self.skip_rope:
             query, key = self._rotate(query, key, rotary_pos_emb, packed_seq_params)
         if inference_context is not None:
-            self._require_cacheable(attention_mask, attention_bias, packed_seq_params)
+            self._require_cacheable(attention_mask, packed_seq_params)
             scale, window = self.core_attention.softmax_scale, self.config.window_size
-            context = inference_context.attend(self.layer_number, query, key, value, scale, window)
+            if attention_bias is None:
+                context = inference_context.attend(self.layer_number, query, key, value, scale, window)
+            else:
+                context = inference_context.attend_with_bias(
+                    self.layer_number, query, key, value, scale, attention_bias
+                )
         else:
             context = self._attend(query, key, value, attention_mask, attention_bias, packed_seq_params)
         return self.linear_proj(context)
@@ -206,7 +213,10 @@ class Attention(MegatronModule, ABC):
         return core(query, key, value, attention_bias)
 
     def _require_cacheable(
-        self, attention_mask: Tensor | None, attention_bias: Tensor | None, packed_seq_params: PackedSeqParams | None
+        self,
+        attention_mask: Tensor | None,
+        packed_seq_params: PackedSeqParams | None,
+        attention_bias: Tensor | None = None,
     ) -> None:
         others = (attention_mask, attention_bias, packed_seq_params)
         if any(other is not None for other in others) or self.attn_mask_type is not AttnMaskType.causal:
@@ -349,14 +359,47 @@ class CrossAttention(Attention):
         self.linear_q = build_module(submodules.linear_q, h, width, **common)  # type: ignore[arg-type]
         self.linear_kv = build_module(submodules.linear_kv, h, 2 * width, **common)  # type: ignore[arg-type]
 
+    def encoded_bytes(self, dtype: torch.dtype) -> int:
+        """That a context keeps of a token of key_value_states."""
+        return 2 * self.num_attention_heads_per_partition * self.hidden_size_per_attention_head * dtype.itemsize
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None,
+        key_value_states: Tensor | None = None,
+        inference_context: Any = None,
+        *args: Any,
+        inference_params: Any = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """As `Attention.forward`. An inference context keeps the keys and values of key_value_states, which are handed
+        in with a text's first tokens only, and knows what each text may see of them: there is no mask then."""
+        inference_context = inference_context if inference_context is not None else inference_params
+        if inference_context is None:
+            return super().forward(hidden_states, attention_mask, key_value_states, None, *args, **kwargs)
+        if attention_mask is not None:
+            raise NotImplementedError("a mask of the encoder's output beside a context, which hides what it must")
+        if key_value_states is not None:
+            inference_context.keep_encoded(self.layer_number, *self._key_value(key_value_states))
+        scale = self.core_attention.softmax_scale
+        found = inference_context.attend_encoded(self.layer_number, self._query(hidden_states), scale)
+        return self.linear_proj(found)
+
     def get_query_key_value_tensors(
         self, hidden_states: Tensor, key_value_states: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """query [sq, b, a/tp, d] of hidden_states; key and value [sk, b, a/tp, d] of key_value_states."""
         if key_value_states is None:
             raise ValueError("cross attention needs key_value_states, the output of the encoder")
+        return self._query(hidden_states), *self._key_value(key_value_states)
+
+    def _query(self, hidden_states: Tensor) -> Tensor:
+        query, _ = self.linear_q(hidden_states)
+        return query.unflatten(-1, (self.num_attention_heads_per_partition, self.hidden_size_per_attention_head))
+
+    def _key_value(self, key_value_states: Tensor) -> tuple[Tensor, Tensor]:
         a, d = self.num_attention_heads_per_partition, self.hidden_size_per_attention_head
         mixed, _ = self.linear_kv(key_value_states)
         key, value = mixed.unflatten(-1, (a, 2 * d)).chunk(2, dim=-1)
-        query, _ = self.linear_q(hidden_states)
-        return query.unflatten(-1, (a, d)), key, value
+        return key, value

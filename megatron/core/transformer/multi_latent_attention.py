@@ -153,7 +153,7 @@ class MultiLatentAttention(Attention):
         context = inference_context if inference_context is not None else inference_params
         parts = self.down_project(hidden_states)
         if context is not None:
-            self._require_cacheable(attention_mask, attention_bias, packed_seq_params)
+            self._require_cacheable(attention_mask, packed_seq_params, attention_bias)
             if rotary_pos_emb is None and not self.skip_rope:
                 raise ValueError("with a context, tokens are not the first ones: hand in the angles of their positions")
             return self.linear_proj(self._attend_to_latents(*parts, rotary_pos_emb, context))

@@ -54,6 +54,22 @@ class BaseInferenceContext(ABC):
             window_size: (keys before, keys after) that a query sees at most; None and -1 are no limit.
         """
 
+    def attend_with_bias(
+        self,
+        layer_number: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor | None,
+        softmax_scale: float,
+        attention_bias: Tensor,
+    ) -> Tensor:
+        """As `attend`, with what is added to the scores, which also hides what must not be seen.
+
+        Raises:
+            NotImplementedError: this context has none.
+        """
+        raise NotImplementedError(f"layer {layer_number}: {type(self).__name__} adds no bias to scores")
+
     def increment_sequence_len_offset(self, increment: int) -> None:
         """All rows have gone this many tokens further. Static batching only."""
         assert self.is_static_batching()

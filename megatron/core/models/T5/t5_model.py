@@ -241,6 +241,9 @@ class T5Model(LanguageModule):
             lm_labels: [b, d].
             encoder_hidden_states: the encoder's output [e, b, h], which then is not computed.
             output_encoder_hidden_only: stop after the encoder and give its output.
+            inference_context: an `EncoderDecoderContext`. The decoder computes one token of each text; the encoder
+                takes part in passes over new texts only, in others `encoder_input_ids` say no more than how many rows
+                stages pass on. Masks of the decoder are the context's matter.
         """
         if packed_seq_params is not None:
             raise NotImplementedError("packed_seq_params: T5 takes one sample a row")
@@ -249,16 +252,17 @@ class T5Model(LanguageModule):
             [encoder_attn_mask, decoder_attn_mask, encoder_decoder_attn_mask]
         )
         hidden_states: Tensor | None = None
+        encodes = context is None or context.encodes
         if encoder_hidden_states is None and self.add_encoder:
-            encoder_hidden_states = self._encode(encoder_input_ids, encoder_mask, context)
+            encode = self._encode if encodes else self._nothing_encoded
+            encoder_hidden_states = encode(encoder_input_ids, encoder_mask)
         elif encoder_hidden_states is None:
             hidden_states, encoder_hidden_states = self._unpacked(decoder_input_ids.size(1))
         assert encoder_hidden_states is not None
         if output_encoder_hidden_only or not self.add_decoder:
             return self._as_residual(encoder_hidden_states)
-        hidden_states = self._decode(
-            decoder_input_ids, hidden_states, decoder_mask, encoder_hidden_states, cross_mask, context
-        )
+        read = encoder_hidden_states if encodes else None
+        hidden_states = self._decode(decoder_input_ids, hidden_states, decoder_mask, read, cross_mask, context)
         if not self.post_process:
             return torch.cat((hidden_states, self._as_residual(encoder_hidden_states)))
         tied = self.share_embeddings_and_output_weights
@@ -267,7 +271,7 @@ class T5Model(LanguageModule):
             return logits.transpose(0, 1).contiguous()
         return self.compute_language_model_loss(lm_labels, logits)
 
-    def _encode(self, ids: Tensor, mask: Tensor | None, inference_context: Any) -> Tensor:
+    def _encode(self, ids: Tensor, mask: Tensor | None) -> Tensor:
         """[e, b, h], after the encoder's layers of this stage."""
         hidden_states = self.embedding(ids, t5_position_ids(ids)) if self.pre_process else None
         self.encoder.set_input_tensor(self._received)  # type: ignore[arg-type]
@@ -279,33 +283,49 @@ class T5Model(LanguageModule):
             attention_bias=None
             if self.encoder_relative_pos_emb is None
             else self.encoder_relative_pos_emb(length, length),
-            inference_context=inference_context,
         )
+
+    def _nothing_encoded(self, ids: Tensor, mask: Tensor | None) -> Tensor:
+        """Zeros [e, b, h] in the place of an output that is kept where it is needed."""
+        config = self.encoder_config
+        length = ids.size(1) // (config.tensor_model_parallel_size if config.sequence_parallel else 1)
+        return torch.zeros(length, ids.size(0), config.hidden_size, dtype=config.params_dtype, device=ids.device)
 
     def _decode(
         self,
         ids: Tensor,
         received: Tensor | None,
         mask: Tensor | None,
-        encoder_output: Tensor,
+        encoder_output: Tensor | None,
         cross_mask: Tensor | None,
         inference_context: Any,
     ) -> Tensor:
         """[d, b, h], after the decoder's layers of this stage."""
-        hidden_states = self.embedding(ids, t5_position_ids(ids)) if self.pre_process else None
+        positions = t5_position_ids(ids) if inference_context is None else inference_context.current_position_ids()
+        hidden_states = self.embedding(ids, positions) if self.pre_process else None
         self.decoder.set_input_tensor(received)  # type: ignore[arg-type]
-        length = ids.size(1)
+        angles = None
+        if self.rotary_pos_emb is not None and inference_context is None:
+            angles = self.rotary_pos_emb(ids.size(1))
+        elif self.rotary_pos_emb is not None:
+            angles = self.rotary_pos_emb(inference_context.max_decoded_length)[positions.t(), 0]
         return self.decoder(
             hidden_states,
             mask,
             context=encoder_output,
             context_mask=cross_mask,
-            rotary_pos_emb=None if self.rotary_pos_emb is None else self.rotary_pos_emb(length),
-            attention_bias=None
-            if self.decoder_relative_pos_emb is None
-            else self.decoder_relative_pos_emb(length, length),
+            rotary_pos_emb=angles,
+            attention_bias=self._decoder_bias(ids.size(1), inference_context),
             inference_context=inference_context,
         )
+
+    def _decoder_bias(self, length: int, inference_context: Any) -> Tensor | None:
+        """What is added to the scores of the decoder's self attention."""
+        if self.decoder_relative_pos_emb is None:
+            return None
+        if inference_context is None:
+            return self.decoder_relative_pos_emb(length, length)
+        return inference_context.relative_bias(self.decoder_relative_pos_emb.at)
 
     def _unpacked(self, decoder_length: int) -> tuple[Tensor | None, Tensor]:
         """(hidden states, the encoder's output) of what a stage of the decoder has received; its first one receives

@@ -10,11 +10,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
 
 from megatron.core import device
 from megatron.core.inference.contexts import BaseInferenceContext, DynamicInferenceContext, EncoderDecoderContext
-from megatron.core.inference.contexts.encoder_decoder_context import DecodedSequence
 from megatron.core.inference.model_inference_wrappers.abstract_model_inference_wrapper import (
     AbstractModelInferenceWrapper,
     Inputs,
@@ -24,12 +22,12 @@ from megatron.core.utils import unwrap_model
 
 
 class T5InferenceWrapper(AbstractModelInferenceWrapper):
-    """Passes have the decoder's `tokens` [b, d] from the first one on, `output_positions` [b, d] bool, and what
-    `prep_inference_input` gives.
+    """With an `EncoderDecoderContext` each text's prompt goes through the encoder once, and the decoder computes one
+    token of each text a pass, since it keeps keys and values.
 
-    Without a pipeline the encoder runs once for a batch. The decoder keeps nothing: each new token costs it a pass over
-    its text, since the bias of relative positions is of whole rows. With a pipeline the encoder, whose output its
-    stages pass on, runs each time too.
+    Batches of a static engine keep nothing: passes have the decoder's `tokens` [b, d] from the first one on,
+    `output_positions` [b, d] bool, and what `prep_inference_input` gives. Without a pipeline the encoder runs once for
+    a batch; with one, whose stages pass its output on, each time.
 
     Args:
         use_local: no effect: masks are of one form here.
@@ -75,26 +73,14 @@ class T5InferenceWrapper(AbstractModelInferenceWrapper):
         return {"encoder_tokens": tokens, "encoder_mask": mask}
 
     def inputs_of(self, context: DynamicInferenceContext | EncoderDecoderContext) -> Inputs:
-        """As `prep_inference_input`, of texts that came at different times. The encoder's output is kept for each text,
-        unless it is cut into parts, over stages or sequence parallel ranks: then the encoder runs each time.
-        """
+        """The prompts of new texts, or in a pass without any, a column that stands for them."""
         assert isinstance(context, EncoderDecoderContext), "a T5 takes an EncoderDecoderContext"
-        sequences = context.running()
-        inputs = self._encoder_inputs([sequence.encoder_tokens for sequence in sequences])
-        inputs |= {"tokens": context.current_input_ids(), "output_positions": context.output_positions()}
-        if self.num_stages == 1 and self.token_multiple == 1:
-            inputs["encoder_output"] = self._kept(sequences)
-        return inputs
-
-    def _kept(self, sequences: list[DecodedSequence]) -> Tensor:
-        """[e, b, h]: the encoder's output of all texts; it runs over those that are new."""
-        new = [sequence for sequence in sequences if sequence.encoder_output is None]
-        if new:
-            inputs = self._encoder_inputs([sequence.encoder_tokens for sequence in new])
-            output = self._encode(inputs | {"tokens": inputs["encoder_tokens"][:, :1]})
-            for row, sequence in enumerate(new):
-                sequence.encoder_output = output[: len(sequence.encoder_tokens), row].clone()
-        return pad_sequence([sequence.encoder_output for sequence in sequences if sequence.encoder_output is not None])
+        prompts = [sequence.encoder_tokens if context.encodes else [0] for sequence in context.plan.sequences]
+        return self._encoder_inputs(prompts) | {
+            "tokens": context.current_input_ids(),
+            "output_positions": context.output_positions(),
+            "context": context,
+        }
 
     @torch.no_grad()
     def _encode(self, inputs: Inputs) -> Tensor:
@@ -122,14 +108,15 @@ class T5InferenceWrapper(AbstractModelInferenceWrapper):
         return inference_input | {"tokens": inference_input["tokens"][:, :context_end_position]}
 
     def compute(self, chunk: nn.Module, inputs: Inputs) -> Tensor:
-        mask, wanted = inputs["encoder_mask"], inputs.get("output_positions")
+        mask, wanted, context = inputs["encoder_mask"], inputs.get("output_positions"), inputs.get("context")
         output = chunk(
             inputs["encoder_tokens"],
             inputs["tokens"],
             mask,
             None,
-            mask,
+            mask if context is None else None,
             encoder_hidden_states=inputs.get("encoder_output"),
+            inference_context=context,
         )
         gives_logits = getattr(unwrap_model(chunk), "post_process", False)
         return output[wanted].unsqueeze(0) if gives_logits and wanted is not None else output

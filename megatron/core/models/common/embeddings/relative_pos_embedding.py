@@ -114,6 +114,13 @@ class RelativePositionEmbedding(nn.Module):
             self._buckets[key] = bucket_of_distance(distance, self.bidirectional, self.num_buckets, self.max_distance)
         return self.relative_attention_bias(self._buckets[key]).permute(2, 0, 1).unsqueeze(0)
 
+    def at(self, positions: Tensor, key_seq_length: int) -> Tensor:
+        """[b, a/tp, 1, k] for one query at each of `positions` [b], and keys 0, 1, ..."""
+        keys = torch.arange(key_seq_length, device=positions.device)
+        distance = keys[None] - positions[:, None]
+        buckets = bucket_of_distance(distance, self.bidirectional, self.num_buckets, self.max_distance)
+        return self.relative_attention_bias(buckets).transpose(1, 2).unsqueeze(2)
+
     @staticmethod
     def get_relative_seq_len(
         inference_context: Any,
