@@ -21,8 +21,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for the progr
 import pretrain_gpt
 import pretrain_mamba
 from megatron.core.inference.quantization import KINDS_OF_WEIGHTS, quantize_weights
+from megatron.core.inference.sampling_params import SamplingParams
 from megatron.inference.continuation import text_behind
-from megatron.inference.sampling import SamplingParams
 from megatron.inference.text_generation import generate
 from megatron.training import get_args, get_model, get_tokenizer, initialize_megatron, print_rank_0
 from megatron.training.checkpoint.load import load_run

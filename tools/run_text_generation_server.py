@@ -12,11 +12,9 @@ further copies of it, over which requests are spread. See docs/inference.md for 
 
 import argparse
 import os
-import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
@@ -24,7 +22,6 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for the program beside this folder
 
 import pretrain_gpt
-from megatron.core.activity import communicating
 from megatron.core.inference.engines import DynamicInferenceEngine
 from megatron.core.inference.model_inference_wrappers.gpt.gpt_inference_wrapper import GPTInferenceWrapper
 from megatron.core.inference.model_inference_wrappers.inference_wrapper_config import InferenceWrapperConfig
@@ -33,14 +30,10 @@ from megatron.core.inference.text_generation_controllers.text_generation_control
 from megatron.core.inference.weight_order import order_weights
 from megatron.inference.context_of_flags import build_context
 from megatron.inference.serving import http
-from megatron.inference.serving.app import build_app
-from megatron.inference.serving.loop import FAILED, STOPPED, EngineLoop
-from megatron.inference.serving.replicas import Front, join_replicas
-from megatron.inference.serving.service import Limits, Service
-from megatron.training import get_args, get_model, get_tokenizer, initialize_megatron, print_rank_0
+from megatron.inference.text_generation_server import MegatronServer
+from megatron.training import get_args, get_model, get_tokenizer, initialize_megatron
 from megatron.training.checkpoint.load import load_run
 from megatron.training.errors import exit_at_once_on_error
-from megatron.training.failure.process import farewells
 from megatron.training.failure.start import start_failure_watch, stop_failure_watch
 
 STRICT = ("assume_ok_unexpected", "raise_unexpected", "raise_all")
@@ -116,39 +109,6 @@ def build_engine(args: argparse.Namespace, model: list[torch.nn.Module], tokeniz
     )
 
 
-def build_service(args: argparse.Namespace, loop: Front, tokenizer: Any) -> Service:
-    """What the routes stand on. `--max-running` and `--max-waiting` are of each copy of the model."""
-    return Service(
-        loop,
-        tokenizer,
-        args.model_name or Path(str(args.load)).name or "model",
-        getattr(tokenizer, "chat_tokens", None),
-        os.environ[args.api_key_env] if args.api_key_env else None,
-        Limits(
-            body_bytes=int(args.max_body_mb * 2**20),
-            tokens_to_generate=args.max_tokens,
-            connections=(args.max_running + args.max_waiting) * args.data_parallel_size,
-        ),
-    )
-
-
-def stop_on_signal(loop: Front) -> None:
-    """SIGINT and SIGTERM end the loops of all ranks together; a second one ends this process where it is.
-
-    Launchers send them to all ranks: those that are not the first wait for its word.
-    """
-    is_first = torch.distributed.get_rank() == 0
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        if is_first:
-            loop.stop()
-        for one in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(one, signal.SIG_DFL)
-
-    for one in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(one, stop)
-
-
 def serve(
     model_provider: Callable[..., Any] = pretrain_gpt.model_provider,
     family: str | None = None,
@@ -172,23 +132,7 @@ def serve(
     if args.quantize:
         quantize_weights(model, args.quantize)
     order_weights(model)
-    loop = EngineLoop(engine_provider(args, model, tokenizer), args.max_waiting)
-    front = join_replicas(loop)
-    stop_on_signal(front)
-    farewells.append(lambda: front.end(FAILED))
-    if listener is not None:
-        service = build_service(args, front, tokenizer)
-        server = http.HttpServer(build_app(service), listener)
-        farewells.append(server.close)
-        print_rank_0(f"serving {service.model_name} at http://{args.host}:{server.port}")
-    loop.run()
-    front.end(STOPPED)
-    if listener is not None:
-        server.close()
-    if args.data_parallel_size > 1:
-        with communicating("barrier", None, of="the end of all copies"):
-            torch.distributed.barrier()
-    print_rank_0("stopped")
+    MegatronServer(engine_provider(args, model, tokenizer), args, listener=listener).run(args.host, args.port)
     stop_failure_watch()
     torch.distributed.destroy_process_group()
 

@@ -18,7 +18,7 @@ from megatron.inference.forward_only import (
     shares,
     zeros,
 )
-from megatron.inference.text_generation import length_multiple
+from megatron.inference.text_generation.generation import length_multiple
 
 
 def embed(

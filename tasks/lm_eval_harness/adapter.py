@@ -15,7 +15,7 @@ from torch import nn
 
 from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.collective import gather_entries
-from megatron.inference.sampling import SamplingParams
+from megatron.core.inference.sampling_params import SamplingParams
 from megatron.inference.scoring import ScoredText, score
 from megatron.inference.text_generation import generate
 

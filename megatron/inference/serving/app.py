@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
-import json
 import logging
-from collections.abc import Coroutine
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +14,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from megatron.inference.serving import completions, legacy_api, metrics, openai_api
+from megatron.inference.serving.clients import unless_gone
 from megatron.inference.serving.loop import EngineGone
 from megatron.inference.serving.service import Refusal, Service
 
@@ -96,25 +94,6 @@ def refused(path: str, error: Refusal) -> JSONResponse:
     return JSONResponse(body, error.status, error.headers)
 
 
-async def unless_gone(request: Request, work: Coroutine[Any, Any, Any]) -> Any:
-    """What `work` gives; it is cancelled, and with it its requests, when the client goes away."""
-    task = asyncio.ensure_future(work)
-    gone = asyncio.ensure_future(_disconnected(request))
-    try:
-        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
-        if not task.done():
-            raise Refusal(499, "the client went away")
-        return task.result()
-    finally:
-        for unfinished in (task, gone):
-            unfinished.cancel()
-
-
-async def _disconnected(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
-
-
 def build_app(service: Service) -> FastAPI:
     """The page at /, the routes of docs/inference.md, /health and /metrics. Errors never show a traceback."""
     app = FastAPI(title="Text generation", docs_url=None, redoc_url=None)
@@ -150,12 +129,7 @@ def build_app(service: Service) -> FastAPI:
 
     @app.put("/api")
     async def api(request: Request) -> Any:
-        try:
-            body = json.loads(await request.body())
-        except (ValueError, RecursionError):
-            raise Refusal(400, "the body is not JSON") from None
-        client = request.client.host if request.client else "unknown"
-        return await unless_gone(request, legacy_api.generate(service, body, client))
+        return await legacy_api.answer(service, request)
 
     @app.post("/completions")
     async def old_completions(request: Request, body: completions.Body) -> Any:

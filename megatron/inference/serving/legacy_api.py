@@ -8,8 +8,11 @@ from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
+from fastapi import Request
+
 from megatron.core.inference.sampling_params import SamplingParams
-from megatron.inference.serving.beam_search import Tokens, beam_search
+from megatron.inference.beam_search import Tokens, beam_search
+from megatron.inference.serving.clients import unless_gone
 from megatron.inference.serving.legacy_fields import read_fields
 from megatron.inference.serving.progress import json_safe
 from megatron.inference.serving.service import Refusal, Service
@@ -17,6 +20,20 @@ from megatron.inference.serving.service import Refusal, Service
 LOGGED_CHARACTERS = 10_000
 
 log = logging.getLogger(__name__)
+
+
+async def answer(service: Service, request: Request) -> Any:
+    """What `generate` gives for the body of a request.
+
+    Raises:
+        Refusal: as `generate`; or the body is not JSON, or the client has gone away.
+    """
+    try:
+        body = json.loads(await request.body())
+    except (ValueError, RecursionError):
+        raise Refusal(400, "the body is not JSON") from None
+    client = request.client.host if request.client else "unknown"
+    return await unless_gone(request, generate(service, body, client))
 
 
 async def generate(service: Service, body: Any, client: str) -> dict[str, Any]:

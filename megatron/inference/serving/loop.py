@@ -121,7 +121,7 @@ class EngineLoop:
         self._arrivals: dict[int, float] = {}
         self._lock = threading.Lock()
         self._next_id = 0
-        self._group = parallel_state.get_model_parallel_group()
+        self.group = parallel_state.get_model_parallel_group()
         engine.listeners.append(self._tell)
 
     # --- the first rank, any thread ------------------------------------------------------------------------
@@ -223,12 +223,12 @@ class EngineLoop:
 
     def _exchange(self) -> list[Command]:
         """What came in since the last pass, the same on all ranks. Communicates: a broadcast of objects."""
-        commands = self._drain() if get_pg_rank(self._group) == 0 else []
-        if get_pg_size(self._group) == 1:
+        commands = self._drain() if get_pg_rank(self.group) == 0 else []
+        if get_pg_size(self.group) == 1:
             return commands
         shared: list[Any] = [commands]
-        with communicating("broadcast", self._group, peer=0, of="requests"):
-            torch.distributed.broadcast_object_list(shared, group=self._group, group_src=0)
+        with communicating("broadcast", self.group, peer=0, of="requests"):
+            torch.distributed.broadcast_object_list(shared, group=self.group, group_src=0)
         return shared[0]
 
     def _drain(self) -> list[Command]:

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from megatron.core import parallel_state
+from megatron.core.inference.sampling_params import SamplingParams
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.models.mamba import MambaModel
@@ -14,7 +15,6 @@ from megatron.core.models.mamba.mamba_layer_specs import mamba_stack_spec
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 from megatron.inference.decoding import can_decode_from_states
-from megatron.inference.sampling import SamplingParams
 from megatron.inference.text_generation import generate
 from tests.worker_pool import run_ranks
 

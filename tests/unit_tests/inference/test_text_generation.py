@@ -4,11 +4,11 @@ import pytest
 import torch
 
 from megatron.core import parallel_state
+from megatron.core.inference.sampling_params import SamplingParams
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.inference.sampling import SamplingParams
 from megatron.inference.text_generation import generate
 from tests.worker_pool import run_ranks
 

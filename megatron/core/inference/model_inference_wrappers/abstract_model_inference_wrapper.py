@@ -18,7 +18,7 @@ from megatron.core.inference.contexts import (
 )
 from megatron.core.inference.model_inference_wrappers.inference_wrapper_config import InferenceWrapperConfig
 from megatron.core.pipeline_parallel import get_forward_backward_func
-from megatron.core.process_groups_config import has_default_process_groups
+from megatron.core.process_groups_config import ProcessGroupCollection, has_default_process_groups
 from megatron.core.tensor_parallel.mappings import gather_from_tensor_model_parallel_region
 from megatron.core.utils import get_attr_wrapped_model, get_model_config, get_pg_size, unwrap_model
 
@@ -31,6 +31,7 @@ class AbstractModelInferenceWrapper(ABC):
     Args:
         model: this rank's model, or the list of its virtual pipeline chunks, with or without wrappers for training.
         inference_context: without one, a static context of the configuration's size.
+        model_comm_pgs: groups of the model; None are the default ones.
 
     Raises:
         ValueError: the model is cut over context parallel ranks.
@@ -44,6 +45,7 @@ class AbstractModelInferenceWrapper(ABC):
         model: nn.Module | Sequence[nn.Module],
         inference_wrapper_config: InferenceWrapperConfig,
         inference_context: BaseInferenceContext | None = None,
+        model_comm_pgs: ProcessGroupCollection | None = None,
     ) -> None:
         self.chunks = [model] if isinstance(model, nn.Module) else list(model)
         self.model = self.chunks[0]
@@ -56,7 +58,10 @@ class AbstractModelInferenceWrapper(ABC):
         self.inference_wrapper_config = inference_wrapper_config
         self.inference_context = inference_context or StaticInferenceContext.from_config(inference_wrapper_config)
         self.num_stages = self.config.pipeline_model_parallel_size
-        if has_default_process_groups():  # the stacks of a T5 each count their own stages
+        self.tp_group = None if model_comm_pgs is None else model_comm_pgs.tp
+        if model_comm_pgs is not None:
+            self.num_stages = get_pg_size(model_comm_pgs.pp)
+        elif has_default_process_groups():  # the stacks of a T5 each count their own stages
             self.num_stages = get_pg_size(parallel_state.get_pipeline_model_parallel_group())
         self.token_multiple = self.config.tensor_model_parallel_size if self.config.sequence_parallel else 1
         true_size = get_attr_wrapped_model(self.chunks[-1], "true_vocab_size", allow_none=True)
@@ -74,7 +79,7 @@ class AbstractModelInferenceWrapper(ABC):
         self.inference_context.reset()  # type: ignore[attr-defined]
 
     @abstractmethod
-    def prep_inference_input(self, prompts_tokens: Tensor) -> Inputs:
+    def prep_inference_input(self, prompt_tokens: Tensor) -> Inputs:
         """What the passes over a batch [b, l] of prompts are cut from."""
 
     @abstractmethod
@@ -171,7 +176,7 @@ class AbstractModelInferenceWrapper(ABC):
     def _whole_logits(self, logits: Tensor) -> Tensor:
         """[b, s, v] of this rank's part of the vocabulary."""
         parallel = getattr(unwrap_model(self.chunks[-1]), "parallel_output", False)
-        whole = gather_from_tensor_model_parallel_region(logits) if parallel else logits
+        whole = gather_from_tensor_model_parallel_region(logits, self.tp_group) if parallel else logits
         return whole[..., : self.vocab_size]
 
 

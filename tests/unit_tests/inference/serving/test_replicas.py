@@ -13,7 +13,9 @@ from unittest import mock
 import pytest
 import torch
 
+from megatron.core.inference.contexts import EncoderDecoderContext
 from megatron.core.inference.sampling_params import SamplingParams
+from tests.unit_tests.inference import test_encoder_decoder_context as encoder_decoder
 from tests.unit_tests.inference.serving.test_app import Letters, texts_of
 from tests.unit_tests.inference.small_models import LLAMA, build_engine, build_model
 from tests.worker_pool import run_ranks
@@ -23,7 +25,23 @@ pytest.importorskip("fastapi")
 PROMPTS = ["3141592653", "K", "CBA", "7"]
 
 
-def with_copies(check: Callable[[Any, Any], Any], tp: int = 1) -> Any:
+def gpt_engine(tp: int) -> Any:
+    return build_engine(build_model(tp, **LLAMA), chunk_size=4)
+
+
+def t5_engine(tp: int) -> Any:
+    return encoder_decoder.build_engine(encoder_decoder.build_model("relative"))
+
+
+def all_free(context: Any) -> bool:
+    """Nothing is kept of texts that have ended."""
+    if isinstance(context, EncoderDecoderContext):
+        return context.written.num_bytes == context.encoded.num_bytes == 0
+    allocator = context.chunk_allocator
+    return allocator.chunk_count_avail + context.prefix_cache.num_spare == allocator.chunk_count_total - 1
+
+
+def with_copies(check: Callable[[Any, Any], Any], tp: int = 1, make: Callable[[int], Any] = gpt_engine) -> Any:
     """On rank 0 `check(client, front)`, with an engine on each copy; nothing must be left behind on any."""
     from fastapi.testclient import TestClient
 
@@ -32,7 +50,7 @@ def with_copies(check: Callable[[Any, Any], Any], tp: int = 1) -> Any:
     from megatron.inference.serving.replicas import join_replicas
     from megatron.inference.serving.service import Service
 
-    engine = build_engine(build_model(tp, **LLAMA), chunk_size=4)
+    engine = make(tp)
     engine.controller.tokenizer = Letters()
     loop = EngineLoop(engine, max_waiting=8, heartbeat=0.2)
     front = join_replicas(loop)
@@ -49,9 +67,7 @@ def with_copies(check: Callable[[Any, Any], Any], tp: int = 1) -> Any:
             thread.join()
             front.end(STOPPED)
     torch.distributed.barrier()
-    allocator = engine.context.chunk_allocator
-    free = allocator.chunk_count_avail + engine.context.prefix_cache.num_spare
-    assert free == allocator.chunk_count_total - 1 and not loop.load
+    assert all_free(engine.context) and not loop.load
     return loop.counters.requests
 
 
@@ -106,6 +122,21 @@ def greedy(client: Any, front: Any) -> None:
 
 def test_each_copy_writes_what_the_model_writes() -> None:
     run_ranks(2, with_copies, greedy)
+
+
+def of_t5(client: Any, front: Any) -> None:
+    """Those of whole passes; three texts run on each copy, and three more wait."""
+    model = front.engine.controller.inference_wrapped_model.model
+    prompts = PROMPTS * 3
+    body = {"prompts": prompts, "tokens_to_generate": encoder_decoder.NEW, "top_k": 1}
+    letters = Letters()
+    texts = [letters.detokenize(encoder_decoder.by_hand(model, letters.tokenize(prompt))) for prompt in PROMPTS]
+    assert client.put("/api", json=body).json()["text"] == texts * 3
+
+
+def test_copies_of_a_t5_answer_as_one() -> None:
+    of_first, of_second = run_ranks(2, with_copies, of_t5, 1, t5_engine)
+    assert of_first == of_second == 6
 
 
 def unseeded(client: Any, front: Any) -> None:

@@ -17,6 +17,9 @@ from torch import Tensor, nn
 from megatron.core import parallel_state
 from megatron.core.device import current_device
 from megatron.core.inference.communication_utils import share_decision
+from megatron.core.inference.contexts import StaticInferenceContext
+from megatron.core.inference.sampling import Draw, generator_of, sample
+from megatron.core.inference.sampling_params import SamplingParams
 from megatron.core.tensor_parallel import (
     gather_from_tensor_model_parallel_region,
     reduce_from_tensor_model_parallel_region,
@@ -24,7 +27,14 @@ from megatron.core.tensor_parallel import (
 from megatron.core.utils import get_batch_on_this_cp_rank, get_model_config
 from megatron.inference.decoding import StateDecoder, can_decode_from_states
 from megatron.inference.forward_only import evaluating, run_batches
-from megatron.inference.sampling import SamplingParams, row_generators, sample
+from megatron.inference.text_generation.communication import broadcast_from_last_to_first_pipeline_stage
+from megatron.inference.text_generation.forward_step import ForwardStep
+
+DEFAULT_SEED = 1234
+"""Of settings without one."""
+
+NUM_BEST = 5
+"""Likeliest tokens that scoring tells of."""
 
 
 def pad_right(windows: Sequence[Sequence[int]], multiple: int) -> Tensor:
@@ -100,7 +110,8 @@ def generate(
     """The continuation of each prompt, as token ids without the prompt; the same on every rank.
 
     A continuation that reaches `end_of_document` stops before it. Text longer than `max_context` is continued
-    from its last `max_context` tokens.
+    from its last `max_context` tokens. Row i draws from its own generator, seeded with the settings' seed + i, whatever
+    else is in the batch.
 
     Args:
         model: the chunks of this rank, with or without their wrappers.
@@ -114,7 +125,8 @@ def generate(
     check_prompts(prompts, vocab_size)
     texts = [list(prompt) for prompt in prompts]
     unfinished = list(range(len(texts)))
-    generators = row_generators(params, len(texts))
+    seed = DEFAULT_SEED if params.seed is None else params.seed
+    generators = [generator_of(seed + row) for row in unfinished]
     decoder = StateDecoder(model[0], vocab_size, max_context) if can_decode_from_states(model) else None
     with evaluating(model):
         for _ in range(params.num_tokens_to_generate):
@@ -125,7 +137,10 @@ def generate(
             else:
                 decoder = None  # from here on, the window moves
                 logits = last_logits(model, [texts[row][-max_context:] for row in unfinished], vocab_size)
-            drawn = None if logits is None else sample(logits, params, [generators[row] for row in unfinished])
+            draws = [
+                Draw(params, generators[row], texts[row], len(texts[row]) - len(prompts[row])) for row in unfinished
+            ]
+            drawn = None if logits is None else sample(logits, draws)
             for row, token in zip(list(unfinished), share_next_tokens(drawn, len(unfinished))):
                 if token == end_of_document:
                     unfinished.remove(row)
@@ -144,3 +159,35 @@ def check_prompts(prompts: Sequence[Sequence[int]], vocab_size: int) -> None:
             raise ValueError(f"prompt {number} is empty; the model continues text, so give at least one token")
         if not 0 <= min(prompt) <= max(prompt) < vocab_size:
             raise ValueError(f"prompt {number} has token ids outside the vocabulary of {vocab_size}: {list(prompt)}")
+
+
+def score_and_return_on_first_stage(
+    model: nn.Module, tokens: Tensor, lengths: Tensor
+) -> tuple[Tensor, Tensor, Tensor, torch.return_types.topk] | None:
+    """(tokens, lengths, log-probabilities [b, s - 1] fp32 of all tokens but the first, the likeliest ones [b, s, 5] at
+    each position) on the first stage, None elsewhere.
+
+    All ranks of the model call this. What lies behind a row's length is no more than what was given there.
+    Communicates: a pass, and the scores from the last stage to the first.
+
+    Args:
+        tokens: [b, s] int64, rows filled up on the right.
+        lengths: [b] tokens of each row.
+    """
+    num_rows, length = tokens.shape
+    step = ForwardStep(model, StaticInferenceContext(num_rows, length + length_multiple([model])))
+    with evaluating([model]):
+        logits = step(tokens, torch.arange(length, device=tokens.device).expand_as(tokens))
+    chosen = values = places = None
+    count = min(NUM_BEST, step.wrapper.vocab_size)
+    if logits is not None:
+        log_probs = logits.float().log_softmax(-1)
+        chosen = log_probs[:, :-1].gather(2, tokens[:, 1:, None])[..., 0]
+        values, places = log_probs.topk(count)
+    send = broadcast_from_last_to_first_pipeline_stage
+    chosen = send([num_rows, length - 1], torch.float32, chosen)
+    values = send([num_rows, length, count], torch.float32, values)
+    places = send([num_rows, length, count], torch.int64, places)
+    if chosen is None or not parallel_state.is_pipeline_first_stage(ignore_virtual=True):
+        return None
+    return tokens, lengths, chosen, torch.return_types.topk((values, places))

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import pytest
 import torch
 
-from megatron.inference.serving.beam_search import Extend, Hypothesis, Tokens, beam_search
+from megatron.inference.beam_search import Extend, Hypothesis, Tokens, beam_search
 
 WORDS, STOP = 4, 0
 
