@@ -64,7 +64,7 @@ def ask(url: str, prompt: str, num_tokens: int, key: str | None = None) -> str:
         return f"Megatron Response: \n{found['text'][0]}"
     if isinstance(found, dict):
         found = found.get("message", found)
-    return f"Error {status}: {found}"
+    return f"Error: {found}" if status == 200 else f"Error {status}: {found}"
 
 
 def stream(url: str, prompt: str, num_tokens: int, key: str | None = None) -> Iterator[str]:
