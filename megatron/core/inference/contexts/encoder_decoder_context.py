@@ -66,7 +66,8 @@ class EncoderDecoderContext(BaseInferenceContext):
     keeps its keys and values, and those of the encoder's output.
 
     A pass is over all texts, or over those that are new, as long as there are any. Rows of the memory are as wide as
-    the longest prompt, and the longest text that may be written, of those that run; nothing is held when none runs.
+    the longest prompt, and the longest text that may be written, of those that run, and their number is doubled when
+    there are too few, where there is room; nothing is held when none runs.
 
     Args:
         start_token: the decoder's first token.
@@ -172,7 +173,8 @@ class EncoderDecoderContext(BaseInferenceContext):
         needed = len(texts), max(_width(text) for text in texts), max(len(text.encoder_tokens) for text in texts)
         held = max(self.written.num_rows, self.encoded.num_rows), self.written.length, self.encoded.length
         larger = tuple(map(max, needed, held))
-        for rows, written, encoded in (larger, needed):
+        doubled = min(1 << (larger[0] - 1).bit_length(), self.max_requests)  # few of many arrivals copy what is held
+        for rows, written, encoded in ((doubled, *larger[1:]), larger, needed):
             if self.max_tokens is None or rows * (written + encoded) <= self.max_tokens:
                 self.written.resize(rows, written, len(self.rows))
                 self.encoded.resize(rows, encoded, len(self.rows))
