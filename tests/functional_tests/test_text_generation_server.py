@@ -128,7 +128,7 @@ def test_the_documented_calls_work(address: str, expected: str) -> None:
     )
     assert run.returncode == 0, run.stderr
     assert f"Megatron Response: \n{PROMPT}" in run.stdout and "'many' is not a whole number" in run.stdout
-    assert "Error 400" in run.stdout and "at most 64 tokens" in run.stdout
+    assert "Error: the prompt has 9 tokens" in run.stdout and "at most 64 tokens" in run.stdout
     run = subprocess.run(
         [sys.executable, "tools/text_generation_cli.py", address, "--stream"],
         input=f"{PROMPT}\n12\n{PROMPT}\n900\n",
