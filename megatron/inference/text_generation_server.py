@@ -48,7 +48,7 @@ def service_of(front: Front, args: Namespace | None = None) -> Service:
     return Service(
         front,
         tokenizer,
-        flags.model_name or Path(str(flags.load or "model")).name or "model",
+        flags.model_name or Path(str(flags.load or "").removeprefix("hf:")).name or "model",
         getattr(tokenizer, "chat_tokens", None),
         os.environ[flags.api_key_env] if flags.api_key_env else None,
         Limits(
