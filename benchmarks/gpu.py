@@ -209,7 +209,8 @@ class Run:
         wrong = [one for one in outcomes if not one["passed"]]
         absent = [one for one in outcomes if one["passed"] and one["said"]]
         harness.say(
-            f"gate: {len(outcomes) - len(wrong) - len(absent)} right, {len(wrong)} wrong, {len(absent)} missing"
+            f"gate: {len(outcomes) - len(wrong) - len(absent)} right, {len(wrong)} wrong, "
+            f"{len(absent)} right or untried without a kernel of this device"
         )
         for one in wrong + absent:
             difference = "" if one.get("difference") is None else f"off by {one['difference']:.1e} "

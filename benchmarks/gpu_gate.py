@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron.core.fp8.quantization import largest_magnitude, quantize_blocks, quantize_tensor, scale_for
-from megatron.core.fp8.scaled_product import scaled_product
+from megatron.core.fp8.recipes import Block
+from megatron.core.fp8.scaled_product import has_kernel, scaled_product
 from megatron.core.fusions import compiled
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.fusions.fused_bias_geglu import bias_geglu_impl
@@ -32,9 +33,10 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.ssm.causal_conv import causal_conv
 from megatron.core.ssm.ssd import chunked_scan
 from megatron.core.tensor_parallel.cross_entropy import vocab_parallel_cross_entropy
+from megatron.core.tensor_parallel.gemm import add_product, mixed_kernel_works
 from megatron.core.transformer.attention_backends import build_core_attention
 from megatron.core.transformer.enums import AttnBackend, AttnMaskType
-from megatron.core.transformer.moe.grouped_linear import grouped_linear
+from megatron.core.transformer.moe.grouped_linear import grouped_kernel_works, grouped_linear
 from megatron.core.transformer.moe.permutation import permute, unpermute
 from megatron.core.transformer.transformer_config import TransformerConfig
 
@@ -55,6 +57,8 @@ class Check:
     types: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16)
     missing: Callable[[str], str | None] = lambda device: None
     """What it lacks on a device; None: nothing."""
+    instead: Callable[[str, torch.dtype], str] = lambda device, dtype: ""
+    """What is done in place of a kernel that a device lacks; empty: it has one."""
 
 
 @dataclass
@@ -66,7 +70,7 @@ class Outcome:
     difference: float | None = None
     tolerance: float | None = None
     said: str = ""
-    """Why there is no difference to speak of."""
+    """Why there is no difference to speak of, or of something else than was to be tried."""
 
     @property
     def passed(self) -> bool:
@@ -261,6 +265,19 @@ def fp8_block_product(a: Tensor, b: Tensor) -> Tensor:
     return scaled_product(left, right, a.dtype)
 
 
+def restored(a: Block | None, b: Block | None, device: str, dtype: torch.dtype) -> str:
+    """What a device does that has no such product."""
+    kind = torch.float8_e4m3fn
+    return "" if has_kernel(device, kind, a, b, dtype) else "values restored to a wider type, no kernel for fp8"
+
+
+def added_gradient(x: Tensor, dy: Tensor) -> Tensor:
+    """dyᵀ x where gradients add up."""
+    total = torch.zeros(dy.size(1), x.size(1), device=x.device)
+    add_product(total, dy.t(), x)
+    return total
+
+
 def compiled_region(function: Operation) -> Operation:
     return lambda *inputs: compiled.region(function)(*inputs)
 
@@ -318,7 +335,17 @@ CHECKS: list[Check] = [
         lambda x, w: linear_cross_entropy(x, w, targets_of(x, w)),
         lambda x, w: plain_losses(x @ w.t()),
     ),
-    Check("products of experts", ((16, 32), (4, 16, 32)), lambda x, w: grouped_linear(x, w, SPLITS), plain_groups),
+    Check(
+        "products of experts",
+        ((16, 32), (4, 16, 32)),
+        lambda x, w: grouped_linear(x, w, SPLITS),
+        plain_groups,
+        instead=lambda device, dtype: (
+            "one product after the other, no kernel for groups"
+            if dtype == torch.bfloat16 and not grouped_kernel_works(device, dtype)
+            else ""
+        ),
+    ),
     Check("tokens to experts and back", ((12, 32),), there_and_back, lambda x: 2 * x * routed(x).sum(-1, keepdim=True)),
     Check("state space recurrence", RECURRENCE, our_scan, plain_scan, FULL),
     Check("causal convolution", ((20, 2, 16), (16, 1, 4), (16,)), causal_conv, plain_conv),
@@ -336,9 +363,37 @@ CHECKS: list[Check] = [
 """Every fused operation, then every attention back end."""
 
 HALF = (torch.bfloat16,)
+SUMS: list[Check] = [
+    Check(
+        "weight gradients added in fp32",
+        ((32, 16), (32, 24)),
+        added_gradient,
+        lambda x, dy: dy.t() @ x,
+        instead=lambda device, dtype: (
+            "product and sum one after the other, no kernel for mixed types"
+            if dtype == torch.bfloat16 and not mixed_kernel_works(device, dtype, torch.float32)
+            else ""
+        ),
+    )
+]
+"""Only forward."""
 PRODUCTS: list[Check] = [
-    Check("fp8 product, one scale", ((32, 64), (48, 64)), fp8_product, lambda a, b: a @ b.t(), HALF),
-    Check("fp8 product, scales of blocks", ((128, 256), (256, 256)), fp8_block_product, lambda a, b: a @ b.t(), HALF),
+    Check(
+        "fp8 product, one scale",
+        ((32, 64), (48, 64)),
+        fp8_product,
+        lambda a, b: a @ b.t(),
+        HALF,
+        instead=partial(restored, None, None),
+    ),
+    Check(
+        "fp8 product, scales of blocks",
+        ((128, 384), (256, 384)),
+        fp8_block_product,
+        lambda a, b: a @ b.t(),
+        HALF,
+        instead=partial(restored, (1, 128), (128, 128)),
+    ),
 ]
 """Coarser: numbers of 4 bits, only forward. Compared with a tolerance of their own."""
 FP8_TOLERANCE = 6e-2
@@ -373,6 +428,7 @@ def tried(check: Check, dtype: torch.dtype, device: str, tolerance: float, gradi
             found.backward(weight.to(device, found.dtype))
             pairs += [(a.grad, b.grad) for a, b in zip(ours, plain)]  # type: ignore[misc]
         outcome.difference = max(relative(a, b) for a, b in pairs)
+        outcome.said = check.instead(torch.device(device).type, dtype)
     except Exception as error:
         outcome.said = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
     return outcome
@@ -382,4 +438,5 @@ def run_checks(device: str) -> Iterator[Outcome]:
     """All that are in the tables; process groups exist."""
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     yield from (tried(check, dtype, device, TOLERANCE[dtype]) for check in CHECKS for dtype in check.types)
+    yield from (tried(check, dtype, device, TOLERANCE[dtype], False) for check in SUMS for dtype in check.types)
     yield from (tried(check, dtype, device, FP8_TOLERANCE, False) for check in PRODUCTS for dtype in check.types)

@@ -284,6 +284,9 @@ def measured(name: str, contender: str, device: str, tiny: bool, until: float) -
     }
     if not all(math.isfinite(loss) for loss in losses):
         found["said"] = "its loss is not finite"
+    elif contender == "ours" and not (tiny or args.torch_compile):
+        why = why_not_compilable(device_module.device_type(), os.environ)
+        found["said"] = f"without torch.compile, which lacks {why}"
     return found
 
 

@@ -105,6 +105,11 @@ def _kind(block: Block | None) -> Any:
     return getattr(F.ScalingType, "BlockWise{}x{}".format(*block or ()))
 
 
+def has_kernel(device_type: str, dtype: torch.dtype, a: Block | None, b: Block | None, out_dtype: torch.dtype) -> bool:
+    """Whether such a device multiplies values of `dtype` in these blocks itself."""
+    return _order_that_works(device_type, dtype, dtype, a, b, out_dtype) is not None
+
+
 @cache
 def _order_that_works(
     device_type: str, a_type: torch.dtype, b_type: torch.dtype, a: Block | None, b: Block | None, out_dtype: torch.dtype

@@ -70,7 +70,7 @@ def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
     a, b = to_computing_type(a), to_computing_type(b)
     if total.dtype == a.dtype:
         total.addmm_(a, b)
-    elif _mixed_kernel_works(a.device.type, a.dtype, total.dtype):
+    elif mixed_kernel_works(a.device.type, a.dtype, total.dtype):
         torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
     else:
         rows = max(1, _PIECE // total.size(1))
@@ -83,7 +83,7 @@ _PIECE = 2**20
 
 
 @cache
-def _mixed_kernel_works(device_type: str, dtype: torch.dtype, total_dtype: torch.dtype) -> bool:
+def mixed_kernel_works(device_type: str, dtype: torch.dtype, total_dtype: torch.dtype) -> bool:
     """Whether torch multiplies `dtype` into a total of `total_dtype` in one kernel; tried once (CUDA, torch 2.8)."""
     if device_type != "cuda" or not hasattr(torch.ops.aten.addmm, "dtype_out"):
         return False

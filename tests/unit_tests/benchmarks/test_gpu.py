@@ -53,7 +53,9 @@ def test_the_whole_of_it_with_tiny_models(tmp_path: Path, rows: tuple[str, ...])
     assert right, [one for one in found["gate"] if not one["passed"]]
     assert found["machine"]["copy_gb_per_second"] > 0
     names = {one["name"] for one in found["gate"]}
-    assert {check.name for check in (*gpu_gate.CHECKS, *gpu_gate.PRODUCTS)} < names and len(found["gate"]) > 60
+    assert {check.name for check in (*gpu_gate.CHECKS, *gpu_gate.SUMS, *gpu_gate.PRODUCTS)} < names and len(
+        found["gate"]
+    ) > 60
     assert "SystemExit" in found["rows"].pop("broken")["ours"]["said"]
     for name, row in found["rows"].items():
         for contender in ("ours", "plain", "transformers"):
@@ -111,6 +113,9 @@ def test_what_is_wrong_does_not_pass() -> None:
     assert not tried(lambda x: x.detach() * x).passed  # half the gradient
     failed = tried(lambda x: x @ x)
     assert not failed.passed and failed.said.startswith("RuntimeError: mat1 and mat2")
+    instead = gpu_gate.Check("square", ((4, 5),), lambda x: x * x, lambda x: x * x, instead=lambda *_: "by hand")
+    outcome = gpu_gate.tried(instead, torch.float32, "cpu", 2e-5)
+    assert outcome.passed and outcome.difference is not None and outcome.said == "by hand"
     absent = gpu_gate.Check("none", (), lambda: None, lambda: None, missing=lambda device: f"no {device}")
     outcome = gpu_gate.tried(absent, torch.float32, "cpu", 0.0)
     assert outcome.passed and outcome.said == "missing: no cpu"

@@ -93,7 +93,7 @@ def grouped_linear(
 
 def _products(x: Tensor, matrices: Tensor, splits: list[int]) -> Tensor:
     """x_e M_e, `matrices` [E, in, out]."""
-    if _grouped_kernel_works(x.device.type, x.dtype):
+    if grouped_kernel_works(x.device.type, x.dtype):
         offsets = torch.tensor(splits, device=x.device).cumsum(0).to(torch.int32)
         return torch._grouped_mm(x, matrices, offs=offsets)
     y = x.new_empty(x.size(0), matrices.size(2))
@@ -120,7 +120,7 @@ def _weight_gradients(weight: Tensor, grad_output: Tensor, x: Tensor, ctx: Any) 
 
 
 @cache
-def _grouped_kernel_works(device_type: str, dtype: torch.dtype) -> bool:
+def grouped_kernel_works(device_type: str, dtype: torch.dtype) -> bool:
     """Whether torch multiplies all groups in one kernel; tried once (CUDA, bf16, torch 2.8)."""
     if device_type != "cuda" or dtype != torch.bfloat16 or not hasattr(torch, "_grouped_mm"):
         return False
