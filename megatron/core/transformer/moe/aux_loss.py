@@ -121,7 +121,11 @@ def names_of_aux_losses(config: Any) -> list[str]:
 
 
 def track_layers(names: list[str], num_layers: int) -> None:
-    """Have an entry for these losses on every stage, also one without such layers: all take part in the sums."""
+    """Have an entry for these losses on every stage, also one without such layers: all take part in the sums. A process
+    may have had a model of fewer layers before."""
     for name in names:
         if name not in _tracked:
             _tracked[name] = TrackedLoss(torch.zeros(num_layers, device=device.current_device()))
+        missing = num_layers - _tracked[name].values.numel()
+        if missing > 0:
+            _tracked[name].values = torch.nn.functional.pad(_tracked[name].values, (0, missing))

@@ -69,6 +69,7 @@ def test_several_losses_each_with_its_coefficient() -> None:
     router.set_layer_number(1)
     torch.nn.init.normal_(router.weight)
     seen = torch.zeros(4)
+    get_moe_layer_wise_logging_tracker().clear()  # a model of more layers may have been in this process
     for step in range(2):
         x = torch.randn(6, 3, 8, dtype=torch.float64)
         weights, _ = router(x)
@@ -91,6 +92,12 @@ def test_several_losses_each_with_its_coefficient() -> None:
     router.begin_batch()
     assert router.batch_steps == 0 and not router.batch_tokens_per_expert.any()
     clear_aux_losses_tracker()
+
+
+def test_a_second_model_may_have_more_layers() -> None:
+    for num_layers in (1, 3, 2):
+        save_to_aux_losses_tracker("a test of sizes", torch.tensor(float(num_layers)), num_layers, num_layers)
+    assert get_moe_layer_wise_logging_tracker().pop("a test of sizes").values.tolist() == [1.0, 2.0, 3.0]
 
 
 def test_trackers_get_each_loss() -> None:
