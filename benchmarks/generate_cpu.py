@@ -2,22 +2,25 @@
 
     OMP_NUM_THREADS=1 python benchmarks/generate_cpu.py --output benchmarks/results/generate_cpu.json
 
-The model has the shape of GPT-2 124M and random weights. The unit is useful tokens per second of CPU time: tokens that
-a request asked for. transformers runs a batch until its longest request is done. Contenders alternate; the number
-given is the median over the rounds.
+The model has the shape of GPT-2 124M and random weights. The unit is useful tokens per second: tokens that a request
+asked for. With one thread it is CPU time, with more the clock. transformers runs a batch until its longest request is
+done. Contenders alternate; the number given is the median over the rounds. A file of results keeps what an earlier
+call has found for other types and workloads. Beside them: how fast one product reads all weights from memory, and what
+that would give for one row.
 
 - one: one prompt of 32 tokens, 64 more.
 - equal: 16 prompts of 32 tokens, 64 more each.
 - ragged: 16 prompts of 8 to 128 tokens, 8 to 128 more.
 - arrivals: 64 such requests, arriving at random at about four times the speed of one request after the other. The clock
-  is the CPU time used, so that other load on the machine does not count; where nothing is to do it jumps to the next
-  arrival. transformers takes up to 16 of those that wait, as one batch.
+  is the time used; where nothing is to do it jumps to the next arrival. transformers takes up to 16 of those that wait,
+  as one batch.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import random
 import statistics
@@ -62,18 +65,23 @@ class Request:
 
 
 Served = tuple[list[list[int]], float, list[float]]
-"""(texts, seconds of CPU time, seconds from arrival to first token)."""
+"""(texts, seconds used, seconds from arrival to first token)."""
+
+
+def seconds() -> float:
+    """CPU time of one thread, so that other load on the machine does not count; of more threads elapsed time."""
+    return time.process_time() if torch.get_num_threads() == 1 else time.perf_counter()
 
 
 class Clock:
-    """CPU time since the start, and what was jumped over."""
+    """Time since the start, and what was jumped over."""
 
     def __init__(self) -> None:
-        self.begin, self.jumped = time.process_time(), 0.0
+        self.begin, self.jumped = seconds(), 0.0
 
     @property
     def used(self) -> float:
-        return time.process_time() - self.begin
+        return seconds() - self.begin
 
     @property
     def now(self) -> float:
@@ -197,6 +205,7 @@ def measure(layers: int, dtype: torch.dtype, rounds: int, names: list[str]) -> I
         for param in peer.parameters():  # sharp enough that no two tokens are nearly equally likely
             param.mul_(3.0 if param.dim() > 1 else 1.0)
     contenders = {"ours": ours(layers, dict(peer.state_dict()), dtype), "transformers": hugging_face(peer.to(dtype))}
+    yield "streaming", streaming(sum(p.numel() for p in peer.parameters()) - LENGTH * 768, dtype)
     single = Request([7] * 64, 64)
     with torch.no_grad():
         rate = 4 / contenders["ours"]([single])[1]
@@ -214,7 +223,8 @@ def measure(layers: int, dtype: torch.dtype, rounds: int, names: list[str]) -> I
                 speeds[contender].append(useful / seconds)
                 first[contender].append(statistics.median(waits))
         result = {
-            "tokens_per_cpu_second": {contender: statistics.median(values) for contender, values in speeds.items()},
+            "rounds": rounds,
+            "tokens_per_second": {contender: statistics.median(values) for contender, values in speeds.items()},
             "all_rounds": speeds,
             "median_seconds_to_first_token": {c: statistics.median(values) for c, values in first.items()},
             "ratio": statistics.median(a / b for a, b in zip(speeds["ours"], speeds["transformers"])),
@@ -224,24 +234,48 @@ def measure(layers: int, dtype: torch.dtype, rounds: int, names: list[str]) -> I
         yield name, result
 
 
+def streaming(weights: int, dtype: torch.dtype, rounds: int = 5) -> dict[str, float]:
+    """What reading as many bytes as the model's weights have takes: the bound for one row.
+
+    Returns:
+        bytes: of all weights that a step reads; gb_per_second: at which a large sum reads, best of `rounds`;
+        tokens_per_second: for which one row could ask then.
+    """
+    data = torch.zeros(64 * 2**20)
+    best = math.inf
+    for _ in range(rounds):
+        begin = seconds()
+        data.sum()
+        best = min(best, seconds() - begin)
+    speed, size = data.numel() * data.element_size() / best, weights * dtype.itemsize
+    return {"bytes": size, "gb_per_second": speed / 1e9, "tokens_per_second": speed / size}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--types", nargs="+", choices=["float32", "bfloat16"], default=["float32", "bfloat16"])
     parser.add_argument("--workloads", nargs="+", default=["one", "equal", "ragged", "arrivals"])
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--output", type=Path, help="write the numbers to this JSON file")
+    parser.add_argument("--output", type=Path, help="write the numbers to this JSON file, beside what it has")
     args = parser.parse_args()
-    results: dict[str, dict[str, Any]] = {}
-    settings = {"layers": args.layers, "rounds": args.rounds, "static_batch": STATIC_BATCH}
-    settings["threads"] = torch.get_num_threads()
+    settings = {"layers": args.layers, "static_batch": STATIC_BATCH, "threads": torch.get_num_threads()}
+    results = known_results(args.output, settings)
     for number_type in args.types:
         print(number_type, flush=True)
         of_type = results.setdefault(number_type, {})
         for name, result in measure(args.layers, getattr(torch, number_type), args.rounds, args.workloads):
-            of_type[name] = result
+            of_type[name] = result | {"load": os.getloadavg()[0]}
             if args.output:
                 write_result(args.output, settings=settings, results=results)
+
+
+def known_results(path: Path | None, settings: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Results that the file has under the same settings."""
+    if path is None or not path.exists():
+        return {}
+    found = json.loads(path.read_text(encoding="utf-8"))
+    return found["results"] if found["settings"] == settings else {}
 
 
 if __name__ == "__main__":

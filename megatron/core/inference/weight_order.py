@@ -19,7 +19,7 @@ READ_ELSEWHERE = "linear_kv_up_proj"
 
 
 def order_weights(chunks: Sequence[nn.Module]) -> None:
-    """On a CPU: bf16 weights of linear layers as oneDNN packs them, fp32 ones with more rows than columns by columns.
+    """On a CPU: weights of linear layers as oneDNN packs them; without it those with more rows than columns by columns.
 
     The model can only be run forward from then on. An output layer that shares its weight with the embedding gets a
     copy: so many bytes more. Weights that are quantized, multiplied in fp8 or with communication meanwhile stay as they

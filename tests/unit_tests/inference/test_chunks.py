@@ -102,6 +102,9 @@ def test_attention_over_chunks_is_attention(scattered: bool, window: int | None,
             queries[row][:, None], k.transpose(0, 1), v.transpose(0, 1), enable_gqa=True
         )
         torch.testing.assert_close(found[row], expected[:, 0])
+        own = chunk_table(chunks[row : row + 1], lengths[row : row + 1], size, window, torch.device("cpu"))
+        alone = attend_to_chunks(queries[row : row + 1], keys, values, own, d**-0.5)
+        torch.testing.assert_close(alone[0], expected[:, 0])
     query = torch.randn(4, a, d)
     k, v = texts[3]
     past = attend_to_past(query, keys, values, torch.tensor(chunks[3]), 16, d**-0.5, window)

@@ -26,10 +26,10 @@ class ChunkTable:
     """[p] int64, or the whole range `first` to `last` where `is_range`."""
     owner: Tensor
     """[p] int64: the sequence."""
-    begin: Tensor
-    """[p] int64: first token of the chunk that is seen."""
-    end: Tensor
-    """[p] int64: first one that is not seen any more; 0 where none is."""
+    bias: Tensor
+    """[p, 1, 1, c] fp32: 0 for tokens that are seen, else minus infinity."""
+    places: Tensor
+    """[n, most entries of a sequence] int64: the entries of each sequence; those with fewer have their first again."""
     first: int = 0
     is_range: bool = False
     """Entries are the chunks `first`, `first` + 1, ... in this order."""
@@ -53,8 +53,22 @@ def chunk_table(
         for row in rows:
             filled[row[0] - first] = row
         rows = filled
+    places: list[list[int]] = [[] for _ in chunks]
+    for entry, (_, owner, _, end) in enumerate(rows):
+        if end:
+            places[owner].append(entry)
+    most = max(len(own) for own in places)
     table = torch.tensor(rows, device=device, dtype=torch.int64).t()
-    return ChunkTable(table[0], table[1], table[2], table[3], first, is_range)
+    tokens = torch.arange(chunk_size, device=device)
+    hidden = (tokens < table[2][:, None]) | (tokens >= table[3][:, None])  # [p, c]
+    return ChunkTable(
+        table[0],
+        table[1],
+        torch.zeros(hidden.shape, device=device).masked_fill_(hidden, -torch.inf)[:, None, None],
+        torch.tensor([own + own[:1] * (most - len(own)) for own in places], device=device),
+        first,
+        is_range,
+    )
 
 
 def attend_to_chunks(query: Tensor, keys: Tensor, values: Tensor, table: ChunkTable, scale: float) -> Tensor:
@@ -64,23 +78,36 @@ def attend_to_chunks(query: Tensor, keys: Tensor, values: Tensor, table: ChunkTa
         query: [n, a, d].
         keys, values: the pool, [chunks, g, c, d or dv].
     """
-    (n, a, d), (g, c) = query.shape, keys.shape[1:3]
+    (n, a, d), g = query.shape, keys.size(1)
     keys, values = (_entries(pool, table) for pool in (keys, values))
-    dv = values.size(-1)
-    queries = query.view(n, g, a // g, d)[table.owner]  # [p, g, r, d]
-    scores = torch.matmul(queries, keys.transpose(2, 3)).float() * scale  # [p, g, r, c]
-    places = torch.arange(c, device=query.device)
-    hidden = (places < table.begin[:, None]) | (places >= table.end[:, None])  # [p, c]
-    scores.masked_fill_(hidden[:, None, None], -torch.inf)
+    queries = query.view(n, g, a // g, d)
+    if n > 1:
+        queries = queries[table.owner]  # [p, g, r, d]
+    scores = torch.add(table.bias, torch.matmul(queries, keys.transpose(2, 3)), alpha=scale)  # [p, g, r, c] fp32
+    merge = _merge_one if n == 1 else _merge
+    return merge(scores, values, table).to(query.dtype).view(n, a, values.size(-1))
+
+
+def _merge_one(scores: Tensor, values: Tensor, table: ChunkTable) -> Tensor:
+    """[g, r, dv] of the scores [p, g, r, c] of a single sequence."""
+    p, c = scores.size(0), scores.size(3)
+    if p == 1:
+        return torch.matmul(scores.softmax(-1).to(values.dtype), values)
+    weights = scores.permute(1, 2, 0, 3).flatten(2).softmax(-1)  # [g, r, p * c]
+    weights = weights.unflatten(2, (p, c)).permute(2, 0, 1, 3).to(values.dtype)
+    return torch.matmul(weights, values).float().sum(0)
+
+
+def _merge(scores: Tensor, values: Tensor, table: ChunkTable) -> Tensor:
+    """[n, g, r, dv] of the scores [p, g, r, c] of n sequences."""
     top = scores.amax(-1, keepdim=True)  # [p, g, r, 1]
-    index = table.owner[:, None, None, None].expand_as(top)
-    best = top.new_full((n, *top.shape[1:]), -torch.inf).scatter_reduce_(0, index, top, "amax")
-    weights = (scores - best[table.owner]).exp_()
-    sums = top.new_zeros(best.shape).index_add_(0, table.owner, weights.sum(-1, keepdim=True))
+    best = top[table.places].amax(1)  # [n, g, r, 1]
+    weights = scores.sub_(best[table.owner]).exp_()
+    sums = torch.zeros_like(best).index_add_(0, table.owner, weights.sum(-1, keepdim=True))
     # An entry of nobody has owner 0 and weights of exactly 0.
     found = torch.matmul(weights.to(values.dtype), values).float()  # [p, g, r, dv]
-    total = found.new_zeros(n, *found.shape[1:]).index_add_(0, table.owner, found)
-    return (total / sums).to(query.dtype).view(n, a, dv)
+    total = found.new_zeros(len(best), *found.shape[1:]).index_add_(0, table.owner, found)
+    return total / sums
 
 
 def _entries(pool: Tensor, table: ChunkTable) -> Tensor:

@@ -314,7 +314,8 @@ class TextGenerationController:
             place += count
         result = torch.tensor(tokens, dtype=torch.int64)
         if draws:
-            result[places] = sample(logits[places], draws)
+            whole = len(places) == len(logits)  # no copy of all logits then
+            result[places] = sample(logits if whole else logits[places], draws)
         return result
 
     def generate_output_tokens_dynamic_batch(
