@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
+from megatron.core.inference.huge_pages import put_into_huge_pages
 from megatron.core.tensor_parallel.gemm import PLAIN_PRODUCTS
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.tensor_parallel.stored_weight import PackedWeight, StoredWeight, can_pack
@@ -19,7 +20,8 @@ READ_ELSEWHERE = "linear_kv_up_proj"
 
 
 def order_weights(chunks: Sequence[nn.Module]) -> None:
-    """On a CPU: weights of linear layers as oneDNN packs them; without it those with more rows than columns by columns.
+    """On a CPU: weights of linear layers as oneDNN packs them, in huge pages; without oneDNN those with more rows than
+    columns by columns.
 
     The model can only be run forward from then on. An output layer that shares its weight with the embedding gets a
     copy: so many bytes more. Weights that are quantized, multiplied in fp8 or with communication meanwhile stay as they
@@ -50,6 +52,7 @@ def _put(layer: ColumnParallelLinear | RowParallelLinear, weight: Tensor) -> Non
     found: nn.Parameter | StoredWeight | None = layer.weight
     if can_pack(weight):
         found = PackedWeight(weight)
+        put_into_huge_pages(found.packed)
     elif weight.size(0) > weight.size(1):
         found = nn.Parameter(weight.detach().t().contiguous().t(), requires_grad=False)
     elif found is None:

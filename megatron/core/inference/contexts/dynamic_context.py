@@ -25,6 +25,7 @@ from megatron.core.inference.contexts.overflow import ContextOverflowError as Co
 from megatron.core.inference.contexts.paged_attention import attend_to_chunks, attend_to_past
 from megatron.core.inference.contexts.prefix_cache import PrefixCache
 from megatron.core.inference.contexts.step_plan import CachedSequence, Part, Pieces, StepPlan
+from megatron.core.inference.huge_pages import put_into_huge_pages
 from megatron.core.transformer.rotary import apply_rotary_pos_emb
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import divide
@@ -355,6 +356,8 @@ class DynamicInferenceContext(BaseInferenceContext):
             values = keys
             if value is not None:
                 values = torch.zeros(*shape, value.size(3), dtype=self.params_dtype, device=key.device)
+                put_into_huge_pages(values)
+            put_into_huge_pages(keys)
             self._pools[layer_number] = keys, values
         return self._pools[layer_number]
 
