@@ -51,9 +51,32 @@ def sample(logits: Tensor, draws: Sequence[Draw]) -> Tensor:
     """
     logits = logits.float()
     if all(draw.params.is_plain_argmax for draw in draws):
-        return logits.argmax(dim=-1).cpu()
+        return argmax(logits).cpu()
     rows = logits.cpu()
     return torch.tensor([_draw_one(row, draw) for row, draw in zip(rows, draws)], dtype=torch.int64)
+
+
+BLOCK = 256
+"""Logits of which the greatest is found at once."""
+
+
+def argmax(logits: Tensor) -> Tensor:
+    """[b] int64: the first greatest one of each row [v].
+
+    On a CPU the greatest values of blocks are found first, because torch compares numbers without their places ten
+    times as fast.
+    """
+    size = logits.size(1) // BLOCK * BLOCK
+    if logits.device.type != "cpu" or size == 0:
+        return logits.argmax(dim=-1)
+    blocks = logits[:, :size].unflatten(1, (-1, BLOCK))
+    tops = blocks.amax(-1)
+    if size < logits.size(1):
+        tops = torch.cat([tops, logits[:, size:].amax(-1, keepdim=True)], 1)
+    first = tops.argmax(-1)
+    places = first[:, None] * BLOCK + torch.arange(BLOCK)
+    inside = logits.gather(1, places.clamp_(max=logits.size(1) - 1))  # the last number again and again is never first
+    return first * BLOCK + inside.argmax(-1)
 
 
 def _draw_one(logits: Tensor, draw: Draw) -> int:

@@ -9,10 +9,12 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
+from megatron.core.fusions.fused_bias_gelu import bias_gelu_impl
 from megatron.core.inference.huge_pages import put_into_huge_pages
 from megatron.core.tensor_parallel.gemm import PLAIN_PRODUCTS
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.tensor_parallel.stored_weight import PackedWeight, StoredWeight, can_pack
+from megatron.core.transformer.mlp import MLP
 from megatron.core.utils import unwrap_model
 
 READ_ELSEWHERE = "linear_kv_up_proj"
@@ -44,6 +46,17 @@ def order_weights(chunks: Sequence[nn.Module]) -> None:
             is_linear = is_linear and layer.products is PLAIN_PRODUCTS and layer.overlap is None
             if is_linear and not name.endswith(READ_ELSEWHERE) and isinstance(layer.weight, nn.Parameter):
                 _put(layer, layer.weight)
+        for module in model.modules():
+            if isinstance(module, MLP):
+                _fuse_gelu(module)
+
+
+def _fuse_gelu(block: MLP) -> None:
+    """Have the first product of a feed-forward block end with its activation, if both can."""
+    first = block.linear_fc1
+    if isinstance(getattr(first, "weight", None), PackedWeight) and block.activate is bias_gelu_impl:
+        first.weight.applies_gelu, first.skip_bias_add = True, False
+        block.activate = lambda activated, no_bias: activated
 
 
 def _put(layer: ColumnParallelLinear | RowParallelLinear, weight: Tensor) -> None:

@@ -31,10 +31,13 @@ def _packs(dtype: torch.dtype) -> bool:
     try:
         if dtype is torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
             return False
-        found = PackedWeight(torch.ones(32, 16, dtype=dtype)).multiply(torch.ones(2, 16, dtype=dtype))
+        weight, x = PackedWeight(torch.ones(32, 16, dtype=dtype)), torch.ones(2, 16, dtype=dtype)
+        found = [weight.multiply(x)]
+        weight.applies_gelu = True
+        found.append(weight.multiply(x))
     except (AttributeError, NotImplementedError, RuntimeError, TypeError):
         return False
-    return bool((found == 16).all())
+    return all(bool((product == 16).all()) for product in found)
 
 
 class PackedWeight(StoredWeight):
@@ -48,6 +51,9 @@ class PackedWeight(StoredWeight):
     TYPICAL_ROWS = 16
     FEWEST_ROWS = 4
 
+    applies_gelu = False
+    """`multiply` gives gelu(x Wᵀ + b), in the tanh approximation, while the product is still in registers."""
+
     def __init__(self, weight: Tensor) -> None:
         super().__init__()
         self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), self.TYPICAL_ROWS)
@@ -60,4 +66,5 @@ class PackedWeight(StoredWeight):
         return self._product(filled, bias)[:rows].view(*x.shape[:-1], -1)
 
     def _product(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        return torch.ops.mkldnn._linear_pointwise(x, self.packed, bias, "none", [], "")
+        name, kind = ("gelu", "tanh") if self.applies_gelu else ("none", "")
+        return torch.ops.mkldnn._linear_pointwise(x, self.packed, bias, name, [], kind)

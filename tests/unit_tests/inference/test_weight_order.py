@@ -17,6 +17,7 @@ PROMPTS = [[3, 1, 4, 1, 5, 9, 2, 6], [27], [31, 41, 5]]
 GREEDY = SamplingParams(top_k=1, num_tokens_to_generate=10)
 SETTINGS: dict[str, dict[str, Any]] = {
     "learned positions": {},
+    "gelu fused": {"bias_activation_fusion": True},
     "experts": LLAMA | {"num_moe_experts": 4},
     "latents": LATENT,
 }
@@ -27,6 +28,9 @@ def texts(layout: tuple, settings: dict[str, Any], ordered: bool) -> list:
     if ordered:
         order_weights([model])
         assert layout or not model.share_embeddings_and_output_weights
+        packed = [module for module in model.modules() if isinstance(module, PackedWeight)]
+        is_fused = settings.get("bias_activation_fusion", False) and can_pack(torch.empty(1))
+        assert any(weight.applies_gelu for weight in packed) == is_fused
     return [request.generated_tokens for request in build_engine(model).generate(PROMPTS, GREEDY)]
 
 
