@@ -30,7 +30,7 @@ from megatron.core.inference.text_generation_controllers.text_generation_control
 from megatron.core.inference.weight_order import order_weights
 from megatron.inference.context_of_flags import build_context
 from megatron.inference.serving import http
-from megatron.inference.text_generation_server import MegatronServer
+from megatron.inference.text_generation_server import MegatronServer, defaults_of_calls
 from megatron.training import get_args, get_model, get_tokenizer, initialize_megatron
 from megatron.training.checkpoint.load import load_run
 from megatron.training.errors import exit_at_once_on_error
@@ -48,15 +48,32 @@ def add_server_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPa
     group.add_argument("--api-key-env", metavar="NAME", help="environment variable with the key that clients must send")
     group.add_argument("--cache-gb", type=float, default=1.0, help="GiB for keys and values on each rank")
     group.add_argument("--cache-chunk-size", type=int, default=64, help="tokens of a chunk of the cache")
-    group.add_argument("--max-running", type=int, default=64, help="requests that run at once")
+    group.add_argument(
+        "--max-running",
+        "--max-batch-size",
+        type=int,
+        default=64,
+        help="requests that run at once",
+    )
     group.add_argument("--max-waiting", type=int, default=256, help="requests that wait; more are answered with 503")
     group.add_argument("--max-tokens", type=int, help="new tokens a client may ask for; default: what fits")
     group.add_argument("--max-body-mb", type=float, default=4.0, help="MiB of a request's body")
     group.add_argument("--quantize", choices=KINDS_OF_WEIGHTS, help="store the weights of linear layers in few bits")
+    add_drawing_arguments(parser, "calls of PUT /api that do not say")
     parser.set_defaults(
         serves_texts=True, exit_on_missing_checkpoint=True, no_load_optim=True, no_load_rng=True, micro_batch_size=1
     )
     return parser
+
+
+def add_drawing_arguments(parser: argparse.ArgumentParser, whose: str) -> None:
+    """How tokens are drawn; None is what the library does."""
+    group = parser.add_argument_group(f"how tokens are drawn: for {whose}")
+    group.add_argument("--num-tokens-to-generate", type=int, help="new tokens, at most")
+    group.add_argument("--temperature", type=float, help="divides the logits")
+    group.add_argument("--top_k", type=int, help="draw among the k best; 1 is greedy, 0 no limit")
+    group.add_argument("--top_p", type=float, help="draw within this mass; 0 is no limit")
+    group.add_argument("--return-log-probs", action="store_true", default=None, help="log-probabilities too")
 
 
 def check(args: argparse.Namespace) -> None:
@@ -124,6 +141,7 @@ def serve(
     initialize_megatron(add_server_arguments, args_defaults={"model_family": family} if family else {})
     args, tokenizer = get_args(), get_tokenizer()
     check(args)
+    defaults_of_calls(args)
     start_failure_watch(60.0 * args.distributed_timeout_minutes, heeds_sigterm=False)
     is_first = torch.distributed.get_rank() == 0
     listener = http.bind(args.host, args.port) if is_first else None  # before the model, which may take minutes

@@ -32,11 +32,7 @@ def add_file_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPars
     group = add_server_arguments(parser).add_argument_group("generation from a file")
     group.add_argument("--prompt-file", type=Path, required=True, help="prompts, a line each, or .jsonl")
     group.add_argument("--output-path", type=Path, required=True, help="where the texts are written, as JSON lines")
-    group.add_argument("--num-tokens-to-generate", type=int, default=30, help="new tokens a prompt, at most")
-    group.add_argument("--temperature", type=float, default=1.0, help="divides the logits; 0 is greedy")
-    group.add_argument("--top_k", type=int, default=0, help="draw among the k best; 1 is greedy, 0 no limit")
-    group.add_argument("--top_p", type=float, default=0.0, help="draw within this mass; 0 is no limit")
-    group.add_argument("--return-log-probs", action="store_true", help="write the log-probability of each token")
+    parser.set_defaults(num_tokens_to_generate=30, temperature=1.0, top_k=0, top_p=0.0, return_log_probs=False)
     return parser
 
 

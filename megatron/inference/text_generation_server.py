@@ -18,9 +18,10 @@ from megatron.core.inference.engines import DynamicInferenceEngine
 from megatron.core.utils import get_pg_size
 from megatron.inference.serving import http, legacy_api
 from megatron.inference.serving.app import build_app
+from megatron.inference.serving.legacy_fields import read_fields
 from megatron.inference.serving.loop import FAILED, STOPPED, EngineLoop
 from megatron.inference.serving.replicas import Front, join_replicas
-from megatron.inference.serving.service import Limits, Service
+from megatron.inference.serving.service import Limits, Refusal, Service
 from megatron.training import print_rank_0
 from megatron.training.failure.process import farewells
 
@@ -34,6 +35,14 @@ DEFAULTS = {
     "max_waiting": 256,
 }
 """Of the flags that a program does not have."""
+
+FIELDS_OF_FLAGS = {
+    "temperature": "temperature",
+    "top_k": "top_k",
+    "top_p": "top_p",
+    "tokens_to_generate": "num_tokens_to_generate",
+    "logprobs": "return_log_probs",
+}
 
 
 def service_of(front: Front, args: Namespace | None = None) -> Service:
@@ -56,7 +65,24 @@ def service_of(front: Front, args: Namespace | None = None) -> Service:
             tokens_to_generate=flags.max_tokens,
             connections=(running + flags.max_waiting) * len(front.loads()),
         ),
+        defaults_of_calls(args),
     )
+
+
+def defaults_of_calls(args: Namespace | None) -> dict[str, Any]:
+    """Fields of `PUT /api` that flags give a default.
+
+    Raises:
+        ValueError: a call that says nothing else could not be answered.
+    """
+    given = {field: getattr(args, flag, None) for field, flag in FIELDS_OF_FLAGS.items()}
+    found = {field: value for field, value in given.items() if value is not None}
+    try:
+        read_fields({"prompts": ["a"]}, 1, found)
+    except Refusal as error:
+        flags = " ".join(f"--{FIELDS_OF_FLAGS[field]} {value}" for field, value in found.items())
+        raise ValueError(f"{flags}: no call could be answered: {error.message}") from None
+    return found
 
 
 class MegatronGenerate:

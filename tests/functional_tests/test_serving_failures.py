@@ -78,6 +78,7 @@ def test_a_port_in_use_is_told_before_the_model_is_built(checkpoint: Path) -> No
         (["--max-running", "0"], "--max-running"),
         (["--cache-gb", "nan"], "--cache-gb"),
         (["--cache-gb", "1e-9"], "GiB or more"),
+        (["--temperature", "0"], "--temperature 0.0: no call could be answered"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

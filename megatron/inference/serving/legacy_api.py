@@ -46,7 +46,7 @@ async def generate(service: Service, body: Any, client: str) -> dict[str, Any]:
         Refusal: the call is not in order, or there is no room for it; with status 200 where its prompts are in order,
             but cannot be continued as it wants.
     """
-    values = read_fields(body, service.limits.prompts)
+    values = read_fields(body, service.limits.prompts, service.defaults)
     try:
         return await _generate(service, values, body, client)
     except Refusal as error:

@@ -112,17 +112,27 @@ FIELDS = {
 """In the order they are checked."""
 
 
-def read_fields(body: Any, most_prompts: int) -> dict[str, Any]:
+EXCLUDING = {"top_k": "top_p", "top_p": "top_k"}
+"""A field -> the one whose default does not count where it is given."""
+
+
+def read_fields(body: Any, most_prompts: int, defaults: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """`prompts` and a value for each of `FIELDS`.
+
+    Args:
+        defaults: of some fields, instead of their own.
 
     Raises:
         Refusal: with status 400 what is wrong with the prompts, with 200 what is wrong with another field.
     """
     body = body if isinstance(body, dict) else {}
     prompts = _prompts(body, most_prompts)
-    values = {name: body.get(name, field.default) for name, field in FIELDS.items()} | {"prompts": prompts}
+    excluded = {other for name, other in EXCLUDING.items() if body.get(name)}
+    known = {name: value for name, value in (defaults or {}).items() if name not in excluded}
+    usual = {name: known.get(name, field.default) for name, field in FIELDS.items()}
+    values = {name: body.get(name, usual[name]) for name in FIELDS} | {"prompts": prompts}
     for name, field in FIELDS.items():
-        if name in body or field.default is not None:
+        if name in body or usual[name] is not None:
             wrong = field.check(values[name], values)
             if wrong:
                 raise Refusal(200, f"{name} {wrong}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Any
@@ -60,6 +60,8 @@ class Service:
     chat_template: Callable[[list[Message]], list[int]] | None = None
     api_key: str | None = None
     limits: Limits = field(default_factory=Limits)
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    """Of fields of `PUT /api`, instead of their own."""
     started: float = field(default_factory=time.time)
 
     @property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import logging
 import re
@@ -25,6 +26,8 @@ from tests.unit_tests.inference.small_models import (
 from tests.worker_pool import run_ranks
 
 pytest.importorskip("fastapi")
+
+from megatron.inference.text_generation_server import defaults_of_calls
 
 
 class Letters:
@@ -197,6 +200,18 @@ def legacy_refusals(client: Any, service: Any, model: Any) -> None:
     assert client.post("/api", json={}).status_code == 405
 
 
+def defaults_of_flags(client: Any, service: Any, model: Any) -> None:
+    """They stand in for what a call does not say."""
+    flags = argparse.Namespace(top_k=1, num_tokens_to_generate=5, return_log_probs=True, temperature=None)
+    service.defaults = defaults_of_calls(flags)
+    found = client.put("/api", json={"prompts": ["314"]}).json()
+    assert found["text"] == ["314" + texts_of(model, ["314"], 5)[0]] and len(found["logprobs"][0]) == 7
+    said = {"prompts": ["314"], "tokens_to_generate": 2, "top_p": 0.5, "logprobs": False}
+    assert len(client.put("/api", json=said).json()["text"][0]) == 5
+    with pytest.raises(ValueError, match="--top_k 1 --top_p 0.5: no call could be answered: top_p and top_k exclude"):
+        defaults_of_calls(argparse.Namespace(top_k=1, top_p=0.5))
+
+
 def completions(client: Any, service: Any, model: Any) -> None:
     (text,) = texts_of(model, ["31415"], 6)
     body = {"prompt": "31415", "max_tokens": 6, "temperature": 0}
@@ -307,6 +322,7 @@ ROUTES = [
     newline_after_colon,
     logged,
     legacy_refusals,
+    defaults_of_flags,
     completions,
     streams,
     streamed_log_probs,
