@@ -29,7 +29,7 @@ from tests.worker_pool import run_ranks
 VOCAB_SIZE, LONGEST, START, NEW = 50, 24, 1, 9
 LAYERS, HEADS, WIDTH = 2, 4, 8
 PROMPTS = [[3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5], [7], [31, 41, 5], [2, 7, 1, 8, 2, 8]]
-GREEDY = SamplingParams(top_k=1, num_tokens_to_generate=NEW)
+GREEDY = SamplingParams(top_k=1, num_tokens_to_generate=NEW, return_log_probs=True)
 
 
 def build_model(positions: str) -> T5Model:
@@ -39,7 +39,11 @@ def build_model(positions: str) -> T5Model:
         num_layers=LAYERS, hidden_size=HEADS * WIDTH, num_attention_heads=HEADS, init_method_std=0.3
     )
     specs = encoder_model_with_local_spec(), decoder_model_with_local_spec()
-    return T5Model(config, config, *specs, 64, LONGEST, position_embedding_type=positions, true_vocab_size=VOCAB_SIZE)
+    model = T5Model(config, config, *specs, 64, LONGEST, position_embedding_type=positions, true_vocab_size=VOCAB_SIZE)
+    with torch.no_grad():  # a text that hangs on what was written, and on the prompt
+        for name, param in model.named_parameters():
+            param.mul_(3.0 if "relative" in name or "cross_attention" in name else 1.0)
+    return model.eval()
 
 
 def build_engine(model: T5Model, **settings: float) -> DynamicInferenceEngine:
@@ -49,14 +53,21 @@ def build_engine(model: T5Model, **settings: float) -> DynamicInferenceEngine:
     return DynamicInferenceEngine(TextGenerationController(wrapper, Words()), context, termination_id=-1)
 
 
-@torch.no_grad()
 def by_hand(model: T5Model, prompt: list[int]) -> list[int]:
     """The whole model over the whole text, again and again."""
-    text = [START]
+    return told_by_hand(model, prompt)[0]
+
+
+@torch.no_grad()
+def told_by_hand(model: T5Model, prompt: list[int]) -> tuple[list[int], list[float]]:
+    """(tokens, their log-probabilities)."""
+    text, values = [START], []
     for _ in range(NEW):
-        logits = model.eval()(torch.tensor([prompt]), torch.tensor([text]), None, None, None)
-        text.append(int(logits[0, -1, :VOCAB_SIZE].argmax()))
-    return text[1:]
+        logits = model(torch.tensor([prompt]), torch.tensor([text]), None, None, None)
+        value, token = logits[0, -1, :VOCAB_SIZE].log_softmax(-1).max(-1)
+        text.append(int(token))
+        values.append(float(value))
+    return text[1:], values
 
 
 def texts(positions: str) -> None:
@@ -71,9 +82,12 @@ def texts(positions: str) -> None:
     finished = []
     while engine.has_unfinished_requests():
         finished += engine.step()[0]
-    assert {request.request_id: request.generated_tokens for request in finished} == {
-        number: by_hand(model, prompt) for number, prompt in enumerate(PROMPTS)
-    }
+    assert len({tuple(request.generated_tokens) for request in finished}) == len(PROMPTS)
+    assert any(len(set(request.generated_tokens)) > 2 for request in finished)
+    for request in finished:
+        tokens, values = told_by_hand(model, PROMPTS[request.request_id])
+        assert request.generated_tokens == tokens
+        assert request.generated_log_probs == pytest.approx(values, abs=1e-4)
     assert engine.context.written.num_bytes == engine.context.encoded.num_bytes == 0
 
 
