@@ -86,3 +86,16 @@ class DynamicInferenceRequest(InferenceRequest):
     def tokens(self) -> list[int]:
         """Prompt and generated tokens."""
         return [*(self.prompt_tokens or ()), *self.generated_tokens]
+
+
+@dataclass(kw_only=True)
+class VLMInferenceRequest(InferenceRequest):
+    """A request of the static engine whose prompt has images, a token for each."""
+
+    num_img_embeddings_per_tile: int
+    imgs: Tensor
+    """[tiles of all images, ...]"""
+    num_tiles: Tensor
+    """[images] int: how many tiles each has."""
+    decoder_seq_length: int
+    """Tokens and embeddings that the prompt may have together."""

@@ -23,14 +23,15 @@ def rows_told(tokens: Tensor, logits: Tensor, num_best: int, wants_log_probs: bo
     """[w, 2 + 2 num_best] fp64: token, its log-probability, the most likely tokens, their log-probabilities.
 
     Args:
-        tokens: [w] int64.
+        tokens: [w] int64; below 0 they stand for something else than words, which has no probability.
         logits: [w, v].
     """
     rows = torch.full((len(tokens), 2 + 2 * num_best), torch.nan, dtype=torch.float64)
     rows[:, 0] = tokens
     if wants_log_probs or num_best:
         log_probs = logits.float().log_softmax(-1)
-        rows[:, 1] = log_probs.gather(1, tokens.to(logits.device)[:, None])[:, 0]
+        rows[:, 1] = log_probs.gather(1, tokens.clamp(min=0).to(logits.device)[:, None])[:, 0]
+        rows[tokens < 0, 1] = torch.nan
         if num_best:
             values, best = log_probs.topk(min(num_best, log_probs.size(1)))
             rows[:, 2 : 2 + best.size(1)] = best
