@@ -13,10 +13,9 @@ from megatron.training.settings import refuse_unless, warn, was_given
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.uint8}
 STATE_DTYPES = ("main_grads_dtype", "main_params_dtype", "exp_avg_dtype", "exp_avg_sq_dtype")
-FP8_SETTINGS = (
-    *("fp8_recipe", "fp8_margin", "fp8_amax_history_len", "fp8_amax_compute_algo", "fp8_wgrad"),
-    *("first_last_layers_bf16", "num_layers_at_start_in_bf16", "num_layers_at_end_in_bf16"),
-)
+DELAYED_SETTINGS = ("fp8_margin", "fp8_amax_history_len", "fp8_amax_compute_algo")
+FP8_SETTINGS = ("fp8_recipe", *DELAYED_SETTINGS, "fp8_wgrad", "fp8_param_gather", "first_last_layers_bf16")
+SETTINGS_OF_ENDS = ("num_layers_at_start_in_bf16", "num_layers_at_end_in_bf16")
 DETERMINISTIC_NCCL = ("Tree", "Ring", "CollnetDirect", "CollnetChain", "^NVLS")
 
 
@@ -88,13 +87,21 @@ def require_half_precision_for_its_options(args: argparse.Namespace) -> None:
 
 
 def require_fp8_fits(args: argparse.Namespace) -> None:
-    """Products in fp8 round to bf16, whose range they share."""
+    """Products in fp8 round to bf16, whose range they share; settings of fp8 say nothing without them."""
     if args.fp8:
         refuse_unless(args.bf16, f"--fp8-format {args.fp8} needs --bf16")
-        return
-    given = [all_flags()[name].names[0] for name in FP8_SETTINGS if was_given(args, name)]
-    if given:
-        warn(args, f"{' '.join(given)} has no effect without --fp8-format")
+        if args.fp8_recipe != "delayed":
+            _require_default(args, DELAYED_SETTINGS, f"--fp8-recipe delayed (found {args.fp8_recipe})")
+    else:
+        _require_default(args, FP8_SETTINGS, "--fp8-format")
+    if not args.first_last_layers_bf16:
+        _require_default(args, SETTINGS_OF_ENDS, "--first-last-layers-bf16")
+
+
+def _require_default(args: argparse.Namespace, names: tuple[str, ...], needed: str) -> None:
+    """A value that would change nothing is refused; the one that is there anyway may be written out."""
+    given = [flag.names[0] for name in names if getattr(args, name) != (flag := all_flags()[name]).default]
+    refuse_unless(not given, f"{' '.join(given)}: no effect without {needed}")
 
 
 def force_fp32_softmax_under_layer_scaling(args: argparse.Namespace) -> None:

@@ -46,6 +46,21 @@ REFUSALS = [
     ),
     Refusal(precision.require_fp8_fits, "--fp8-format hybrid needs --bf16", "--fp8-format hybrid"),
     Refusal(
+        precision.require_fp8_fits,
+        "--fp8-recipe --no-fp8-wgrad: no effect without --fp8-format",
+        "--bf16 --fp8-recipe tensorwise --no-fp8-wgrad",
+    ),
+    Refusal(
+        precision.require_fp8_fits,
+        r"--fp8-margin --fp8-amax-history-len: no effect without --fp8-recipe delayed \(found blockwise\)",
+        "--bf16 --fp8-format e4m3 --fp8-recipe blockwise --fp8-margin 2 --fp8-amax-history-len 16",
+    ),
+    Refusal(
+        precision.require_fp8_fits,
+        "--num-layers-at-end-in-bf16: no effect without --first-last-layers-bf16",
+        "--bf16 --fp8-format e4m3 --fp8-recipe tensorwise --num-layers-at-end-in-bf16 2",
+    ),
+    Refusal(
         precision.require_deterministic_kernels,
         "does not work with --cross-entropy-loss-fusion",
         "--deterministic-mode --cross-entropy-loss-fusion",
