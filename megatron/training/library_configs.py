@@ -51,6 +51,7 @@ def core_transformer_config_from_args(
     )
     values = values_for(config_class, args) | activation_values(args)
     values["pipeline_dtype"] = args.params_dtype
+    values["fp8_param"] = args.fp8_param_gather
     values["batch_p2p_comm"] = not args.overlap_p2p_comm
     values["deallocate_pipeline_outputs"] = True
     values["use_cpu_initialization"] = bool(args.use_cpu_initialization)

@@ -239,6 +239,7 @@ def calc_params_l2_norm(model: list[nn.Module] | nn.Module, force_create_fp32_co
             if param_is_not_tensor_parallel_duplicate(param) and not _is_shared_copy(param):
                 is_expert = int(not getattr(param, "allreduce", True))
                 totals[is_expert] += without_padding(param, piece, start).float().square().sum(dtype=torch.float64)
+    end_reading_of_weights(chunks)
     all_reduce(totals[0], group=parallel_state.get_model_parallel_group())
     all_reduce(totals[1], group=parallel_state.get_expert_tensor_model_pipeline_parallel_group())
     total = totals.sum()
@@ -256,14 +257,24 @@ def _own_pieces(chunk: nn.Module) -> Iterator[tuple[Tensor, Tensor, int]]:
         yield from ((param, param, 0) for param in chunk.parameters())
 
 
-def gather_weights(model: list[nn.Module]) -> None:
+def gather_weights(model: list[nn.Module], *, widen: bool = True) -> None:
     """Wait for weights that are still on their way from the ranks that updated them (`--overlap-param-gather`).
 
     All ranks call it before any of them reads or writes weights outside of forward.
+
+    Args:
+        widen: those that are kept in fp8 (`--fp8-param-gather`) become what they were cast from.
     """
     for chunk in model:
         if isinstance(chunk, DistributedDataParallel):
-            chunk.finish_param_sync()
+            chunk.finish_param_sync(widen=widen)
+
+
+def end_reading_of_weights(model: list[nn.Module]) -> None:
+    """Free what `gather_weights` made of weights that are kept in fp8 (`--fp8-param-gather`); after reading only."""
+    for chunk in model:
+        if isinstance(chunk, DistributedDataParallel):
+            chunk.narrow_weights()
 
 
 def _is_shared_copy(param: Tensor) -> bool:

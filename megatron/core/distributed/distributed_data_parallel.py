@@ -17,6 +17,7 @@ from megatron.core.distributed.data_parallel_base import _BaseDataParallel
 from megatron.core.distributed.distributed_data_parallel_config import DistributedDataParallelConfig
 from megatron.core.distributed.overlap import GradReducer, WeightGatherer, in_forward_order
 from megatron.core.distributed.param_and_grad_buffer import _ParamAndGradBuffer
+from megatron.core.fp8.weights import is_kept_in_fp8
 from megatron.core.process_groups_config import (
     ProcessGroupCollection,
 )
@@ -63,6 +64,11 @@ class DistributedDataParallel(_BaseDataParallel):
         super().__init__(config, module)
         if config.calculate_per_token_loss and ddp_config.average_in_collective:
             raise ValueError("average_in_collective must be False with calculate_per_token_loss, which sums gradients")
+        if ddp_config.fp8_param_gather != config.fp8_param:
+            raise ValueError(
+                f"fp8_param_gather ({ddp_config.fp8_param_gather}) must be what fp8_param of the model's "
+                f"configuration is ({config.fp8_param})"
+            )
         self.ddp_config = ddp_config
         default = groups_of(module)
         self.grad_comm_pgs = grad_comm_pgs or default
@@ -107,24 +113,27 @@ class DistributedDataParallel(_BaseDataParallel):
     def _make_buffers(
         self, params: list[Parameter], all_replicas: ProcessGroup | None, inside_instance: ProcessGroup | None
     ) -> list[_ParamAndGradBuffer]:
-        """One buffer for each pair of types."""
+        """One buffer for each pair of types, and one for weights that are kept in fp8."""
         sharded = self.ddp_config.use_distributed_optimizer
-        by_dtypes: dict[tuple[torch.dtype, torch.dtype], list[Parameter]] = {}
+        by_kind: dict[tuple[torch.dtype, torch.dtype, bool], list[Parameter]] = {}
         for param in params:
             grad_dtype = torch.float32 if self.ddp_config.grad_reduce_in_fp32 else param.dtype
-            by_dtypes.setdefault((param.dtype, grad_dtype), []).append(param)
+            in_fp8 = self.ddp_config.fp8_param_gather and is_kept_in_fp8(param)
+            by_kind.setdefault((param.dtype, grad_dtype, in_fp8), []).append(param)
         return [
             _ParamAndGradBuffer(
                 self.ddp_config,
-                *dtypes,
+                param_dtype,
+                grad_dtype,
                 members,
                 inside_instance or all_replicas if sharded else all_replicas,
                 self.bucket_size,
                 self.param_to_name,
                 self._gradient_scaling_factor(all_replicas),
                 self.grad_comm_pgs.inter_dist_opt if sharded else None,
+                in_fp8,
             )
-            for dtypes, members in by_dtypes.items()
+            for (param_dtype, grad_dtype, in_fp8), members in by_kind.items()
         ]
 
     def _gradient_scaling_factor(self, group: ProcessGroup | None) -> float:
@@ -186,9 +195,23 @@ class DistributedDataParallel(_BaseDataParallel):
         if force_sync or not overlapped:
             self.weight_gatherer.settle()
 
-    def finish_param_sync(self) -> None:
-        """Afterwards every rank has all weights; call it on all ranks before reading or writing any of them."""
+    def finish_param_sync(self, *, widen: bool = True) -> None:
+        """Afterwards every rank has all weights; call it on all ranks before reading or writing any of them.
+
+        Args:
+            widen: those that are kept in fp8 are in their own type until the next step of the optimizer, or
+                `narrow_weights`.
+        """
         self.weight_gatherer.finish()
+        if widen:
+            for buffer in self._all_buffers():
+                buffer.widen_weights()
+
+    def narrow_weights(self) -> None:
+        """End the reading of weights that are kept in fp8; what was written into them and not handed to the optimizer
+        is gone."""
+        for buffer in self._all_buffers():
+            buffer.narrow_weights()
 
     def settle_param_sync(self) -> None:
         """Wait for weights that are in flight, without launching more: the optimizer is about to write its part."""

@@ -36,7 +36,7 @@ class DistributedDataParallelConfig:
     average_in_collective: bool = False
     """Let the collective average gradients instead of scaling them beforehand."""
     fp8_param_gather: bool = False
-    """Keep and gather weights in fp8."""
+    """Keep and gather the weights of linear layers in fp8 (with `TransformerConfig.fp8_param`)."""
     reuse_grad_buf_for_mxfp8_param_ag: bool = False
     """Gather mxfp8 weights through the gradient buffer."""
     use_custom_fsdp: bool = False
@@ -63,6 +63,7 @@ class DistributedDataParallelConfig:
             require_overlap_fits,
             require_positive_bucket_size,
             require_fp8_for_buffer_reuse,
+            require_sharded_weights_for_fp8,
         ):
             rule(self)
 
@@ -88,3 +89,8 @@ def require_positive_bucket_size(config: DistributedDataParallelConfig) -> None:
 def require_fp8_for_buffer_reuse(config: DistributedDataParallelConfig) -> None:
     """The gradient buffer can stand in only for fp8 weights, which are smaller."""
     require_together(config, "reuse_grad_buf_for_mxfp8_param_ag", "fp8_param_gather")
+
+
+def require_sharded_weights_for_fp8(config: DistributedDataParallelConfig) -> None:
+    """Weights in fp8 are cast from main weights by the ranks that own these."""
+    require_together(config, "fp8_param_gather", "use_distributed_optimizer")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.nn import Parameter
 
+from megatron.core.collectives import start_all_gather
 from megatron.core.distributed.bucket_layout import BucketLayout, lay_out_buffer
 from megatron.core.distributed.distributed_data_parallel_config import DistributedDataParallelConfig
 from megatron.core.utils import get_pg_rank, get_pg_size
@@ -25,7 +26,7 @@ class _ParamAndGradBucket:
     grad_data: Tensor
     """[end - start], padding included."""
     param_data: Tensor | None
-    """The same elements of the weights, when they are sharded."""
+    """The same elements of the weights, when they are sharded; bytes where these are kept in fp8."""
 
     def shard(self, data: Tensor, group: ProcessGroup | None) -> Tensor:
         """View of the part of `data` (this bucket's gradients or weights) that this rank owns."""
@@ -50,6 +51,7 @@ class _ParamAndGradBuffer:
         gradient_scaling_factor: multiplies every gradient before it is summed over all replicas.
         inter_instance_group: ranks that own the same part of the buffer in several instances of the distributed
             optimizer; None or one rank where there is one instance.
+        in_fp8: the optimizer may keep the weights in fp8: see `keep_in_fp8`.
     """
 
     def __init__(
@@ -63,6 +65,7 @@ class _ParamAndGradBuffer:
         param_to_name: Mapping[Parameter, str],
         gradient_scaling_factor: float,
         inter_instance_group: ProcessGroup | None = None,
+        in_fp8: bool = False,
     ) -> None:
         self.ddp_config = ddp_config
         self.param_dtype, self.grad_dtype = param_dtype, grad_dtype
@@ -71,6 +74,10 @@ class _ParamAndGradBuffer:
         self.inter_instance_group = inter_instance_group
         self.gradient_scaling_factor = gradient_scaling_factor
         self.param_to_name = param_to_name
+        self.in_fp8 = in_fp8
+        self.bytes_of_weights: Tensor | None = None
+        """Weights that are kept in fp8: e4m3, as uint8, which every backend of communication moves."""
+        self._write_own: Callable[[Tensor], None] | None = None
         sharded = ddp_config.use_distributed_optimizer
         self.layout = lay_out_buffer(
             [param.numel() for param in self.params],
@@ -88,9 +95,9 @@ class _ParamAndGradBuffer:
         for param, (start, end) in self.param_spans.items():
             param.main_grad = self.grad_data[start:end].view(param.shape)  # type: ignore[attr-defined]
             if self.param_data is not None:
-                view = self.param_data[start:end].view(param.shape)
-                view.copy_(param.data)
-                param.data = view
+                self.param_data[start:end].copy_(param.data.view(-1))
+        if self.param_data is not None:
+            self._point_weights_to(self.param_data)
         self.buckets = [self._bucket(layout) for layout in self.layout.buckets]
 
     @property
@@ -116,6 +123,53 @@ class _ParamAndGradBuffer:
             self.grad_data[elements],
             None if self.param_data is None else self.param_data[elements],
         )
+
+    def _point_weights_to(self, data: Tensor) -> None:
+        for param, (start, end) in self.param_spans.items():
+            param.data = data[start:end].view(param.shape)
+
+    # --- weights in fp8 ---
+
+    def keep_in_fp8(self, write_own: Callable[[Tensor], None]) -> None:
+        """From now on buckets hold bytes, which the optimizer fills; `narrow_weights` lets the parameters be these.
+
+        Args:
+            write_own: fills this rank's parts of a tensor like the buffer, in the weights' own type.
+        """
+        assert self.in_fp8 and self.param_data is not None, "only sharded weights of linear layers are kept in fp8"
+        self._write_own = write_own
+        self.bytes_of_weights = torch.zeros(self.numel, dtype=torch.uint8, device=self.param_data.device)
+        for bucket in self.buckets:
+            bucket.param_data = self.bytes_of_weights[bucket.layout.start : bucket.layout.end]
+
+    @property
+    def is_wide(self) -> bool:
+        """Whether the weights are in their own type at the moment."""
+        return self.param_data is not None
+
+    def narrow_weights(self) -> None:
+        """Let parameters that are kept in fp8 be so; what was written into them since `widen_weights` is gone, unless
+        the optimizer has taken it over."""
+        if self.bytes_of_weights is not None:
+            self.param_data = None
+            self._point_weights_to(self.bytes_of_weights.view(torch.float8_e4m3fn))
+
+    def widen_weights(self) -> None:
+        """Let parameters that are kept in fp8 be what they are cast from, in their own type, to be read and written.
+
+        Communicates: all-gathers of the buckets, unless they are so already.
+        """
+        if self.bytes_of_weights is None or self.is_wide:
+            return
+        assert self._write_own is not None
+        wide = torch.zeros(self.numel, dtype=self.param_dtype, device=self.bytes_of_weights.device)
+        self._write_own(wide)
+        for bucket in self.buckets:
+            whole = wide[bucket.layout.start : bucket.layout.end]
+            part = bucket.shard(whole, self.data_parallel_group)
+            start_all_gather(part, self.data_parallel_group, into=whole, what="weights kept in fp8").wait()
+        self.param_data = wide
+        self._point_weights_to(wide)
 
     def reset(self) -> None:
         """Zero all gradients."""

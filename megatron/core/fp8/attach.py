@@ -10,6 +10,7 @@ from torch.distributed import ProcessGroup
 
 from megatron.core.fp8.products import Fp8Products
 from megatron.core.fp8.recipes import Recipe, is_in_fp8
+from megatron.core.fp8.weights import keep_in_fp8
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import get_pg_size
@@ -38,6 +39,9 @@ def compute_in_fp8(
         use = getattr(module, "use_products", None)
         if use is not None:
             use(make)
+            if config.fp8_param:
+                for weight, products in module.products_of_weights():  # type: ignore[operator]
+                    keep_in_fp8(weight, products)
 
 
 def _products(recipe: Recipe, groups: ProcessGroupCollection, cut: str, is_expert: bool) -> Fp8Products:

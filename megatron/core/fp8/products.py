@@ -31,6 +31,7 @@ from megatron.core.fusions.compiled import region
 from megatron.core.tensor_parallel.gemm import LinearProducts, weight_gradient
 
 X, WEIGHT, GRAD = range(len(OPERANDS))
+WEIGHT_TYPE = torch.float8_e4m3fn
 
 
 @dataclass
@@ -54,9 +55,11 @@ class Fp8Products(LinearProducts):
 
     def __init__(self, recipe: Recipe, groups: Sequence[Sequence[ProcessGroup]], is_expert: bool = False) -> None:
         self.recipe, self.groups = recipe, groups
-        self.types = (torch.float8_e4m3fn, torch.float8_e4m3fn, recipe.gradient_type)
+        self.types = (torch.float8_e4m3fn, WEIGHT_TYPE, recipe.gradient_type)
         self.delayed = DelayedScales(recipe, self.types, is_expert) if recipe.scaling.delayed else None
         self.learns = True
+        self.kept_scale: Tensor | None = None
+        """Of a weight that is kept in fp8."""
 
     def for_evaluation(self) -> Fp8Products:
         if self.delayed is None:
@@ -71,6 +74,17 @@ class Fp8Products(LinearProducts):
     def load(self, state: dict[str, Tensor]) -> None:
         if self.delayed is not None and "amax_history" in state:
             self.delayed.load(state)
+
+    def keep_weight(self, magnitude: Tensor) -> Tensor:
+        """The scale of a weight that is cast now and then used as it is; only for one scale a tensor.
+
+        Args:
+            magnitude: max |W| over all ranks.
+        """
+        if self.delayed is not None:
+            self.delayed.seen[WEIGHT] = magnitude
+        self.kept_scale = self._scale_of(WEIGHT, magnitude, among=()).clone()
+        return self.kept_scale
 
     def output(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         a, b = self._quantized(X, _rows(x)), self._quantized(WEIGHT, weight)
@@ -101,32 +115,39 @@ class Fp8Products(LinearProducts):
 
     def _quantized(self, operand: int, x: Tensor, across: bool = False) -> Quantized:
         """`x` [m, k] for a product that sums over k, or, `across`, its transpose for one that sums over m."""
+        if operand == WEIGHT and x.dtype == WEIGHT_TYPE:
+            assert self.kept_scale is not None
+            kept = Quantized(x, self.kept_scale, None, power_of_two=False)
+            return kept.transposed() if across else kept
         scaling = self.recipe.scaling
         block, dtype = scaling.weights if operand == WEIGHT else scaling.activations, self.types[operand]
         if block is not None:
-            return quantize_blocks(x.t() if across else x, dtype, block, scaling.power_of_two, self._run)
-        quantized = quantize_tensor(x, dtype, self._scale(operand, x), self._run)
+            return quantize_blocks(x.t() if across else x, dtype, block, scaling.power_of_two, self.run)
+        quantized = quantize_tensor(x, dtype, self._scale(operand, x), self.run)
         return quantized.transposed() if across else quantized
 
     def _scale(self, operand: int, x: Tensor) -> Tensor:
         """The one of the whole tensor."""
         delayed = self.delayed
         if delayed is None:
-            return self._current_scale(operand, self._run(largest_magnitude)(x))
+            return self._scale_of(operand, self.run(largest_magnitude)(x), self.groups[operand])
         if not self.learns and delayed.known[operand]:
             return delayed.scales[operand]
-        magnitude = self._run(largest_magnitude)(x)
+        magnitude = self.run(largest_magnitude)(x)
         if self.learns:
             delayed.note(operand, magnitude)
-        return delayed.scales[operand] if delayed.known[operand] else self._current_scale(operand, magnitude)
+        return self._scale_of(operand, magnitude, self.groups[operand])
 
-    def _current_scale(self, operand: int, magnitude: Tensor) -> Tensor:
-        for group in self.groups[operand]:
+    def _scale_of(self, operand: int, magnitude: Tensor, among: Sequence[ProcessGroup]) -> Tensor:
+        """The one that earlier steps left, or, without any, that of the largest of the magnitudes of all ranks."""
+        if self.delayed is not None and self.delayed.known[operand]:
+            return self.delayed.scales[operand]
+        for group in among:
             magnitude = magnitude.clone()
             all_reduce(magnitude, torch.distributed.ReduceOp.MAX, group=group, what="a maximum for fp8")
         return scale_for(magnitude, self.types[operand], margin=self.recipe.margin if self.delayed else 0)
 
-    def _run(self, function: Callable[..., Any]) -> Callable[..., Any]:
+    def run(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """Compiled on an accelerator: one by one, the steps of a cast are passes over memory that take longer than what
         the product gains."""
         return function if is_cpu() else region(function)

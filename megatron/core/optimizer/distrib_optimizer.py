@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from torch.nn import Parameter
 from megatron.core.collectives import start_all_gather
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedStateDict
 from megatron.core.distributed.param_and_grad_buffer import _ParamAndGradBucket, _ParamAndGradBuffer
+from megatron.core.fp8.weights import Piece, cast_weights
 from megatron.core.optimizer import distrib_optimizer_checkpoint as checkpoint
 from megatron.core.optimizer.grad_scaler import MegatronGradScaler
 from megatron.core.optimizer.megatron_optimizer import InitStateFn
@@ -51,6 +53,14 @@ class ParamShard:
     def model_piece(self) -> Tensor:
         """View of the elements in the model's parameter."""
         return self.param.data.view(-1)[self.start : self.end]
+
+    @property
+    def fp8_piece(self) -> Piece:
+        """For the cast of weights that are kept in fp8."""
+        place = self.buffer.param_spans[self.param][0]
+        assert self.buffer.bytes_of_weights is not None
+        stored = self.buffer.bytes_of_weights[place + self.start : place + self.end].view(torch.float8_e4m3fn)
+        return Piece(self.param, self.start, self.end, self.main.to(self.buffer.param_dtype), stored)
 
     @property
     def grad_piece(self) -> Tensor:
@@ -135,6 +145,7 @@ class DistributedOptimizer(MixedPrecisionOptimizer):
         self.shards = [shard for buffer in self.buffers for shard in self._cut(buffer)]
         self._start_of = {shard.main: shard.start for shard in self.shards}
         self._put_shards_into_groups()
+        self._keep_weights_in_fp8()
 
     def _cut(self, buffer: _ParamAndGradBuffer) -> list[ParamShard]:
         return own_shards(buffer)
@@ -186,15 +197,48 @@ class DistributedOptimizer(MixedPrecisionOptimizer):
                     yield shard.main, whole[start:end]
 
     def _rounded_shards(self) -> list[ParamShard]:
-        return [shard for shard in self.shards if shard.param.dtype != torch.float32]
+        return [s for s in self.shards if s.param.dtype != torch.float32 and s.buffer.bytes_of_weights is None]
 
     def _copy_main_params_to_model_params(self) -> None:
         shards = self._rounded_shards()
         copy_all([shard.model_piece for shard in shards], [shard.main for shard in shards])
+        self._cast_to_fp8()
 
     def _copy_model_params_to_main_params(self) -> None:
-        shards = self._rounded_shards()
+        """Weights that are kept in fp8 are followed where they have been widened, and then cast on all ranks."""
+        shards = [*self._rounded_shards(), *(shard for shard in self._shards_in_fp8() if shard.buffer.is_wide)]
         copy_all([shard.main for shard in shards], [shard.model_piece for shard in shards])
+        if any(buffer.in_fp8 for buffer in self.buffers):
+            self.round_main_params_to_model()
+
+    # --- weights in fp8 ---
+
+    def _keep_weights_in_fp8(self) -> None:
+        """Once main params hold what the weights were, these may lose it."""
+        buffers = [buffer for buffer in self.buffers if buffer.in_fp8]
+        for buffer in buffers:
+            buffer.keep_in_fp8(partial(self._write_own_weights, buffer))
+        if buffers:
+            self.round_main_params_to_model()
+
+    def _shards_in_fp8(self) -> list[ParamShard]:
+        return [shard for shard in self.shards if shard.buffer.bytes_of_weights is not None]
+
+    def _cast_to_fp8(self) -> None:
+        """Fill this rank's parts of the bytes; the weights are these from now on."""
+        shards = self._shards_in_fp8()
+        for buffer in self.buffers:
+            if buffer.in_fp8:
+                pieces = [shard.fp8_piece for shard in shards if shard.buffer is buffer]
+                cast_weights(buffer.params, pieces, buffer.data_parallel_group)
+                buffer.narrow_weights()
+
+    def _write_own_weights(self, buffer: _ParamAndGradBuffer, wide: Tensor) -> None:
+        """Fill this rank's parts of `wide`, a tensor like the buffer, with what the bytes are cast from."""
+        shards = [shard for shard in self.shards if shard.buffer is buffer]
+        places = [buffer.param_spans[shard.param][0] for shard in shards]
+        parts = [wide[place + shard.start : place + shard.end] for place, shard in zip(places, shards)]
+        copy_all(parts, [shard.main for shard in shards])
 
     def update_weights(self) -> None:
         """Update the owned pieces, once gathered weights have arrived around them."""

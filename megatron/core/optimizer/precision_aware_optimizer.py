@@ -36,6 +36,12 @@ class PrecisionAwareDistributedOptimizer(DistributedOptimizer):
     def _cut(self, buffer: _ParamAndGradBuffer) -> list[ParamShard]:
         return own_shards(buffer, widen=False)
 
+    def _keep_weights_in_fp8(self) -> None:
+        if any(buffer.in_fp8 for buffer in self.buffers):
+            raise ValueError(
+                "fp8_param_gather does not work with use_precision_aware_optimizer: it updates bf16 in place"
+            )
+
     def _require_gradients_of_type(self, buffer: _ParamAndGradBuffer) -> None:
         wanted = self.config.main_grads_dtype
         if wanted != torch.float32 and buffer.param_dtype != torch.float32 and buffer.grad_dtype != wanted:

@@ -150,6 +150,11 @@ class _TensorParallelModule(nn.Module):
         """`products`, as one of possibly several."""
         return [self.products]
 
+    def products_of_weights(self) -> list[tuple[nn.Parameter, list[LinearProducts]]]:
+        """The weight, if the layer has one that it multiplies with, and `products`."""
+        weight = self._parameters.get("weight")
+        return [] if weight is None or self.cut is None else [(weight, [self.products])]
+
     @property
     def current_products(self) -> LinearProducts:
         """`products`, which learn from what they see in training only."""

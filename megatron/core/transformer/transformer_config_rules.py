@@ -40,6 +40,15 @@ def require_fp8_fits(config: TransformerConfig) -> None:
     """fp8 weights need fp8 products; layers kept in bfloat16 need scales that are chosen per layer."""
     if config.fp8_param:
         require(config.fp8, "fp8_param needs fp8 to be set")
+        require(
+            config.fp8_recipe in ("delayed", "tensorwise"),
+            f"fp8_param does not work with {shown(config, 'fp8_recipe')}: ranks own ranges that cut through blocks; "
+            "delayed and tensorwise have one scale a tensor",
+        )
+        require(
+            config.gradient_accumulation_fusion,
+            "fp8_param needs gradient_accumulation_fusion: autograd would round the weights' gradients to fp8",
+        )
     if config.fp8:
         require_one_of(config, "fp8", ("e4m3", "hybrid"))
         require_one_of(config, "fp8_recipe", ("tensorwise", "delayed", "mxfp8", "blockwise"))

@@ -32,7 +32,7 @@ from megatron.training.checkpoint.retention import remove_old_checkpoints
 from megatron.training.checkpoint.state import common_entries, sharded_model, sharded_rng_state
 from megatron.training.checkpoint.torch_format import save_torch
 from megatron.training.train_state import TrainState
-from megatron.training.utils import gather_weights, print_rank_0
+from megatron.training.utils import end_reading_of_weights, gather_weights, print_rank_0
 
 DP_ZERO = "dp_zero_gather_scatter"
 
@@ -73,6 +73,7 @@ def save_run(
         contents = run_contents(args, state, model, optimizer, opt_param_scheduler, metadata, data_iterator)
         contents[CONTENT_METADATA] = metadata
         _save_local(args, contents, state.iteration, context, on_saved)
+        end_reading_of_weights(model)
         return
     folder = non_persistent_folder(args, args.save) if non_persistent else Path(args.save)
     print_rank_0(f"saving checkpoint at iteration {state.iteration:7d} to {folder} in {args.ckpt_format} format")
@@ -102,6 +103,8 @@ def save_run(
     except Exception:
         on_first_rank(task, lambda: discard_checkpoint(directory))
         raise
+    finally:
+        end_reading_of_weights(model)
 
 
 def _save_local(

@@ -140,11 +140,15 @@ def refuse_single_connection(args: argparse.Namespace, flag: str) -> None:
 
 
 def require_fp8_gather_fits(args: argparse.Namespace) -> None:
-    """Only sharded weights are gathered."""
+    """Only weights that ranks own in ranges, beside main weights in fp32, are cast and gathered."""
     if args.fp8_param_gather:
         refuse_unless(
-            args.use_distributed_optimizer or args.use_torch_fsdp2,
-            "--fp8-param-gather needs --use-distributed-optimizer or --use-torch-fsdp2",
+            args.use_distributed_optimizer,
+            "--fp8-param-gather needs --use-distributed-optimizer; with --use-torch-fsdp2 it is not built",
+        )
+        refuse_unless(
+            not args.use_precision_aware_optimizer,
+            "--fp8-param-gather does not work with --use-precision-aware-optimizer, which updates bf16 in place",
         )
 
 

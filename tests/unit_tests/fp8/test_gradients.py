@@ -21,14 +21,15 @@ VOCABULARY, LENGTH = 256, 64
 def gradients(**fp8: Any) -> dict[str, Tensor]:
     """Of every parameter, on one batch, fp32 weights."""
     config = TransformerConfig(
-        **{"num_layers": 3, "hidden_size": 64, "num_attention_heads": 4, "ffn_hidden_size": 160},
-        **{"gated_linear_unit": True, "activation_func": torch.nn.functional.silu, "add_bias_linear": False},
-        **{
-            "hidden_dropout": 0.0,
-            "attention_dropout": 0.0,
-            "use_cpu_initialization": True,
-            "bias_activation_fusion": False,
-        },
+        num_layers=3,
+        hidden_size=64,
+        num_attention_heads=4,
+        ffn_hidden_size=160,
+        gated_linear_unit=True,
+        activation_func=torch.nn.functional.silu,
+        add_bias_linear=False,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
         **fp8,
     )
     torch.manual_seed(5)
@@ -38,7 +39,7 @@ def gradients(**fp8: Any) -> dict[str, Tensor]:
     )  # fmt: skip
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():
-        for name, param in model.named_parameters():
+        for param in model.parameters():
             if param.dim() == 2:
                 param.copy_(torch.randn(param.shape, generator=generator) * 0.02)
     ids = torch.randint(VOCABULARY, (4, LENGTH + 1), generator=generator)

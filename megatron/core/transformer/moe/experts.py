@@ -135,6 +135,10 @@ class GroupedMLP(MegatronModule):
         """Of all matrices."""
         return [own for stack in self.products or () for own in stack]
 
+    def products_of_weights(self) -> list[tuple[nn.Parameter, list[LinearProducts]]]:
+        """Each stack of matrices, and the products of each of them."""
+        return list(zip((self.weight1, self.weight2), self.products or ()))
+
     def _current_products(self) -> tuple[list[LinearProducts] | None, list[LinearProducts] | None]:
         if self.products is None or self.training:
             return self.products or (None, None)

@@ -7,6 +7,8 @@ from tests.unit_tests.training.refusals.refusal import Refusal
 
 PRECISION_AWARE = "--use-distributed-optimizer --use-precision-aware-optimizer"
 
+FP8_GATHER = "--bf16 --fp8-format hybrid --fp8-param-gather"
+
 REFUSALS = [
     Refusal(
         sharding.require_offloaded_optimizer_fits, "needs --use-precision-aware-optimizer", "--optimizer-cpu-offload"
@@ -78,5 +80,14 @@ REFUSALS = [
             "data_parallel_sharding_strategy": "optim_grads_params",
         },
     ),
-    Refusal(sharding.require_fp8_gather_fits, "needs --use-distributed-optimizer", values={"fp8_param_gather": True}),
+    Refusal(
+        sharding.require_fp8_gather_fits,
+        "needs --use-distributed-optimizer; with --use-torch-fsdp2 it is not built",
+        FP8_GATHER,
+    ),
+    Refusal(
+        sharding.require_fp8_gather_fits,
+        "does not work with --use-precision-aware-optimizer",
+        f"{FP8_GATHER} --use-distributed-optimizer --use-precision-aware-optimizer",
+    ),
 ]
