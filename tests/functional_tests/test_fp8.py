@@ -41,3 +41,53 @@ def test_layouts_train_alike(ranks: int, recipe: str, model: str, layout: str, t
     assert one != bf16, "nothing was rounded to fp8"
     assert other == pytest.approx(one, rel=5e-3)
     assert one == pytest.approx(bf16, rel=5e-3)
+
+
+DISTRIBUTED = "--use-distributed-optimizer --fp8-amax-history-len 3 --fp8-amax-compute-algo max"
+OVERLAP = "--clip-grad 0 --overlap-grad-reduce --overlap-param-gather --ddp-bucket-size 4000"
+
+
+@pytest.mark.parametrize(
+    ("ranks", "flags"),
+    [
+        pytest.param(1, f"{DELAYED} {DISTRIBUTED} {EXPERTS} --moe-grouped-gemm", marks=SLOW),
+        # Without clipping: which elements a rank owns differs, and with it the order in which it sums the norm.
+        (2, f"{DELAYED} {DISTRIBUTED} {OVERLAP}"),
+        pytest.param(2, f"{TENSOR} --use-distributed-optimizer --clip-grad 0", marks=SLOW),
+        pytest.param(2, f"{DELAYED} {DISTRIBUTED} --tensor-model-parallel-size 2 --sequence-parallel", marks=SLOW),
+        pytest.param(
+            2,
+            f"{DELAYED} {DISTRIBUTED} {EXPERTS} --moe-grouped-gemm --expert-model-parallel-size 2 --clip-grad 0",
+            marks=SLOW,
+        ),
+        pytest.param(
+            2,
+            f"{DELAYED} {DISTRIBUTED} {OVERLAP} --pipeline-model-parallel-size 2 "
+            "--num-virtual-stages-per-pipeline-rank 2 --overlap-param-gather-with-optimizer-step",
+            marks=SLOW,
+        ),
+    ],
+)
+def test_keeping_weights_in_fp8_changes_no_bit(ranks: int, flags: str, tmp_path: Path) -> None:
+    assert curve(tmp_path, ranks, flags) == curve(tmp_path, ranks, f"{flags} --fp8-param-gather")
+
+
+def curve(folder: Path, ranks: int, flags: str) -> list[tuple[float, ...]]:
+    """(loss, norm of the gradients) of each step."""
+    metrics = folder / "metrics.jsonl"
+    metrics.unlink(missing_ok=True)
+    pretrain_gpt(ranks, f"{COMMON} {flags} --metrics-jsonl {metrics}")
+    return [(row["lm loss"], row["grad-norm"]) for row in train_rows(metrics)]
+
+
+@pytest.mark.parametrize("ckpt_format", ["torch_dist", pytest.param("torch", marks=SLOW)])
+def test_runs_with_and_without_weights_in_fp8_load_each_other(ckpt_format: str, tmp_path: Path) -> None:
+    flags = f"{DELAYED} {DISTRIBUTED} --ckpt-format {ckpt_format}"
+    whole = curve(tmp_path, 1, flags)
+    for name, saving, loading in (("fp8", "--fp8-param-gather", ""), ("bf16", "", "--fp8-param-gather")):
+        folder = tmp_path / name
+        found = curve(tmp_path, 1, f"{flags} {saving} --save {folder} --save-interval 3")
+        assert found == whole, "saving changed the run"
+        for more in (loading, saving):
+            resumed = curve(tmp_path, 1, f"{flags} {more} --load {folder} --ckpt-step 3")
+            assert resumed == whole[3:], f"{saving or 'no flag'} -> {more or 'no flag'}"

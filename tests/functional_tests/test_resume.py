@@ -19,12 +19,12 @@ LAYOUTS = {
     "one-fp8": (1, f"{FP8} --recompute-granularity selective --recompute-modules mlp"),
     "tp2-sp-dp2-fp8": (
         4,
-        f"{FP8} --tensor-model-parallel-size 2 --sequence-parallel --use-distributed-optimizer",
+        f"{FP8} --tensor-model-parallel-size 2 --sequence-parallel --use-distributed-optimizer --fp8-param-gather",
     ),
     "ep2-fp8": (
         2,
         f"{FP8} --num-experts 4 --expert-model-parallel-size 2 --moe-token-dispatcher-type alltoall "
-        "--moe-grouped-gemm --disable-bias-linear",
+        "--moe-grouped-gemm --disable-bias-linear --use-distributed-optimizer --fp8-param-gather",
     ),
     "dp2-distopt-muon": (2, "--use-distributed-optimizer --bf16 --optimizer muon"),
     "tp2-sp-muon": (2, "--tensor-model-parallel-size 2 --sequence-parallel --swiglu --optimizer muon"),

@@ -34,7 +34,8 @@ def scaled_product(
 
     Args:
         bias: [n].
-        exact_sums: keep partial sums in fp32; without, the kernel may keep fewer bits, which is faster.
+        exact_sums: keep partial sums in fp32; without, the kernel for one scale a tensor may keep fewer bits, which is
+            faster.
     """
     kinds = a.data.dtype, b.data.dtype, a.block, b.block
     order = _order_that_works(a.data.device.type, *kinds, out_dtype) if a.data.numel() else None
@@ -62,7 +63,7 @@ def _by_kernel(a: Quantized, b: Quantized, out_dtype: torch.dtype, exact_sums: b
             left, right.t(), scale_a=a.scale, scale_b=b.scale, out_dtype=out_dtype, use_fast_accum=not exact_sums
         )
     else:
-        (left, left_scale), (right, right_scale) = _for_blocks(a, 1), _for_blocks(b, _ALIGNMENT)
+        (left, left_scale), (right, right_scale) = _for_blocks(a), _for_blocks(b)
         transposed = [_is_square(a), _is_square(b)] if order == "by kind" else [False, True]
         scales = [scale.t() if turn else scale for scale, turn in zip((left_scale, right_scale), transposed)]
         product = F.scaled_mm(  # torch 2.10
@@ -73,7 +74,6 @@ def _by_kernel(a: Quantized, b: Quantized, out_dtype: torch.dtype, exact_sums: b
             scales[1],
             _kind(b.block),
             output_dtype=out_dtype,
-            use_fast_accum=not exact_sums,
         )
     return product[:m, :n] if product.shape != (m, n) else product
 
@@ -87,13 +87,13 @@ def _filled_up(data: Tensor, rows: int, columns: int) -> Tensor:
     return F.pad(data.view(kind), (0, beside, 0, below)).view(data.dtype)
 
 
-def _for_blocks(x: Quantized, rows: int) -> tuple[Tensor, Tensor]:
+def _for_blocks(x: Quantized) -> tuple[Tensor, Tensor]:
     """Values in whole blocks, and their scales as the kernel reads them: of single rows, rows run fastest; of square
     blocks, blocks of k do, filled up to a multiple of 4."""
     assert x.block is not None
     if _is_square(x):
         return _filled_up(x.data, x.block[0], x.block[1]), _filled_up(x.scale, 1, 4)
-    return _filled_up(x.data, rows, x.block[1]), _filled_up(x.scale, rows, 1).t().contiguous().t()
+    return _filled_up(x.data, _ALIGNMENT, x.block[1]), _filled_up(x.scale, _ALIGNMENT, 1).t().contiguous().t()
 
 
 def _is_square(x: Quantized) -> bool:
@@ -105,9 +105,11 @@ def _kind(block: Block | None) -> Any:
     return getattr(F.ScalingType, "BlockWise{}x{}".format(*block or ()))
 
 
-def has_kernel(device_type: str, dtype: torch.dtype, a: Block | None, b: Block | None, out_dtype: torch.dtype) -> bool:
-    """Whether such a device multiplies values of `dtype` in these blocks itself."""
-    return _order_that_works(device_type, dtype, dtype, a, b, out_dtype) is not None
+def has_kernel(
+    device_type: str, a_type: torch.dtype, b_type: torch.dtype, a: Block | None, b: Block | None, out_dtype: torch.dtype
+) -> bool:
+    """Whether such a device multiplies values of these types in these blocks itself."""
+    return _order_that_works(device_type, a_type, b_type, a, b, out_dtype) is not None
 
 
 @cache
@@ -119,7 +121,7 @@ def _order_that_works(
     if device_type != "cuda" or not {a, b} <= known or (a is not None and not hasattr(F, "scaled_mm")):
         return None
     generator = torch.Generator(device_type).manual_seed(0)
-    x, y = (torch.randn(size, 384, device=device_type, generator=generator) for size in (384, 256))
+    x, y = (torch.randn(size, 600, device=device_type, generator=generator) for size in (200, 264))
     left, right = _quantized(x, a_type, a), _quantized(y, b_type, b)
     expected = plain_product(left, right, torch.float32)
     for order in ORDERS[: 1 if a is None else None]:

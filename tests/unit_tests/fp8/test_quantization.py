@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from megatron.core.enums import Fp8Recipe
 from megatron.core.fp8 import scaled_product as module
-from megatron.core.fp8.quantization import cast, largest_magnitude, quantize_blocks, quantize_tensor, scale_for
+from megatron.core.fp8.quantization import (
+    Quantized,
+    cast,
+    largest_magnitude,
+    quantize_blocks,
+    quantize_tensor,
+    scale_for,
+)
 from megatron.core.fp8.recipes import Block, Recipe, is_in_fp8
 from megatron.core.fp8.scaled_product import plain_product, scaled_product
 from megatron.core.fusions import compiled
@@ -132,27 +140,86 @@ def test_torch_multiplies_the_same_numbers(
     torch.testing.assert_close(found, plain_product(a, b, torch.float32, bias), rtol=1e-5, atol=1e-5)
 
 
-ROWS_OF_128, SQUARES_OF_128 = (1, 128), (128, 128)
+OPERANDS_OF_BLOCKS = {"x W": ((1, 128), (128, 128)), "dy x": ((1, 128), (1, 128)), "W x": ((128, 128), (1, 128))}
+has_products_of_blocks = pytest.mark.skipif(not hasattr(module.F, "scaled_mm"), reason="this torch is before 2.10")
+ODD_SIZES = [(32, 48, 128), (200, 264, 600), (1, 1, 40), (256, 128, 512), (64, 128, 11008)]
 
 
-@pytest.mark.skipif(not hasattr(F, "scaled_mm"), reason="torch 2.10 has it")
-@pytest.mark.parametrize("shape", [(384, 256, 512), (128, 256, 256), (64, 128, 11008), (40, 72, 200), (1, 1, 1)])
-@pytest.mark.parametrize(
-    "blocks", [(ROWS_OF_128, ROWS_OF_128), (ROWS_OF_128, SQUARES_OF_128), (SQUARES_OF_128, ROWS_OF_128)]
-)
-def test_torch_takes_operands_in_blocks(shape: tuple[int, int, int], blocks: tuple[Block, Block]) -> None:
-    """Sizes and strides of what the kernel on CUDA is handed, by torch's checks on the meta device."""
+def quantized_parts(shape: tuple[int, int, int], blocks: tuple[Block, Block]) -> tuple[Any, Any]:
+    torch.manual_seed(0)
     m, n, k = shape
-    a, b = (
-        module.Quantized(
-            torch.empty(rows, k, dtype=E4M3, device="meta"),
-            torch.empty(-(-rows // block[0]), -(-k // block[1]), device="meta"),
-            block,
-            power_of_two=True,
-        )
-        for rows, block in zip((m, n), blocks)
+    x, y = torch.randn(m, k) * torch.logspace(-2, 2, k), torch.randn(n, k) * torch.logspace(2, -2, n)[:, None]
+    return quantize_blocks(x, E5M2, blocks[0], True), quantize_blocks(y, E4M3, blocks[1], True)
+
+
+@has_products_of_blocks
+@pytest.mark.parametrize("shape", ODD_SIZES)
+@pytest.mark.parametrize("kind", OPERANDS_OF_BLOCKS)
+def test_scales_of_blocks_lie_as_the_kernel_reads_them(
+    kind: str, shape: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No CPU has that kernel: in its place stands one that reads its arguments as torch's documentation says."""
+    monkeypatch.setattr(module, "_order_that_works", lambda *_: "by kind")
+    monkeypatch.setattr(module.F, "scaled_mm", kernel_of_blocks)
+    a, b = quantized_parts(shape, OPERANDS_OF_BLOCKS[kind])
+    found = scaled_product(a, b, torch.float32)
+    torch.testing.assert_close(found, plain_product(a, b, torch.float32), rtol=1e-5, atol=1e-5)
+
+
+def kernel_of_blocks(
+    a: Tensor, b: Tensor, scale_a: Tensor, kind_a: Any, scale_b: Tensor, kind_b: Any, output_dtype: torch.dtype
+) -> Tensor:
+    values = (
+        a.float() * scales_of_elements(scale_a, kind_a, a.shape),
+        b.float().t() * scales_of_elements(scale_b, kind_b, b.t().shape),
     )
-    assert module._by_kernel(a, b, torch.bfloat16, True, "by kind").shape == (m, n)
+    return (values[0] @ values[1].t()).to(output_dtype)
+
+
+def scales_of_elements(scale: Tensor, kind: Any, shape: torch.Size) -> Tensor:
+    (rows, k), flat = shape, torch.as_strided(scale, (scale.untyped_storage().nbytes() // 4,), (1,))
+    row, column = torch.arange(rows)[:, None], torch.arange(k)[None]
+    if kind == module.F.ScalingType.BlockWise1x128:
+        return flat[column // 128 * rows + row]
+    return flat[row // 128 * (4 * -(-k // 512)) + column // 128]
+
+
+@has_products_of_blocks
+@pytest.mark.parametrize("shape", ODD_SIZES)
+@pytest.mark.parametrize("kind", [*OPERANDS_OF_BLOCKS, "one scale"])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_cuda_takes_the_arguments_of_its_kernels(
+    kind: str, shape: tuple[int, int, int], transposed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch checks sizes, orders in memory and types of such products without a GPU: of tensors that have no values."""
+    monkeypatch.setattr(module, "_order_that_works", lambda *_: "by kind")
+    m, n, k = shape
+    if kind == "one scale":
+        a, b = (quantize_tensor(torch.randn(rows, k), E4M3, torch.tensor(0.1)) for rows in (m, n))
+        if transposed:
+            a, b = (Quantized(x.data.t().contiguous(), x.scale, None, False).transposed() for x in (a, b))
+    else:
+        a, b = quantized_parts(shape, OPERANDS_OF_BLOCKS[kind])
+        if transposed:  # as the optimizer's and autograd's views come, columns running fastest
+            a, b = (replace(x, data=x.data.view(torch.uint8).t().contiguous().t().view(x.data.dtype)) for x in (a, b))
+    a, b = (replace(x, data=x.data.to("meta"), scale=x.scale.to("meta")) for x in (a, b))
+    for out_dtype in (torch.bfloat16, torch.float32):
+        found = scaled_product(a, b, out_dtype)
+        assert found.shape == (m, n) and found.dtype == out_dtype
+
+
+@has_products_of_blocks
+def test_the_checks_of_cuda_see_wrong_arguments() -> None:
+    """The test above would not fail if torch checked nothing."""
+    a, b = (torch.empty(size, 40, dtype=E4M3, device="meta") for size in (32, 48))
+    one = torch.ones((), device="meta")
+    with pytest.raises(RuntimeError, match="divisible by 16"):
+        torch._scaled_mm(a, b.t(), scale_a=one, scale_b=one)
+    a, b = (torch.empty(size, 640, dtype=E4M3, device="meta") for size in (128, 256))
+    kinds = module.F.ScalingType
+    scales = torch.ones(128, 5, device="meta"), torch.ones(2, 5, device="meta").t()
+    with pytest.raises(RuntimeError, match="blockwise scaling"):
+        module.F.scaled_mm(a, b.t(), scales[0], kinds.BlockWise1x128, scales[1], kinds.BlockWise128x128)
 
 
 @pytest.mark.parametrize("block", [(1, 32), (128, 128)])

@@ -233,6 +233,8 @@ def test_accepted_stages(values: dict[str, Any]) -> None:
 
 BEHIND_UNBUILT: list[tuple[Any, dict[str, Any], str]] = [
     (rules.require_fp8_fits, {"fp8_param": True}, "fp8_param needs fp8"),
+    (rules.require_fp8_fits, {"fp8": "e4m3", "fp8_param": True, "fp8_recipe": "mxfp8"}, "cut through blocks"),
+    (rules.require_fp8_fits, {"fp8": "e4m3", "fp8_param": True}, "needs gradient_accumulation_fusion"),
     (rules.require_fp8_fits, {"fp8": "e4m3", "first_last_layers_bf16": True}, "'delayed'"),
     (rules.require_experts_for_expert_parallel, {"expert_model_parallel_size": 2}, "needs num_moe_experts"),
     (
