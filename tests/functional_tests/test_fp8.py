@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.functional_tests.program import pretrain_gpt, train_rows
+from tests.functional_tests.program import pretrain_gpt, run_program, train_rows
+from tests.functional_tests.sentences import write_sentences
+from tests.worker_pool import run_ranks
 
 COMMON = "--train-iters 6 --lr 3e-3 --attention-dropout 0 --hidden-dropout 0 --bf16"
 EXPERTS = "--num-experts 4 --disable-bias-linear --moe-token-dispatcher-type alltoall --moe-aux-loss-coeff 0"
@@ -96,3 +98,34 @@ def test_runs_with_and_without_weights_in_fp8_load_each_other(ckpt_format: str, 
     for folder, more in ((kept, "--fp8-param-gather"), (kept, ""), (wide, "--fp8-param-gather")):
         resumed = curve(tmp_path, 1, f"{flags} {more} --load {folder} --ckpt-step 3")
         assert resumed == whole[3:], f"{folder.name} -> {more or 'no flag'}"
+
+
+SMALL = "--micro-batch-size 2 --global-batch-size 8 --lr 3e-3 --num-workers 0 --eval-iters 0 --log-interval 1"
+WIDTHS = "--hidden-size 32 --num-attention-heads 4 --hidden-dropout 0 --attention-dropout 0 --split 90,5,5"
+FAMILIES = {
+    "bert": "--num-layers 2 --seq-length 48 --max-position-embeddings 48",
+    "t5": "--encoder-num-layers 2 --decoder-num-layers 2 --encoder-seq-length 48 --decoder-seq-length 32 "
+    "--max-position-embeddings 48 --vocab-extra-ids 20",
+    "mamba": "--spec megatron.core.models.mamba.mamba_layer_specs mamba_stack_spec --is-hybrid-model --num-layers 4 "
+    "--hybrid-override-pattern M*-M --mamba-num-groups 1 --mamba-head-dim 16 --mamba-state-dim 16 --seq-length 48 "
+    "--max-position-embeddings 48 --position-embedding-type none --tokenizer-type NullTokenizer --vocab-size 60",
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_other_models_learn_as_in_bf16(family: str, tmp_path: Path) -> None:
+    if family == "mamba":
+        data = "--mock-data"
+    else:
+        found = write_sentences(tmp_path)
+        data = f"--data-path {found['data']} --vocab-file {found['vocab']} --data-cache-path {tmp_path / 'cache'}"
+    losses = []
+    for flags in ("", f"{DELAYED} --use-distributed-optimizer --fp8-param-gather"):
+        metrics = tmp_path / f"{bool(flags)}.jsonl"
+        words = f"{FAMILIES[family]} {SMALL} {WIDTHS} --train-iters 6 --bf16 --no-progress-bar {data} {flags}"
+        run_ranks(1, run_program, f"pretrain_{family}.py", [*words.split(), "--metrics-jsonl", str(metrics)])
+        losses.append([row["lm loss"] for row in train_rows(metrics)])
+    bf16, fp8 = losses
+    assert bf16[-1] < bf16[0]
+    assert fp8 != bf16, "nothing was rounded to fp8"
+    assert fp8 == pytest.approx(bf16, rel=3e-3)
