@@ -15,13 +15,14 @@ import json
 import os
 import sys
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.harness import write_result
+from benchmarks.render import beside_bf16
 from benchmarks.sparse_text import data, run
 
 VOCABULARY = 2048
@@ -57,8 +58,6 @@ MODELS: dict[str, list[str]] = {
 }
 SPAN = 10
 """Steps whose losses are one number of a curve."""
-LAST = 3
-"""Numbers of a curve whose mean is the loss at the end."""
 
 
 def train(name: str, setting: str, seed: int, folder: Path, data_flags: list[str], steps: int) -> dict[str, Any]:
@@ -73,27 +72,6 @@ def train(name: str, setting: str, seed: int, folder: Path, data_flags: list[str
     curve = [round(mean(losses[i : i + SPAN]), 5) for i in range(0, len(losses), SPAN)]
     validation = [row["lm loss validation"] for row in rows if "lm loss validation" in row]
     return {"curve": curve, "validation": validation[-1]}
-
-
-def at_the_end(found: dict[str, Any]) -> float:
-    """Training loss of the last steps."""
-    return mean(found["curve"][-LAST:])
-
-
-def beside_bf16(runs: dict[str, Any], name: str) -> tuple[list[float], list[float]]:
-    """Relative differences (training loss, validation loss), one a seed that bf16 has too."""
-    mine, base = runs[name]["seeds"], runs["bf16"]["seeds"]
-    both = [seed for seed in mine if seed in base]
-    return (
-        [at_the_end(mine[seed]) / at_the_end(base[seed]) - 1 for seed in both],
-        [mine[seed]["validation"] / base[seed]["validation"] - 1 for seed in both],
-    )
-
-
-def seed_spread(runs: dict[str, Any]) -> float:
-    """Relative standard deviation of the validation losses of bf16 over seeds."""
-    found = [entry["validation"] for entry in runs["bf16"]["seeds"].values()]
-    return stdev(found) / mean(found)
 
 
 def main() -> None:

@@ -337,23 +337,43 @@ def regression_gate() -> Table:
 
 # --- fp8, memory of the loss -----------------------------------------------------------------------------
 
+LAST = 3
+"""Numbers of a curve, each the mean of ten steps, whose mean is the loss at the end."""
+
+
+def at_the_end(found: dict[str, Any]) -> float:
+    """Training loss of the last steps."""
+    return statistics.mean(found["curve"][-LAST:])
+
+
+def beside_bf16(runs: dict[str, Any], name: str) -> tuple[list[float], list[float]]:
+    """Relative differences (training loss, validation loss), one a seed that bf16 has too."""
+    mine, base = runs[name]["seeds"], runs["bf16"]["seeds"]
+    both = [seed for seed in mine if seed in base]
+    return (
+        [at_the_end(mine[seed]) / at_the_end(base[seed]) - 1 for seed in both],
+        [mine[seed]["validation"] / base[seed]["validation"] - 1 for seed in both],
+    )
+
 
 def fp8_text() -> Table:
-    models = read("fp8_text")["models"]
-    ends = {name: statistics.mean(list(found["losses"].values())[-5:]) for name, found in models.items()}
     rows = []
-    for name, found in models.items():
-        trained, validation = ends[name] / ends["bf16"] - 1, found["validation"] / models["bf16"]["validation"] - 1
-        rows.append(
-            [
-                name,
-                f"{ends[name]:.3f}",
-                signed_percent(trained),
-                f"{found['validation']:.3f}",
-                signed_percent(validation),
-            ]
-        )
-    return ["", "training loss at the end", "beside bf16", "validation loss", "beside bf16"], rows
+    for setting, entry in read("fp8_text")["runs"].items():
+        models = entry["models"]
+        for name, found in models.items():
+            seeds = found["seeds"].values()
+            differences = beside_bf16(models, name)
+            rows.append(
+                [
+                    setting,
+                    name,
+                    *(", ".join(f"{loss:.3f}" for loss in (at_the_end(seed) for seed in seeds)),),
+                    ", ".join(signed_percent(one) for one in differences[0]) if name != "bf16" else "",
+                    ", ".join(f"{seed['validation']:.3f}" for seed in seeds),
+                    ", ".join(signed_percent(one) for one in differences[1]) if name != "bf16" else "",
+                ]
+            )
+    return ["", "a number for each seed", "training loss", "beside bf16", "held out", "beside bf16"], rows
 
 
 def signed_percent(difference: float) -> str:

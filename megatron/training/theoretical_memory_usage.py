@@ -105,7 +105,17 @@ def _weights_and_optimizer(args: Any) -> float:
         main = 2  # the 16 bits that bf16 lacks, or fp16
         state = main + args.exp_avg_dtype.itemsize + args.exp_avg_sq_dtype.itemsize
         bytes_each = 2 + args.main_grads_dtype.itemsize + state / args.data_parallel_size
-    return count_parameters(args).most_loaded_shard * bytes_each
+    counts = count_parameters(args)
+    spared = _share_in_fp8(args) * counts.block / args.pipeline_model_parallel_size / args.tensor_model_parallel_size
+    return counts.most_loaded_shard * bytes_each - spared
+
+
+def _share_in_fp8(args: Any) -> float:
+    """Of the layers' weights, how many are kept in a byte instead of two; biases and norms are too few to count."""
+    if not getattr(args, "fp8_param_gather", False):
+        return 0.0
+    ends = args.num_layers_at_start_in_bf16 + args.num_layers_at_end_in_bf16 if args.first_last_layers_bf16 else 0
+    return 1 - ends / args.num_layers
 
 
 def _activation_formula_applies(args: Any) -> bool:

@@ -95,6 +95,8 @@ def trained(recipe: str, overlap: bool) -> dict[str, Any]:
     stored = [layer.weight.detach().view(torch.uint8).clone() for layer in layers]
     assert all(layer.weight.dtype == E4M3 for layer in layers) and wrapped.module[1].weight.dtype == torch.bfloat16
     scales = [layer.products.kept_scale for layer in layers]
+    kept = [buffer for buffer in wrapped.param_and_grad_buffers if buffer.in_fp8]
+    assert [buffer.param_data for buffer in kept] == [None], "weights in bf16 are still there"
     wrapped.finish_param_sync()
     wide = [layer.weight.detach().clone() for layer in layers]
     assert all(weight.dtype == torch.bfloat16 for weight in wide)

@@ -95,6 +95,7 @@ BUILT = [
     "--bf16 --grad-reduce-in-bf16",
     "--bf16 --fp8-format hybrid --fp8-margin 1 --fp8-amax-history-len 8 --fp8-amax-compute-algo max --no-fp8-wgrad",
     "--bf16 --fp8-format e4m3 --fp8-recipe blockwise --first-last-layers-bf16 --num-layers-at-end-in-bf16 0",
+    "--bf16 --fp8-format hybrid --use-distributed-optimizer --fp8-param-gather",
     "--fp8-recipe delayed --fp8-margin 0 --num-layers-at-start-in-bf16 1",
     "--optimizer sgd --sgd-momentum 0.5",
     "--bf16 --use-distributed-optimizer --use-precision-aware-optimizer --main-grads-dtype bf16",

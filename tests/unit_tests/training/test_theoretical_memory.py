@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from megatron.training.settings import Settings
-from megatron.training.theoretical_memory_usage import report_theoretical_memory, theoretical_memory
+from megatron.training.theoretical_memory_usage import count_parameters, report_theoretical_memory, theoretical_memory
 from tests.unit_tests.training.settings_for_tests import validated
 
 GPT_345M = (
@@ -106,3 +106,14 @@ def test_types_of_the_optimizers_state_count() -> None:
     plain = validated("--bf16 --use-distributed-optimizer", world_size=2).variant(padded_vocab_size=128)
     ratio = theoretical_memory(args).weights_and_optimizer / theoretical_memory(plain).weights_and_optimizer
     assert ratio == (2 + 2 + (2 + 1 + 2) / 2) / (6 + 12 / 2)
+
+
+def test_weights_in_fp8_spare_a_byte_in_the_layers() -> None:
+    flags = "--bf16 --fp8-format e4m3 --fp8-recipe tensorwise --use-distributed-optimizer"
+    found = [
+        theoretical_memory(validated(f"{flags} {more}").variant(padded_vocab_size=128)).weights_and_optimizer
+        for more in ("", "--fp8-param-gather", "--fp8-param-gather --first-last-layers-bf16")
+    ]
+    block = count_parameters(validated(flags).variant(padded_vocab_size=128)).block
+    assert found[0] - found[1] == block
+    assert found[0] - found[2] == block / 2, "of four layers, the first and the last stay as they are"
