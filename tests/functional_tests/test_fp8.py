@@ -54,7 +54,7 @@ OVERLAP = "--clip-grad 0 --overlap-grad-reduce --overlap-param-gather --ddp-buck
     [
         pytest.param(1, f"{DELAYED} {DISTRIBUTED} {EXPERTS} --moe-grouped-gemm", marks=SLOW),
         # Without clipping, which follows the norm.
-        (2, f"{DELAYED} {DISTRIBUTED} {OVERLAP}"),
+        pytest.param(2, f"{DELAYED} {DISTRIBUTED} {OVERLAP}", marks=SLOW),
         pytest.param(2, f"{TENSOR} --use-distributed-optimizer --clip-grad 0", marks=SLOW),
         pytest.param(
             2, f"{DELAYED} {DISTRIBUTED} --tensor-model-parallel-size 2 --sequence-parallel --clip-grad 0", marks=SLOW
