@@ -150,6 +150,15 @@ def require_fp8_gather_fits(args: argparse.Namespace) -> None:
             not args.use_precision_aware_optimizer,
             "--fp8-param-gather does not work with --use-precision-aware-optimizer, which updates bf16 in place",
         )
+        refuse_unless(
+            args.fp8_recipe in ("delayed", "tensorwise"),
+            f"--fp8-param-gather does not work with --fp8-recipe {args.fp8_recipe}: ranks own ranges that cut through "
+            "blocks; use delayed or tensorwise",
+        )
+        refuse_unless(
+            args.gradient_accumulation_fusion,
+            "--fp8-param-gather does not work with --no-gradient-accumulation-fusion: gradients would be rounded to fp8",
+        )
 
 
 def require_offloaded_optimizer_fits(args: argparse.Namespace) -> None:

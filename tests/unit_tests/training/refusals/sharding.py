@@ -90,4 +90,14 @@ REFUSALS = [
         "does not work with --use-precision-aware-optimizer",
         f"{FP8_GATHER} --use-distributed-optimizer --use-precision-aware-optimizer",
     ),
+    Refusal(
+        sharding.require_fp8_gather_fits,
+        "does not work with --fp8-recipe blockwise: .*; use delayed or tensorwise",
+        f"{FP8_GATHER} --use-distributed-optimizer --fp8-recipe blockwise",
+    ),
+    Refusal(
+        sharding.require_fp8_gather_fits,
+        "does not work with --no-gradient-accumulation-fusion",
+        f"{FP8_GATHER} --use-distributed-optimizer --no-gradient-accumulation-fusion",
+    ),
 ]
