@@ -157,7 +157,7 @@ def require_fp8_gather_fits(args: argparse.Namespace) -> None:
         )
         refuse_unless(
             args.gradient_accumulation_fusion,
-            "--fp8-param-gather does not work with --no-gradient-accumulation-fusion: gradients would be rounded to fp8",
+            "--fp8-param-gather does not work with --no-gradient-accumulation-fusion: it would round gradients to fp8",
         )
 
 
