@@ -29,8 +29,8 @@ class Quantized:
 
     def dequantized(self) -> Tensor:
         """The values, fp32 [m, k]."""
-        wide = self.data.float()
-        return wide * (self.scale if self.block is None else spread(self.scale, self.block, self.data.shape))
+        wide = widened(self.data)
+        return wide.mul_(self.scale if self.block is None else spread(self.scale, self.block, self.data.shape))
 
     def transposed(self) -> Quantized:
         """[k, m]; only for a scale of the whole tensor or of square blocks."""
@@ -76,7 +76,21 @@ def cast(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     largest = torch.finfo(dtype).max
     divided = x.float() / scale
     bounded = divided.clamp(-largest, largest)
-    return torch.where(divided.isinf(), float("nan"), bounded).to(dtype)
+    return bounded.add_(divided.mul_(0.0)).to(dtype)  # 0 of a number, NaN of what is not finite
+
+
+def widened(data: Tensor) -> Tensor:
+    """fp8 in fp32. A CPU is several times faster at it by way of fp16, which has the bits of e5m2 and eight more, and
+    those of e4m3, one further down: 2^8 times too small, but for NaN, which has to be put in."""
+    if not data.is_cpu:
+        return data.float()
+    bits = data.view(torch.int8).to(torch.int16)
+    if data.dtype == torch.float8_e5m2:
+        return (bits << 8).view(torch.float16).float()
+    magnitude = bits & 0x7F
+    is_nan = (magnitude + 1) >> 7
+    half = (bits & -0x8000) | (magnitude << 7) | (is_nan * 0x7C00)
+    return half.view(torch.float16).float().mul_(256)
 
 
 def spread(scale: Tensor, block: Block, shape: torch.Size) -> Tensor:

@@ -19,6 +19,7 @@ from megatron.core.fp8.quantization import (
     quantize_blocks,
     quantize_tensor,
     scale_for,
+    widened,
 )
 from megatron.core.fp8.recipes import Block, Recipe, is_in_fp8
 from megatron.core.fp8.scaled_product import plain_product, scaled_product
@@ -55,6 +56,12 @@ def test_a_cast_takes_the_nearest_number(dtype: torch.dtype) -> None:
     found = cast(x, torch.ones(()), dtype).double()
     bounded = x.clamp(-largest, largest)
     torch.testing.assert_close((found - bounded.double()).abs(), nearest(bounded, dtype), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [E4M3, E5M2])
+def test_every_byte_is_the_number_that_torch_takes_it_for(dtype: torch.dtype) -> None:
+    data = torch.arange(256, dtype=torch.uint8).view(dtype)
+    torch.testing.assert_close(widened(data), data.float(), rtol=0, atol=0, equal_nan=True)
 
 
 def test_what_is_not_finite_stays_visible() -> None:
