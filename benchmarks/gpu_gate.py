@@ -276,7 +276,10 @@ def fp8_check(
         known = has_kernel(device, *types, *blocks, out_dtype)
         return "" if known else "values restored to a wider type, no kernel for fp8"
 
-    ours = lambda *inputs: scaled_product(*parts(*inputs), out_dtype)
+    def ours(*inputs: Tensor) -> Tensor:
+        a, b = parts(*inputs)
+        return scaled_product(a, b, out_dtype)
+
     return Check(name, shapes, ours, plain, HALF, instead=instead)
 
 
