@@ -1,9 +1,9 @@
 """What benchmarks have in common: contenders in turn, ratios to a peer and to the machine's ceiling, one JSON file.
 
 A ratio is taken within a round, where the contenders follow each other closely, and the median over the rounds is
-given: other load on the machine meets all of them alike. On a CPU the unit is the CPU time of this process, elsewhere
-elapsed time after synchronising. The ceiling is sampled in the same run: the product of two large square matrices, and
-copying.
+given: other load on the machine meets all of them alike. On a CPU the unit is the CPU time of this process unless
+another timer is handed over, elsewhere elapsed time after synchronising. The ceiling is sampled in the same run: the
+product of two large square matrices, and copying.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -128,6 +129,7 @@ def take_turns(
     arguments: Iterator[tuple[Any, ...]] | None = None,
     between: Callable[[], Any] | None = None,
     until: float | None = None,
+    timer: Callable[[], float] | None = None,
 ) -> Rounds:
     """Call all contenders once in each round.
 
@@ -136,7 +138,9 @@ def take_turns(
         arguments: of the calls of each round; all contenders of a round get the same.
         between: called after each round that counts, such as one that samples the ceiling.
         until: `time.monotonic()` after which no further round begins once one has counted.
+        timer: instead of `clock`.
     """
+    now = timer or partial(clock, device)
     found = Rounds({name: [] for name in contenders}, {name: [] for name in contenders})
     arguments = itertools.repeat(()) if arguments is None else arguments
     for number in range(warmup + rounds):
@@ -144,9 +148,9 @@ def take_turns(
             break
         given = next(arguments)
         for name, contender in contenders.items():
-            start = clock(device)
+            start = now()
             result = contender(*given)
-            elapsed = clock(device) - start
+            elapsed = now() - start
             found.results[name].append(result)
             if number >= warmup:
                 found.seconds[name].append(elapsed)
@@ -158,12 +162,18 @@ def take_turns(
 # --- the machine's ceiling ------------------------------------------------------------------------------
 
 
-def matmul_peak(dtype: torch.dtype, device: str = "cpu", seconds: float = 0.3, size: int | None = None) -> float:
+def matmul_peak(
+    dtype: torch.dtype,
+    device: str = "cpu",
+    seconds: float = 0.3,
+    size: int | None = None,
+    timer: Callable[[], float] | None = None,
+) -> float:
     """FLOP/s of a large square product."""
     n = size or (2048 if device == "cpu" else 8192)
     a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
     out = torch.empty(n, n, dtype=dtype, device=device)
-    return 2 * n**3 * _per_second(lambda: torch.mm(a, b, out=out), device, seconds)
+    return 2 * n**3 * _per_second(lambda: torch.mm(a, b, out=out), device, seconds, timer)
 
 
 def copy_bandwidth(device: str = "cpu", seconds: float = 0.2, mib: int | None = None) -> float:
@@ -174,12 +184,15 @@ def copy_bandwidth(device: str = "cpu", seconds: float = 0.2, mib: int | None = 
     return 2 * source.numel() * _per_second(lambda: target.copy_(source), device, seconds)
 
 
-def _per_second(work: Callable[[], Any], device: str, seconds: float) -> float:
+def _per_second(
+    work: Callable[[], Any], device: str, seconds: float, timer: Callable[[], float] | None = None
+) -> float:
     """How often `work` is done in a second; tried for about so many."""
+    now = timer or partial(clock, device)
     work()
     burst = 1 if device == "cpu" else 8  # so that waiting for a GPU is no part of it
-    count, start = 0, clock(device)
-    while (elapsed := clock(device) - start) < seconds or not count:
+    count, start = 0, now()
+    while (elapsed := now() - start) < seconds or not count:
         for _ in range(burst):
             work()
         count += burst
@@ -195,10 +208,11 @@ class Ceiling:
     seconds: float = 0.3
     size: int | None = None
     samples: list[float] = field(default_factory=list)
+    timer: Callable[[], float] | None = None
 
     def sample(self) -> None:
         """Once more."""
-        self.samples.append(matmul_peak(self.dtype, self.device, self.seconds, self.size))
+        self.samples.append(matmul_peak(self.dtype, self.device, self.seconds, self.size, self.timer))
 
     @property
     def flops(self) -> float:

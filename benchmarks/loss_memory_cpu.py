@@ -38,7 +38,7 @@ def peak_of(name: str, size: str, number_type: str) -> int:
     make, how = CONTENDERS[number_type][name]
     torch.manual_seed(1)
     step = make(SIZES[size], how)
-    batches = gpt_batches()
+    batches = gpt_batches(SIZES[size])
     for _ in range(2):
         step(*next(batches))
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before

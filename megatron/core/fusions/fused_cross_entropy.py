@@ -111,14 +111,16 @@ def _softmax_in_place(rows: Tensor, valid: int) -> Tensor:
     if valid == 0:  # nothing but padding: no softmax to speak of
         rows.zero_()
         return log_sum
-    wide, probabilities = (torch.empty(0, dtype=torch.float32, device=rows.device) for _ in range(2))
+    wide = torch.empty(0, dtype=torch.float32, device=rows.device)
     for part in row_chunks(rows):
         chunk = rows[part]
-        logits = chunk if chunk.dtype == torch.float32 else wide.resize_(chunk.shape).copy_(chunk)
-        torch.softmax(logits, dim=-1, out=probabilities.resize_(chunk.shape))
+        values = chunk if chunk.dtype == torch.float32 else wide.resize_(chunk.shape).copy_(chunk)
+        highest = values.amax(dim=-1)
+        torch.softmax(values, dim=-1, out=values)
         # The largest probability is exp(largest logit - log_sum), and never close to zero.
-        log_sum[part] = logits.amax(dim=-1) - probabilities.amax(dim=-1).log_()
-        chunk.copy_(probabilities)
+        log_sum[part] = highest - values.amax(dim=-1).log_()
+        if values is not chunk:
+            chunk.copy_(values)
     return log_sum
 
 

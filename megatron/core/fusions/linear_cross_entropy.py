@@ -1,9 +1,9 @@
 """Output layer and cross entropy in one, over a sharded vocabulary, without ever holding the logits of all tokens
 (Shoeybi et al., arXiv:1909.08053, section 3; pieces: Wijmans et al., arXiv:2411.09009, section 4).
 
-Tokens pass in pieces: their logits are made, looked at and dropped; backward makes them again and turns them into the
-gradients of hidden states and weight. That costs one more product of the output layer. s sequence, b microbatch, h
-hidden, v vocabulary, n = s * b tokens.
+The vocabulary passes in pieces: their logits are made, looked at and dropped; backward makes them again and turns them
+into the gradients of hidden states and weight, of which each row gets its own at once. That costs one more product of
+the output layer. s sequence, b microbatch, h hidden, v vocabulary, n = s * b tokens.
 """
 
 from __future__ import annotations
@@ -16,17 +16,19 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from megatron.core.fusions.fused_cross_entropy import combine_over_group
-from megatron.core.tensor_parallel.gemm import linear, matmul, weight_gradient
+from megatron.core.tensor_parallel.gemm import add_product, linear
 from megatron.core.tensor_parallel.mappings import (
     copy_to_tensor_model_parallel_region,
     gather_from_sequence_parallel_region,
 )
 from megatron.core.utils import get_pg_rank, get_tensor_model_parallel_group_if_none
 
-PIECE_ELEMENTS = {"cpu": 1 << 23}
-"""Logits that exist at a time: some MiB on a CPU."""
+PIECE_ELEMENTS = {"cpu": 1 << 21}
+"""Logits that exist at a time: on a CPU so few that they stay in its cache from one pass to the next."""
 PIECE_ELEMENTS_ELSEWHERE = 1 << 26
-"""On other devices, whose products want many rows: 256 MiB in fp32."""
+"""On other devices, whose products want more: 256 MiB in fp32."""
+MOST_TOKENS = 1 << 12
+"""In a piece: more of them would leave it too few columns."""
 
 
 class LinearCrossEntropy(torch.autograd.Function):
@@ -50,37 +52,47 @@ class LinearCrossEntropy(torch.autograd.Function):
         valid = width if vocab_size is None else min(max(vocab_size - first, 0), width)
         local_target = target - first
         elsewhere = (local_target < 0) | (local_target >= valid)
-        local_target = local_target.masked_fill(elsewhere, 0)
+        local_target = local_target.masked_fill_(elsewhere, -1)
         log_sum = torch.full(target.shape, -torch.inf, device=x.device)
         predicted = torch.zeros_like(log_sum)
-        for part in pieces(x, width):
-            logits = linear(x[part], weight)
-            predicted[part] = logits.gather(-1, local_target[part].unsqueeze(-1)).squeeze(-1).float()
-            if valid:
-                log_sum[part] = torch.logsumexp(logits[:, :valid].float(), dim=-1)
-        log_sum, loss = combine_over_group(log_sum, predicted.masked_fill_(elsewhere, 0.0), group)
-        ctx.save_for_backward(x, weight, local_target, elsewhere, log_sum)
+        for tokens in token_blocks(x):
+            for columns in pieces(x[tokens], valid):
+                logits = linear(x[tokens], weight[columns])
+                own, column = _targets_in(columns, local_target[tokens])
+                predicted[tokens][own] = logits[own, column].float()
+                log_sum[tokens] = torch.logaddexp(log_sum[tokens], torch.logsumexp(logits.float(), dim=-1))
+        log_sum, loss = combine_over_group(log_sum, predicted, group)
+        ctx.save_for_backward(x, weight, local_target, log_sum)
         ctx.weight, ctx.valid, ctx.accumulate = weight, valid, accumulate
         return loss
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, local_target, elsewhere, log_sum = ctx.saved_tensors
+        x, weight, local_target, log_sum = ctx.saved_tensors
         needs_dx, needs_dw = ctx.needs_input_grad[:2]
         dx = torch.empty_like(x) if needs_dx else None
         total = _Total(ctx.weight, ctx.accumulate) if needs_dw else None
-        for part in pieces(x, weight.size(0)):
-            logits = linear(x[part], weight).float()
-            gradient = logits.sub_(log_sum[part].unsqueeze(-1)).exp_()
-            gradient[:, ctx.valid :] = 0.0
-            own = elsewhere[part].logical_not().to(gradient.dtype)
-            gradient.scatter_add_(-1, local_target[part].unsqueeze(-1), -own.unsqueeze(-1))
-            dlogits = gradient.mul_(grad_output[part].unsqueeze(-1)).to(x.dtype)
+        for tokens in token_blocks(x):
+            rows = x[tokens]
+            # fp32: a bf16 sum over many pieces loses some
+            block_dx = torch.zeros(rows.shape, dtype=torch.float32, device=x.device)
+            for columns in pieces(rows, ctx.valid):
+                gradient = linear(rows, weight[columns]).float().sub_(log_sum[tokens].unsqueeze(-1)).exp_()
+                gradient[_targets_in(columns, local_target[tokens])] -= 1.0
+                dlogits = gradient.mul_(grad_output[tokens].unsqueeze(-1)).to(x.dtype)
+                if dx is not None:
+                    add_product(block_dx, dlogits, weight[columns])
+                if total is not None:
+                    add_product(total.main_grad[columns], dlogits.t(), rows)
             if dx is not None:
-                dx[part] = matmul(dlogits, weight)
-            if total is not None:
-                total.add(dlogits, x[part])
+                dx[tokens] = block_dx
         return dx, None if total is None else total.gradient(), None, None, None, None
+
+
+def _targets_in(columns: slice, target: Tensor) -> tuple[Tensor, Tensor]:
+    """Tokens whose target is one of these columns, and which of them it is."""
+    own = ((target >= columns.start) & (target < columns.stop)).nonzero().squeeze(-1)
+    return own, target[own] - columns.start
 
 
 class _Total:
@@ -95,19 +107,22 @@ class _Total:
             else torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
         )
 
-    def add(self, dlogits: Tensor, x: Tensor) -> None:
-        weight_gradient(self, dlogits, x, accumulate=True)  # type: ignore[arg-type]  # which looks at `main_grad` only
-
     def gradient(self) -> Tensor | None:
         return None if self.fused else self.main_grad.to(self.weight.dtype)
 
 
+def token_blocks(x: Tensor) -> Iterator[slice]:
+    """Slices of the tokens of x [n, h] that are looked at together."""
+    for start in range(0, x.size(0), MOST_TOKENS):
+        yield slice(start, start + MOST_TOKENS)
+
+
 def pieces(x: Tensor, width: int) -> Iterator[slice]:
-    """Slices of the tokens of x [n, h] whose logits [., width] exist at a time."""
+    """Slices of so many columns whose logits exist at a time for the tokens x [n, h]."""
     elements = PIECE_ELEMENTS.get(x.device.type, PIECE_ELEMENTS_ELSEWHERE)
-    step = max(1, elements // width)
-    for start in range(0, x.size(0), step):
-        yield slice(start, start + step)
+    step = max(1, elements // max(x.size(0), 1))
+    for start in range(0, width, step):
+        yield slice(start, min(start + step, width))
 
 
 def linear_cross_entropy(

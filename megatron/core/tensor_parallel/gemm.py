@@ -18,6 +18,8 @@ def linear(x: Tensor, weight: Tensor | StoredWeight, bias: Tensor | None = None)
     if isinstance(weight, StoredWeight):
         return weight.multiply(x, bias)
     wide = to_computing_type(x)
+    if suits_onednn(x, weight):
+        return by_onednn(x, weight, bias)
     if wide is x and bias is not None and not torch.is_grad_enabled():
         # torch's own is a view of a matrix, which nobody may overwrite once an autograd function has returned it.
         y = x.new_empty(*x.shape[:-1], weight.size(0))
@@ -30,8 +32,47 @@ def linear(x: Tensor, weight: Tensor | StoredWeight, bias: Tensor | None = None)
 
 def matmul(a: Tensor, b: Tensor) -> Tensor:
     """a b in the type of a, computed in whatever type is fast."""
+    if b.dim() == 2 and suits_onednn(a, b.t()):
+        return by_onednn(a, b.t())
     wide = to_computing_type(a)
     return a.matmul(b) if wide is a else wide.matmul(b.float()).to(a.dtype)
+
+
+SMALLEST_FOR_ONEDNN = 128
+"""Rows, columns and length of the sums from which oneDNN takes less time."""
+
+
+def suits_onednn(a: Tensor, b: Tensor) -> bool:
+    """Whether oneDNN makes a bᵀ of a [..., k] and b [n, k]: fp32 on a CPU with AVX-512, and nothing to differentiate.
+
+    torch gives fp32 products to MKL, which takes a tenth more time for the shapes of a layer on processors of AMD
+    (docs/performance.md).
+    """
+    if a.dtype is not torch.float32 or a.device.type != "cpu" or b.dtype is not a.dtype or torch.is_grad_enabled():
+        return False
+    k = a.size(-1)
+    return min(a.numel() // max(k, 1), b.size(0), k) >= SMALLEST_FOR_ONEDNN and ONEDNN_MULTIPLIES
+
+
+def by_onednn(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
+    """a bᵀ + bias, fp32: a [..., k], b [n, k], bias [n]."""
+    if b.size(1) > _LONGEST_STRIDED:
+        b = b.contiguous()
+    product = torch.ops.mkldnn._linear_pointwise(a.reshape(-1, a.size(-1)), b, bias, "none", [], "")
+    # No view of it, which nobody may overwrite once an autograd function has returned it.
+    return torch.ops.aten._unsafe_view(product, (*a.shape[:-1], b.size(0)))
+
+
+_LONGEST_STRIDED = 2**14
+"""Length of sums beyond which oneDNN reads a transposed matrix slower than a copy is made (50304: by a tenth)."""
+
+
+ONEDNN_MULTIPLIES = (
+    torch.backends.cpu.get_cpu_capability() == "AVX512"
+    and torch.backends.mkldnn.is_available()
+    and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+)
+"""Whether torch has oneDNN's product of dense matrices, and the processor what it was measured with."""
 
 
 def matmul_into(out: Tensor, a: Tensor, b: Tensor) -> None:
@@ -75,11 +116,11 @@ def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
     else:
         rows = max(1, _PIECE // total.size(1))
         for part, factor in zip(total.split(rows), a.split(rows)):
-            part.add_(factor.matmul(b).to(total.dtype))
+            part.add_(factor.matmul(b))
 
 
-_PIECE = 2**20
-"""Elements of a product that exist at a time: 2 MiB of bf16, which stay in a CPU's cache."""
+_PIECE = 2**22
+"""Elements of a product that exist at a time: 8 MiB of bf16, of which a CPU's last cache keeps much."""
 
 
 @cache

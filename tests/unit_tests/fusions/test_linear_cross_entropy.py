@@ -1,8 +1,9 @@
-"""Output layer and loss in pieces of the tokens against both of torch's, gradients and shards too."""
+"""Output layer and loss in pieces of the vocabulary against both of torch's, gradients and shards too."""
 
 from __future__ import annotations
 
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -39,21 +40,22 @@ def check(tp: int, sequence_parallel: bool, dtype: torch.dtype, true_vocab: int,
     x, weight, target, factor = problem()
     x, weight = x.to(dtype), weight.to(dtype)
     expected, dx, dw = reference(x, weight, target, factor, true_vocab)
-    module.PIECE_ELEMENTS["cpu"] = 5 * V // tp
     leaf = (x.chunk(tp, 0)[rank] if sequence_parallel else x).clone().requires_grad_()
     shard = weight.chunk(tp, 0)[rank].clone().requires_grad_()
     if accumulate:
         shard.main_grad = torch.ones(shard.shape)
-    loss = linear_cross_entropy(
-        leaf,
-        shard,
-        target,
-        vocab_size=true_vocab,
-        sequence_parallel=sequence_parallel,
-        gradient_accumulation_fusion=accumulate,
-    )
-    assert loss.dtype == torch.float32
-    (loss * factor).sum().backward()
+    most = S * B - 7
+    with patch.dict(module.PIECE_ELEMENTS, cpu=5 * most), patch.object(module, "MOST_TOKENS", most):
+        loss = linear_cross_entropy(
+            leaf,
+            shard,
+            target,
+            vocab_size=true_vocab,
+            sequence_parallel=sequence_parallel,
+            gradient_accumulation_fusion=accumulate,
+        )
+        assert loss.dtype == torch.float32
+        (loss * factor).sum().backward()
     found_dw = shard.main_grad - 1 if accumulate else shard.grad
     assert not accumulate or shard.grad is None
     rounding = {"rtol": 0.02, "atol": 0.05} if dtype == torch.bfloat16 else {"rtol": 1e-4, "atol": 1e-5}
@@ -93,13 +95,13 @@ def test_no_tensor_is_larger_than_a_piece(monkeypatch: pytest.MonkeyPatch) -> No
     x, weight, target, factor = problem()
     weight.main_grad = torch.zeros(V, H)
     results = []
-    for rows in (1, 4, S * B):
-        monkeypatch.setitem(module.PIECE_ELEMENTS, "cpu", rows * V)
+    for columns in (1, 5, V):
+        monkeypatch.setitem(module.PIECE_ELEMENTS, "cpu", columns * S * B)
         leaf, weight.main_grad = x.clone().requires_grad_(), torch.zeros(V, H)
         with LargestResult() as sizes:
             loss = linear_cross_entropy(leaf, weight.requires_grad_(), target, gradient_accumulation_fusion=True)
             (loss * factor).sum().backward()
-        assert sizes.largest == max(rows * V, V * H, S * B * H)
+        assert sizes.largest == max(columns * S * B, V * H, S * B * H)
         results.append((loss.detach(), leaf.grad, weight.main_grad))
     for found in results[1:]:
         torch.testing.assert_close(found, results[0])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -138,6 +139,11 @@ def product_added(total: Any, a: Any, b: Any, *_: Any, **__: Any) -> int:
     return 2 * a[0] * a[1] * b[1]
 
 
+def product_by_onednn(a: Any, b: Any, *_: Any, **__: Any) -> int:
+    """Operations of fp32 products on a CPU."""
+    return 2 * math.prod(a) * b[0]
+
+
 @pytest.mark.parametrize("flags", TRACED.values(), ids=TRACED)
 def test_traced_training_step(flags: str) -> None:
     """Within 1 % of what torch counts in forward and backward, of attention the half that causality needs.
@@ -149,7 +155,7 @@ def test_traced_training_step(flags: str) -> None:
     model, batch_size = built(args).eval(), 2
     tokens = torch.arange(batch_size * args.seq_length).view(batch_size, -1) % args.padded_vocab_size
     positions = torch.arange(args.seq_length).expand_as(tokens)
-    known = {torch.ops.aten.addmm_: product_added}
+    known = {torch.ops.aten.addmm_: product_added, torch.ops.mkldnn._linear_pointwise: product_by_onednn}
     with FlopCounterMode(model, display=False, depth=9, custom_mapping=known) as counter:
         model(tokens, positions, None, labels=tokens).sum().backward()
     whole = inside(model, counter, "core_attention")
