@@ -39,12 +39,17 @@ def region(function: Callable[..., Any]) -> Callable[..., Any]:
     return _compiled(function, BACKEND)
 
 
+def sweep(function: Callable[..., None]) -> Callable[..., None]:
+    """`function`, which changes flat tensors in place, compiled for any number of elements; always the same object."""
+    return _compiled(function, BACKEND, dynamic=True)
+
+
 @cache
-def _compiled(function: Callable[..., Any], backend: str) -> Callable[..., Any]:
+def _compiled(function: Callable[..., Any], backend: str, dynamic: bool | None = None) -> Callable[..., Any]:
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, FORMS)
     # Random numbers come from torch's own generator: dropout drops what it drops without compilation.
     options: dict[str, Any] | None = {"fallback_random": True} if backend == "inductor" else None
-    return torch.compile(function, backend=backend, fullgraph=True, options=options)
+    return torch.compile(function, backend=backend, fullgraph=True, dynamic=dynamic, options=options)
 
 
 def why_not_compilable(device_type: str, environment: Mapping[str, str]) -> str | None:

@@ -14,6 +14,7 @@ from megatron.core.distributed.distributed_data_parallel import DistributedDataP
 from megatron.core.distributed.torch_fully_sharded_data_parallel import TorchFullyShardedDataParallel
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.fsdp_optimizer import FullyShardedOptimizer
+from megatron.core.optimizer.fused_adam import FusedAdam
 from megatron.core.optimizer.grad_scaler import ConstantGradScaler, DynamicGradScaler, MegatronGradScaler
 from megatron.core.optimizer.megatron_optimizer import InitStateFn
 from megatron.core.optimizer.muon import MatrixPart, Muon, is_matrix
@@ -214,8 +215,7 @@ def _inner_optimizer(
     common: dict[str, Any] = {"lr": config.lr, "weight_decay": config.weight_decay, "fused": True}
     match config.optimizer:
         case "adam":
-            betas = (config.adam_beta1, config.adam_beta2)
-            return torch.optim.AdamW(param_groups, betas=betas, eps=config.adam_eps, **common), init_adam_state
+            return FusedAdam(param_groups, config), init_adam_state
         case "sgd":
             return torch.optim.SGD(param_groups, momentum=config.sgd_momentum, **common), init_sgd_state
         case "muon":

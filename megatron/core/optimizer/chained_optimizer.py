@@ -16,7 +16,7 @@ from megatron.core import device
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 from megatron.core.dist_checkpointing.safe_load import safe_torch_load
 from megatron.core.dist_checkpointing.utils import add_prefix_for_sharding
-from megatron.core.optimizer.clip_grads import reduce_over, sum_of_squares
+from megatron.core.optimizer.clip_grads import reduce_over
 from megatron.core.optimizer.megatron_optimizer import MegatronOptimizer, gather_weights_of
 
 
@@ -82,7 +82,7 @@ class ChainedOptimizer(MegatronOptimizer):
 
     def get_grad_norm(self) -> float:
         """L2 norm over all optimizers; one collective if they share the group."""
-        squares = [sum_of_squares(opt.get_main_grads_for_grad_norm()) for opt in self.chained_optimizers]
+        squares = [optimizer.sum_of_squares() for optimizer in self.chained_optimizers]
         if self.grads_states_parallel_group_is_shared():
             squares = [torch.stack(squares).sum()]
         for square, optimizer in zip(squares, self.chained_optimizers):

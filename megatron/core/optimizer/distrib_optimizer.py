@@ -196,17 +196,17 @@ class DistributedOptimizer(MixedPrecisionOptimizer):
                     start, end = (place - bucket.layout.start for place in buffer.param_spans[shard.param])
                     yield shard.main, whole[start:end]
 
-    def _rounded_shards(self) -> list[ParamShard]:
-        return [s for s in self.shards if s.param.dtype != torch.float32 and s.buffer.bytes_of_weights is None]
+    def _rounded_weights(self) -> list[tuple[Tensor, Tensor]]:
+        shards = [s for s in self.shards if s.param.dtype != torch.float32 and s.buffer.bytes_of_weights is None]
+        return [(shard.model_piece, shard.main) for shard in shards]
 
-    def _copy_main_params_to_model_params(self) -> None:
-        shards = self._rounded_shards()
-        copy_all([shard.model_piece for shard in shards], [shard.main for shard in shards])
+    def _finish_weights(self) -> None:
         self._cast_to_fp8()
 
     def _copy_model_params_to_main_params(self) -> None:
         """Weights that are kept in fp8 are followed where they have been widened, and then cast on all ranks."""
-        shards = [*self._rounded_shards(), *(shard for shard in self._shards_in_fp8() if shard.buffer.is_wide)]
+        super()._copy_model_params_to_main_params()
+        shards = [shard for shard in self._shards_in_fp8() if shard.buffer.is_wide]
         copy_all([shard.main for shard in shards], [shard.model_piece for shard in shards])
         if any(buffer.in_fp8 for buffer in self.buffers):
             self.round_main_params_to_model()

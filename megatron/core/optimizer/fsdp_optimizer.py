@@ -47,6 +47,7 @@ class FullyShardedOptimizer(FP32Optimizer):
         return self._first_element[main]
 
     def collect_grads(self) -> bool:
+        self._forget_last_grads()
         with timed(self.config, "optimizer-copy-to-main-grad", log_level=1):
             for param, main in self.pairs():
                 main.grad = None if param.grad is None else local_part(param.grad)

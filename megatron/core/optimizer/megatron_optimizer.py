@@ -8,15 +8,17 @@ from itertools import chain
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.nn import Parameter
 
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 from megatron.core.optimizer.clip_grads import (
-    clip_grad_by_total_norm_fp32,
+    clip_coefficient,
     count_zeros_fp32,
-    get_grad_norm_fp32,
+    reduce_over,
+    sum_of_squares,
 )
 from megatron.core.optimizer.optimizer_config import OptimizerConfig
 from megatron.core.process_groups_config import default_process_groups, has_default_process_groups
@@ -55,6 +57,8 @@ class MegatronOptimizer(ABC):
         self.model_params: list[list[Parameter]] = [list(group["params"]) for group in optimizer.param_groups]
         self.grad_stats_parallel_group: ProcessGroup | None = None
         self.tensor_parallel_group: ProcessGroup | None = None
+        self._squares: Tensor | None = None
+        """Of the gradients that this rank counts, as they lie in memory, where they have been read for it already."""
         if has_default_process_groups():
             groups = default_process_groups()
             self.grad_stats_parallel_group, self.tensor_parallel_group = groups.mp, groups.tp
@@ -113,8 +117,16 @@ class MegatronOptimizer(ABC):
 
     def get_grad_norm(self) -> float:
         """L2 norm of the gradient of the whole model."""
-        grads = self.get_main_grads_for_grad_norm()
-        return get_grad_norm_fp32(grads, grad_stats_parallel_group=self.get_grad_stats_parallel_group())
+        total = self.sum_of_squares()
+        reduce_over(total, self.get_grad_stats_parallel_group(), dist.ReduceOp.SUM)
+        return float(total.sqrt())
+
+    def sum_of_squares(self) -> Tensor:
+        """fp64 scalar: of the gradients that this rank counts."""
+        squares, self._squares = self._squares, None
+        if squares is None:
+            squares = sum_of_squares(self.get_main_grads_for_grad_norm())
+        return squares * self.grad_multiplier**2
 
     def clip_grad_norm(self, clip_grad: float) -> float:
         """Scale gradients so that their norm is at most `clip_grad`; returns the norm they had."""
@@ -124,7 +136,27 @@ class MegatronOptimizer(ABC):
 
     def clip_grads(self, max_norm: float, total_norm: float) -> None:
         """Scale this rank's gradients so that a norm of `total_norm` becomes at most `max_norm`."""
-        clip_grad_by_total_norm_fp32(self.get_parameters(), max_norm, total_norm)
+        self.multiply_grads(clip_coefficient(max_norm, total_norm))
+
+    @property
+    def grad_multiplier(self) -> float:
+        """What the prepared gradients are yet to be multiplied by."""
+        return getattr(self.optimizer, "grad_multiplier", 1.0)
+
+    def multiply_grads(self, factor: float) -> None:
+        """Scale this rank's gradients: when the update reads them where its rule can, else now."""
+        inner: Any = self.optimizer
+        if hasattr(inner, "grad_multiplier"):
+            inner.grad_multiplier *= factor
+        elif factor != 1.0 and (grads := self.main_grads()):
+            torch._foreach_mul_(grads, factor)
+
+    def _forget_last_grads(self) -> None:
+        """What is known of gradients that no update has read."""
+        inner: Any = self.optimizer
+        self._squares = None
+        if hasattr(inner, "grad_multiplier"):
+            inner.grad_multiplier = 1.0
 
     def count_zeros(self) -> float:
         """Number of gradient elements of the whole model that are exactly zero."""

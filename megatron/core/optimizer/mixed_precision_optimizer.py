@@ -18,7 +18,8 @@ from megatron.core.dist_checkpointing.optimizer import (
     get_param_id_to_sharded_param_map,
     make_sharded_optimizer_tensor,
 )
-from megatron.core.optimizer.clip_grads import reduce_over
+from megatron.core.optimizer.clip_grads import reduce_over, sum_of_squares
+from megatron.core.optimizer.fused_adam import FusedAdam
 from megatron.core.optimizer.grad_scaler import MegatronGradScaler
 from megatron.core.optimizer.megatron_optimizer import InitStateFn, MegatronOptimizer
 from megatron.core.optimizer.optimizer_config import OptimizerConfig
@@ -50,6 +51,7 @@ class MixedPrecisionOptimizer(MegatronOptimizer):
         return self.grad_scaler.scale
 
     def collect_grads(self) -> bool:
+        self._forget_last_grads()
         with timed(self.config, "optimizer-copy-to-main-grad", log_level=1):
             self._copy_model_grads_to_main_grads()
         if self.grad_scaler is None:
@@ -58,19 +60,38 @@ class MixedPrecisionOptimizer(MegatronOptimizer):
             return self._unscale_main_grads_and_check_for_nan(self.grad_scaler)
 
     def _unscale_main_grads_and_check_for_nan(self, grad_scaler: MegatronGradScaler) -> bool:
+        """The norm's pass over the gradients finds what is not finite; the update multiplies."""
+        squares = sum_of_squares(self.get_main_grads_for_grad_norm())
+        if not self._on_any_rank(~squares.isfinite()):
+            self._squares = squares
+            self.multiply_grads(float(grad_scaler.inv_scale))
+            return False
+        return self._unscale_what_may_be_finite(grad_scaler)  # squares overflow before gradients do
+
+    def _unscale_what_may_be_finite(self, grad_scaler: MegatronGradScaler) -> bool:
         grads = self.main_grads()
         found_inf = torch.zeros(1, dtype=torch.float32, device=device.current_device())
         if grads:
             torch._amp_foreach_non_finite_check_and_unscale_(grads, found_inf, grad_scaler.inv_scale)
-        reduce_over(found_inf, self.get_grad_stats_parallel_group(), dist.ReduceOp.MAX)
-        return bool(found_inf.item() > 0)
+        return self._on_any_rank(found_inf)
+
+    def _on_any_rank(self, flag: Tensor) -> bool:
+        flag = flag.float()
+        reduce_over(flag, self.get_grad_stats_parallel_group(), dist.ReduceOp.MAX)
+        return bool(flag.item() > 0)
 
     def update_weights(self) -> None:
+        inner = self.optimizer
+        if isinstance(inner, FusedAdam):  # rounds, too
+            inner.weights = {main: weights for weights, main in self._rounded_weights()}
         with timed(self.config, "optimizer-inner-step", log_level=1):
-            self.optimizer.step()
+            inner.step()
         self._release_main_grads()
         with timed(self.config, "optimizer-copy-main-to-model-params", log_level=1):
-            self._copy_main_params_to_model_params()
+            if isinstance(inner, FusedAdam):
+                self._finish_weights()
+            else:
+                self._copy_main_params_to_model_params()
 
     def _release_main_grads(self) -> None:
         """A main param that is the model's own must not bring its gradient into the next backward."""
@@ -85,10 +106,19 @@ class MixedPrecisionOptimizer(MegatronOptimizer):
     def _copy_model_grads_to_main_grads(self) -> None: ...
 
     @abstractmethod
-    def _copy_main_params_to_model_params(self) -> None: ...
+    def _rounded_weights(self) -> list[tuple[Tensor, Tensor]]:
+        """(16-bit weights of the model, their main param of the same shape)."""
 
-    @abstractmethod
-    def _copy_model_params_to_main_params(self) -> None: ...
+    def _copy_main_params_to_model_params(self) -> None:
+        copy_all(*_unzip(self._rounded_weights()))
+        self._finish_weights()
+
+    def _finish_weights(self) -> None:  # noqa: B027  nothing for most
+        """Once main params have been rounded: what else becomes of them."""
+
+    def _copy_model_params_to_main_params(self) -> None:
+        weights, mains = _unzip(self._rounded_weights())
+        copy_all(mains, weights)
 
 
 class Float16OptimizerWithFloat16Params(MixedPrecisionOptimizer):
@@ -105,8 +135,8 @@ class Float16OptimizerWithFloat16Params(MixedPrecisionOptimizer):
         for group in optimizer.param_groups:
             group["params"] = [_main_version(param) for param in group["params"]]
 
-    def _rounded_pairs(self) -> list[tuple[Parameter, Tensor]]:
-        return [(model_param, main) for model_param, main in self.pairs() if main is not model_param]
+    def _rounded_weights(self) -> list[tuple[Tensor, Tensor]]:
+        return [(model_param.data, main) for model_param, main in self.pairs() if main is not model_param]
 
     def _copy_model_grads_to_main_grads(self) -> None:
         for model_param, main in self.pairs():
@@ -114,13 +144,6 @@ class Float16OptimizerWithFloat16Params(MixedPrecisionOptimizer):
             main.grad = None if grad is None else grad.float()  # no copy when gradients are accumulated in fp32
             if main is not model_param:
                 model_param.grad = None
-
-    def _copy_main_params_to_model_params(self) -> None:
-        copy_all(*_unzip(self._rounded_pairs()))
-
-    def _copy_model_params_to_main_params(self) -> None:
-        model_params, mains = _unzip(self._rounded_pairs())
-        copy_all(mains, model_params)
 
     def _main_params_by_group(self) -> list[list[tuple[int, Tensor]]]:
         """(index of the parameter in the torch state dict, main param) of those that are copies."""
@@ -191,7 +214,7 @@ def copy_all(destinations: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
             torch._foreach_copy_(list(destinations), list(sources))
 
 
-def _unzip(pairs: list[tuple[Parameter, Tensor]]) -> tuple[list[Tensor], list[Tensor]]:
+def _unzip(pairs: list[tuple[Tensor, Tensor]]) -> tuple[list[Tensor], list[Tensor]]:
     return [pair[0] for pair in pairs], [pair[1] for pair in pairs]
 
 

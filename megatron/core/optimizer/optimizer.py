@@ -41,6 +41,7 @@ class FP32Optimizer(MegatronOptimizer):
         return torch.ones(1, dtype=torch.float32, device=device.current_device())
 
     def collect_grads(self) -> bool:
+        self._forget_last_grads()
         with timed(self.config, "optimizer-copy-to-main-grad", log_level=1):
             for param, _ in self.pairs():
                 if hasattr(param, "main_grad"):

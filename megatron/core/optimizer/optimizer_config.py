@@ -36,6 +36,8 @@ class OptimizerConfig:
     """Weights are bfloat16, the main copy float32."""
     reuse_grad_buf_for_mxfp8_param_ag: bool = False
     """Gather mxfp8 weights through the gradient buffer."""
+    torch_compile: bool = False
+    """Compile Adam's update into one kernel."""
     params_dtype: torch.dtype = torch.float32
     """Type of the weights that the layers compute with."""
     use_precision_aware_optimizer: bool = False

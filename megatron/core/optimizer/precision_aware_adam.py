@@ -12,11 +12,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim.adamw import adamw
 
+from megatron.core.optimizer.fused_adam import AdamState, update
 from megatron.core.optimizer.host_transfers import HostTransfers
 from megatron.core.optimizer.optimizer_config import OptimizerConfig
+from megatron.core.optimizer.precision_aware_sweep import pays, update_whole_blocks
 from megatron.core.optimizer.state_storage import (
+    BLOCK,
     FORMATS,
     Allocate,
     Float32Storage,
@@ -27,8 +29,6 @@ from megatron.core.optimizer.state_storage import (
 
 PIECE = 2**18
 """Elements that are widened at a time: a whole number of blocks, and within a processor's cache."""
-
-STATE_NAMES = ("param", "exp_avg", "exp_avg_sq")
 
 
 @dataclass(eq=False)
@@ -58,13 +58,19 @@ class Slot:
         """By the names that checkpoints give them."""
         return {"param": self.param, "exp_avg": self.exp_avg, "exp_avg_sq": self.exp_avg_sq}
 
-    def ranges(self) -> Iterable[tuple[int, int]]:
-        """The piece in ranges of at most `PIECE` elements that end where blocks do."""
-        start = 0
-        while start < self.weights.numel():
-            end = min(self.weights.numel(), start + PIECE - (self.first + start) % PIECE)
-            yield start, end
-            start = end
+    def ranges(self, without: tuple[int, int] = (0, 0)) -> Iterable[tuple[int, int]]:
+        """The piece except for elements [start, end) in ranges of at most `PIECE` elements that end where blocks do."""
+        for start, last in ((0, without[0]), (without[1], self.weights.numel())):
+            while start < last:
+                end = min(last, start + PIECE - (self.first + start) % PIECE)
+                yield start, end
+                start = end
+
+    @property
+    def whole_blocks(self) -> tuple[int, int]:
+        """Elements [start, end) of the piece whose blocks lie within it."""
+        start = -self.first % BLOCK
+        return start, start + max(0, self.weights.numel() - start) // BLOCK * BLOCK
 
     def weights_follow(self, rounded: Tensor | None = None) -> None:
         """Make the model's weights the main ones, rounded; where they are not that anyway.
@@ -101,7 +107,7 @@ class PrecisionAwareAdam(torch.optim.Optimizer):
         )
         self.config = config
         self.grad_multiplier = 1.0
-        """Multiplies 16-bit gradients once they are widened; fp32 ones are clipped in place."""
+        """Of the gradients of the next step; 1 after it."""
         self.transfers = HostTransfers(
             overlap=config.overlap_cpu_optimizer_d2h_h2d,
             pin_grads=config.pin_cpu_grads,
@@ -169,35 +175,48 @@ class PrecisionAwareAdam(torch.optim.Optimizer):
             for slot in slots:
                 if not slot.is_exact:
                     self._update(group, slot, _grad(slot))
-                    slot.weights_follow()
         for group in self.param_groups:
             for slot in (slot for slot in self.slots(group) if slot.on_host):
                 self._update(group, slot, self.transfers.grad_on_host(slot, _grad(slot)))
                 self.transfers.send_weights(slot)
         self.transfers.finish()
+        self.grad_multiplier = 1.0
 
     def _update_exact(self, group: dict[str, Any], slots: list[Slot]) -> None:
-        """In one call over the storages themselves; what is 16-bit among the weights follows."""
+        """In the storages themselves; what is 16-bit among the weights follows."""
         if not slots:
             return
-        state = [[slot.storages[name].read_all() for slot in slots] for name in STATE_NAMES]
-        grads = [self._widened(_grad(slot)) for slot in slots]
-        _adamw(group, state, grads, [slot.step for slot in slots])
-        for slot in slots:
-            slot.weights_follow()
+        states = [
+            AdamState(
+                slot.param.read_all(),
+                _grad(slot),
+                slot.exp_avg.read_all(),
+                slot.exp_avg_sq.read_all(),
+                slot.step,
+                None if slot.shares_weights else slot.weights,
+            )
+            for slot in slots
+        ]
+        update(states, group, self.grad_multiplier, compile_it=self.config.torch_compile)
 
     def _update(self, group: dict[str, Any], slot: Slot, grad: Tensor) -> None:
+        """One update of a piece, and of its weights where they lie beside its state."""
         step = int(slot.step) + 1
-        for start, end in slot.ranges():
+        beside = slot.on_host or slot.shares_weights or isinstance(slot.param, RemainderStorage)
+        weights = None if beside else slot.weights
+        blocks = slot.whole_blocks if self.config.torch_compile and pays(slot.storages) else (0, 0)
+        if blocks[0] < blocks[1]:
+            update_whole_blocks(slot.storages, weights, grad, slot.first, blocks, step, group, self.grad_multiplier)
+        for start, end in slot.ranges(without=blocks):
             state = {name: storage.read(start, end) for name, storage in slot.storages.items()}
-            lists = [[value] for value in state.values()]
-            _adamw(group, lists, [self._widened(grad[start:end])], [grad.new_tensor(step - 1, dtype=torch.float32)])
+            count = grad.new_tensor(step - 1, dtype=torch.float32)
+            piece = AdamState(state["param"], grad[start:end], state["exp_avg"], state["exp_avg_sq"], count)
+            update([piece], group, self.grad_multiplier, compile_it=False)
             for name, storage in slot.storages.items():
                 storage.write(start, state[name], step)
+            if weights is not None:
+                weights[start:end].copy_(slot.param.read(start, end))
         slot.step += 1
-
-    def _widened(self, grad: Tensor) -> Tensor:
-        return grad if grad.dtype == torch.float32 else grad.float().mul_(self.grad_multiplier)
 
 
 @dataclass
@@ -220,25 +239,3 @@ def allocate_on(device: torch.device) -> Allocate:
 
 def _grad(slot: Slot) -> Tensor:
     return slot.weights.decoupled_grad  # type: ignore[attr-defined]
-
-
-def _adamw(group: dict[str, Any], state: list[list[Tensor]], grads: list[Tensor], steps: list[Tensor]) -> None:
-    """Advances `state` (main weights, first and second moments) and `steps` in place."""
-    params, exp_avgs, exp_avg_sqs = state
-    beta1, beta2 = group["betas"]
-    adamw(
-        params,
-        grads,
-        exp_avgs,
-        exp_avg_sqs,
-        [],
-        steps,
-        fused=True,
-        amsgrad=False,
-        beta1=beta1,
-        beta2=beta2,
-        lr=group["lr"],
-        weight_decay=group["weight_decay"],
-        eps=group["eps"],
-        maximize=False,
-    )

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from megatron.core.distributed.param_and_grad_buffer import _ParamAndGradBuffer
-from megatron.core.optimizer.clip_grads import clip_coefficient
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer, ParamShard, own_shards
 from megatron.core.optimizer.precision_aware_adam import PrecisionAwareAdam
 from megatron.core.timers import timed
@@ -63,13 +62,6 @@ class PrecisionAwareDistributedOptimizer(DistributedOptimizer):
             if self.config.main_grads_dtype == torch.float32:
                 grad = grad.float()
             shard.main.decoupled_grad = grad  # type: ignore[attr-defined]
-
-    def clip_grads(self, max_norm: float, total_norm: float) -> None:
-        """16-bit gradients are multiplied in fp32, when the update reads them."""
-        self.optimizer.grad_multiplier = clip_coefficient(max_norm, total_norm)
-        wide = [grad for grad in self.main_grads() if grad.dtype == torch.float32]
-        if self.optimizer.grad_multiplier < 1.0 and wide:
-            torch._foreach_mul_(wide, self.optimizer.grad_multiplier)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         super().zero_grad(set_to_none)

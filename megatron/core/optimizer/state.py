@@ -11,6 +11,7 @@ from torch import Tensor
 
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 from megatron.core.dist_checkpointing.optimizer import optim_state_to_sharding_state
+from megatron.core.optimizer.fused_adam import init_adam_state_of
 from megatron.core.optimizer.grad_scaler import MegatronGradScaler
 from megatron.core.optimizer.muon import Muon, init_muon_state_of
 from megatron.core.optimizer.param_groups import match_saved_groups
@@ -22,10 +23,7 @@ def init_adam_state(optimizer: torch.optim.Optimizer) -> None:
     """Zero moments and step counter for parameters that have none: what the first step would start from."""
     for group in optimizer.param_groups:
         for param in group["params"]:
-            if not optimizer.state[param]:
-                optimizer.state[param]["step"] = torch.zeros((), dtype=torch.float32, device=param.device)
-                optimizer.state[param]["exp_avg"] = torch.zeros_like(param)
-                optimizer.state[param]["exp_avg_sq"] = torch.zeros_like(param)
+            init_adam_state_of(optimizer, param)
 
 
 def init_sgd_state(optimizer: torch.optim.Optimizer) -> None:

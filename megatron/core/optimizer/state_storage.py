@@ -146,15 +146,17 @@ class RoundedStorage(Storage):
         values = values.sqrt() if self.of_squares else values
         if self.exponents is not None:
             assert self.form.largest_scaled is not None
-            exponents = _block_exponents(_in_blocks(values, self._lead(start))) - self.form.largest_scaled
+            exponents = block_exponents(_in_blocks(values, self._lead(start))) - self.form.largest_scaled
             exponents.clamp_(-126, 126)
             self.exponents[self._blocks(start, end)] = exponents.to(torch.int8)
             values = self._times(values, start, -exponents)
         noise = uniform_noise(self.first + start, end - start, step, self.salt, values.device)
-        rounded = round_stochastically(values, self.form, noise, squares=self.of_squares)
-        if self.second_moment:
-            rounded = torch.where(values > 0, rounded.clamp(min=self.form.smallest), rounded)
+        rounded = rounded_values(values, self.form, noise, second_moment=self.second_moment, squares=self.of_squares)
         self.values[start:end] = rounded.to(self.form.dtype).view(self.form.stored_as)
+
+    def exponents_of(self, start: int, end: int) -> Tensor | None:
+        """int8, of the blocks that elements [start, end) lie in; None where the type has exponents enough."""
+        return None if self.exponents is None else self.exponents[self._blocks(start, end)]
 
     def _block(self, element: int) -> int:
         """Number of the block that an element lies in, counted from the first of the piece."""
@@ -170,7 +172,7 @@ class RoundedStorage(Storage):
     def _times(self, values: Tensor, start: int, exponents: Tensor) -> Tensor:
         """`values` times 2^exponent of their block."""
         lead = self._lead(start)
-        scaled = _in_blocks(values, lead) * _power_of_two(exponents).unsqueeze(1)
+        scaled = _in_blocks(values, lead) * power_of_two(exponents).unsqueeze(1)
         return scaled.view(-1)[lead : lead + values.numel()]
 
 
@@ -193,18 +195,32 @@ class RemainderStorage(Storage):
         return self.weights.device
 
     def read(self, start: int, end: int) -> Tensor:
-        high = self.weights[start:end].view(torch.int16).int() << 16
-        return (high + self.remainders[start:end]).view(torch.float32)
+        return joined(self.weights[start:end], self.remainders[start:end])
 
     def write(self, start: int, values: Tensor, step: int) -> None:
-        bits = values.view(torch.int32)
-        high = values.to(torch.bfloat16).view(torch.int16)
-        remainder = bits - (high.int() << 16)
-        tie = remainder == 2**15  # half a bf16 unit, rounded towards zero: does not fit into 16 bits
         end = start + values.numel()
-        self.weights[start:end] = torch.where(tie, high + 1, high).view(torch.bfloat16)
-        # The clamp concerns NaN alone, which stays one.
-        self.remainders[start:end] = torch.where(tie, -(2**15), remainder).clamp_(-(2**15), 2**15 - 1).short()
+        self.weights[start:end], self.remainders[start:end] = split(values)
+
+
+def joined(weights: Tensor, remainders: Tensor) -> Tensor:
+    """fp32 values of bf16 weights and what these lack, int16."""
+    return (weights.float().view(torch.int32) + remainders).view(torch.float32)
+
+
+def split(values: Tensor) -> tuple[Tensor, Tensor]:
+    """The weights and remainders that `joined` makes `values` of."""
+    high = values.bfloat16().float().view(torch.int32)
+    remainder = values.view(torch.int32) - high
+    tie = remainder == 2**15  # half a bf16 unit, rounded towards zero: does not fit into 16 bits
+    # The clamp concerns NaN alone, which stays one.
+    remainder = torch.where(tie, -(2**15), remainder).clamp(-(2**15), 2**15 - 1).short()
+    return torch.where(tie, high + 2**16, high).view(torch.float32).bfloat16(), remainder
+
+
+def rounded_values(values: Tensor, form: FloatFormat, noise: Tensor, *, second_moment: bool, squares: bool) -> Tensor:
+    """`round_stochastically`; a second moment that is not zero stays so."""
+    rounded = round_stochastically(values, form, noise, squares=squares)
+    return torch.where(values > 0, rounded.clamp(min=form.smallest), rounded) if second_moment else rounded
 
 
 def round_stochastically(values: Tensor, form: FloatFormat, noise: Tensor, *, squares: bool = False) -> Tensor:
@@ -231,8 +247,17 @@ def uniform_noise(first: int, count: int, step: int, salt: int, device: torch.de
 
     The mixing function is "lowbias32" (C. Wellons, public domain).
     """
-    x = torch.arange(first, first + count, device=device).to(torch.int32)
-    x.mul_(_signed(0x9E3779B1)).add_(_signed(step * 0x85EBCA77 + salt * 0xC2B2AE3D))
+    return noise_at(torch.arange(first, first + count, device=device), noise_seed(step, salt))
+
+
+def noise_seed(step: int, salt: int) -> int:
+    """int32 that stands for the step and for what is rounded."""
+    return _signed(step * 0x85EBCA77 + salt * 0xC2B2AE3D)
+
+
+def noise_at(places: Tensor, seed: int | Tensor) -> Tensor:
+    """`uniform_noise` of elements `places` of the parameter, int64."""
+    x = places.to(torch.int32).mul_(_signed(0x9E3779B1)).add_(seed)
     for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B), (16, 1)):
         x.bitwise_xor_((x >> shift).bitwise_and_((1 << (32 - shift)) - 1)).mul_(_signed(factor))
     return (x & _LOW_24_BITS).float().mul_(2.0**-24)
@@ -248,13 +273,13 @@ def _in_blocks(values: Tensor, lead: int) -> Tensor:
     return pad(values, (lead, -(lead + values.numel()) % BLOCK)).view(-1, BLOCK)
 
 
-def _block_exponents(blocks: Tensor) -> Tensor:
+def block_exponents(blocks: Tensor) -> Tensor:
     """int32 [blocks]: the smallest e with |value| <= 2^e; for a block of zeros the smallest there is."""
     largest = blocks.abs().amax(dim=1)
     mantissa, exponent = torch.frexp(largest)  # largest = mantissa * 2^exponent, mantissa in [1/2, 1)
     return torch.where(largest > 0, exponent - (mantissa == 0.5).int(), -126)
 
 
-def _power_of_two(exponents: Tensor) -> Tensor:
+def power_of_two(exponents: Tensor) -> Tensor:
     """fp32 2^e for e from -126 to 127, exact."""
     return ((exponents.int() + 127) << 23).view(torch.float32)
