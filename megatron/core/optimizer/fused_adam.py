@@ -1,15 +1,13 @@
-"""AdamW as one pass over memory: gradients are multiplied (loss scale, clipping), moments and main weights updated and
-the model's 16-bit weights rounded while an element is at hand.
+"""AdamW of gradients that are yet to be multiplied (loss scale, clipping) and of weights that are yet to be rounded.
 
-Passes of their own read and write 42 bytes for a parameter with fp32 gradient, moments and main weight and a 16-bit
-weight: 8 to clip, 28 to update, 6 to round; this one 30. On a CPU torch's own kernels do one after the other what fits
-into the cache; compiled it is one kernel, on a GPU too. Zeroing the gradient here would save nothing: it is written
-once either way.
+torch's kernels read and write 42 bytes for a parameter with fp32 gradient, moments and main weight and a 16-bit weight:
+8 to multiply, 28 to update, 6 to round. Compiled it is one kernel, which moves 30. Zeroing the gradient there, too,
+would save nothing: it is written once either way.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,9 +17,6 @@ from torch import Tensor
 from megatron.core.fusions import compiled
 from megatron.core.optimizer.optimizer_config import OptimizerConfig
 
-PIECE = 2**18
-"""Elements that are updated at a time on a CPU: their 5 MiB lie within its cache."""
-
 
 @dataclass(eq=False)
 class AdamState:
@@ -30,7 +25,7 @@ class AdamState:
     main: Tensor
     """[...] fp32."""
     grad: Tensor
-    """[...], fp32 or 16-bit; not changed."""
+    """[...], fp32 or 16-bit; may be left multiplied."""
     exp_avg: Tensor
     exp_avg_sq: Tensor
     step: Tensor
@@ -42,17 +37,6 @@ class AdamState:
     def tensors(self) -> tuple[Tensor | None, ...]:
         """All but the counter."""
         return self.main, self.grad, self.exp_avg, self.exp_avg_sq, self.weights
-
-    def pieces(self) -> Iterator[AdamState]:
-        """Of at most `PIECE` elements, flattened; itself where it is small, or cannot be viewed flat."""
-        if self.main.numel() <= PIECE or not all(x is None or x.is_contiguous() for x in self.tensors):
-            yield self
-            return
-        flat = [None if x is None else x.view(-1) for x in self.tensors]
-        for start in range(0, self.main.numel(), PIECE):
-            main, grad, exp_avg, exp_avg_sq, weights = (None if x is None else x[start : start + PIECE] for x in flat)
-            assert main is not None and grad is not None and exp_avg is not None and exp_avg_sq is not None
-            yield AdamState(main, grad, exp_avg, exp_avg_sq, self.step, weights)
 
 
 def update(states: Sequence[AdamState], group: Mapping[str, Any], multiplier: float, *, compile_it: bool) -> None:
@@ -71,49 +55,15 @@ def update(states: Sequence[AdamState], group: Mapping[str, Any], multiplier: fl
             steps = torch.stack([state.step for state in states])
             for state, rates in zip(states, rates_of(steps, group, multiplier)):
                 _update_compiled(state, rates)
-        elif states[0].main.device.type == "cpu":
-            for batch in _batches(states):
-                _update_batch(batch, group, multiplier)
         else:
-            _update_lists(states, group, multiplier)
+            _update_plainly(states, group, multiplier)
 
 
-def _batches(states: Iterable[AdamState]) -> Iterator[list[AdamState]]:
-    """All pieces, as many at a time as have `PIECE` elements together.
-
-    Pieces end where the kernel's vectors do, so that no element is computed by another instruction than in the whole.
-    """
-    batch: list[AdamState] = []
-    filled = 0
-    for state in states:
-        for piece in state.pieces():
-            if batch and filled + piece.main.numel() > PIECE:
-                yield batch
-                batch, filled = [], 0
-            batch.append(piece)
-            filled += piece.main.numel()
-    yield batch
-
-
-def _update_batch(batch: list[AdamState], group: Mapping[str, Any], multiplier: float) -> None:
-    grads = [state.grad for state in batch]
-    if any(grad.dtype != torch.float32 for grad in grads):
-        grads = [grad.float() for grad in grads]
-    if multiplier != 1.0:
-        grads = list(torch._foreach_mul(grads, multiplier))
-    _fused(batch, grads, group)
-
-
-def _update_lists(states: Sequence[AdamState], group: Mapping[str, Any], multiplier: float) -> None:
-    """By one call over all; the kernel divides by a scale, and leaves fp32 gradients divided."""
+def _update_plainly(states: Sequence[AdamState], group: Mapping[str, Any], multiplier: float) -> None:
+    """One torch kernel after the other, each over all; fp32 gradients are left multiplied."""
     grads = [state.grad.float() for state in states]
-    scale = None if multiplier == 1.0 else grads[0].new_tensor(1.0 / multiplier)
-    _fused(states, grads, group, scale)
-
-
-def _fused(
-    states: Sequence[AdamState], grads: list[Tensor], group: Mapping[str, Any], grad_scale: Tensor | None = None
-) -> None:
+    if multiplier != 1.0:
+        torch._foreach_mul_(grads, multiplier)
     beta1, beta2 = group["betas"]
     torch._fused_adamw_(
         [state.main for state in states],
@@ -129,8 +79,6 @@ def _fused(
         eps=group["eps"],
         amsgrad=False,
         maximize=False,
-        grad_scale=grad_scale,
-        found_inf=None,
     )
     rounded = [(state.weights, state.main) for state in states if state.weights is not None]
     if rounded:
@@ -194,7 +142,7 @@ def _update_compiled(state: AdamState, rates: Tensor) -> None:
 
 
 class FusedAdam(torch.optim.AdamW):
-    """`torch.optim.AdamW` in one pass over memory.
+    """`torch.optim.AdamW` that multiplies gradients and rounds weights, in one kernel where it is compiled.
 
     Args:
         param_groups: parameters that are fp32.
