@@ -72,6 +72,24 @@ def train_compiled() -> Table:
     return ["6 layers, hidden 384", "type", "eager", "compiled", "ratio"], rows
 
 
+def adam_update() -> Table:
+    rows = []
+    for result in read("optimizer_cpu")["results"]:
+        taken = result["milliseconds"]
+        rows.append(
+            [
+                f"GPT-2 {result['size']}, {TYPES[result['type']]}",
+                *(f"{taken[name]:.0f} ms" for name in ("plain", "compiled", "norm")),
+                f"{result['times_as_fast']:.2f}",
+            ]
+        )
+    for result in read("optimizer_cpu")["low_precision"]:
+        taken = result["nanoseconds"]
+        times = (f"{taken[name]:.1f} ns a parameter" for name in ("plain", "compiled"))
+        rows.append([f"moments in {result['moments']}", *times, "", f"{result['times_as_fast']:.1f}"])
+    return ["Adam's update", "torch's kernels", "one compiled kernel", "of it the norm", "times as fast"], rows
+
+
 ENCODERS = {
     ("bert", "hugging face"): ("BERT-base, 512 tokens, 15 % hidden, order of two parts", "`BertForPreTraining`"),
     ("bert", "hugging face, hidden tokens"): ("the same", "with scores for hidden tokens only"),
@@ -400,6 +418,7 @@ TABLES: dict[str, Callable[[], Table]] = {
     "train_gpt": train_gpt,
     "train_gpt_2threads": lambda: train_gpt("train_cpu_2threads"),
     "train_compiled": train_compiled,
+    "adam_update": adam_update,
     "train_encoders": train_encoders,
     "parallel": parallel,
     "bubbles": bubbles,

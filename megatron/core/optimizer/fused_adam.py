@@ -34,9 +34,10 @@ class AdamState:
     """[...] 16-bit: where to round `main` into."""
 
     @property
-    def tensors(self) -> tuple[Tensor | None, ...]:
-        """All but the counter."""
-        return self.main, self.grad, self.exp_avg, self.exp_avg_sq, self.weights
+    def is_flat(self) -> bool:
+        """Whether what is changed can be viewed as one row of elements."""
+        changed = (self.main, self.exp_avg, self.exp_avg_sq, self.weights)
+        return all(x is None or x.is_contiguous() for x in changed)
 
 
 def update(states: Sequence[AdamState], group: Mapping[str, Any], multiplier: float, *, compile_it: bool) -> None:
@@ -47,20 +48,17 @@ def update(states: Sequence[AdamState], group: Mapping[str, Any], multiplier: fl
         group: "lr", "betas", "eps", "weight_decay".
         compile_it: by one compiled kernel for each of `states` instead of torch's kernels.
     """
-    if not states:
-        return
     with torch.no_grad():
-        torch._foreach_add_([state.step for state in states], 1)
-        if compile_it:
-            steps = torch.stack([state.step for state in states])
-            for state, rates in zip(states, rates_of(steps, group, multiplier)):
-                _update_compiled(state, rates)
-        else:
-            _update_plainly(states, group, multiplier)
+        flat = [compile_it and state.is_flat for state in states]
+        _update_plainly([state for state, yes in zip(states, flat) if not yes], group, multiplier)
+        _update_compiled([state for state, yes in zip(states, flat) if yes], group, multiplier)
 
 
 def _update_plainly(states: Sequence[AdamState], group: Mapping[str, Any], multiplier: float) -> None:
     """One torch kernel after the other, each over all; fp32 gradients are left multiplied."""
+    if not states:
+        return
+    torch._foreach_add_([state.step for state in states], 1)
     grads = [state.grad.float() for state in states]
     if multiplier != 1.0:
         torch._foreach_mul_(grads, multiplier)
@@ -132,10 +130,17 @@ def adamw_in_place(
         weights.copy_(new_main)
 
 
-def _update_compiled(state: AdamState, rates: Tensor) -> None:
-    flat = [None if x is None else x.detach().view(-1) for x in state.tensors]
-    main, grad, exp_avg, exp_avg_sq, weights = flat
-    compiled.sweep(adamw_in_place)(main, grad, exp_avg, exp_avg_sq, weights, rates)
+def _update_compiled(states: Sequence[AdamState], group: Mapping[str, Any], multiplier: float) -> None:
+    """One kernel for each of `states`."""
+    if not states:
+        return
+    torch._foreach_add_([state.step for state in states], 1)
+    steps = torch.stack([state.step for state in states])
+    kernel = compiled.sweep(adamw_in_place)
+    for state, rates in zip(states, rates_of(steps, group, multiplier)):
+        changed = (state.main, state.exp_avg, state.exp_avg_sq, state.weights)
+        main, exp_avg, exp_avg_sq, weights = (None if x is None else x.detach().view(-1) for x in changed)
+        kernel(main, state.grad.reshape(-1), exp_avg, exp_avg_sq, weights, rates)
 
 
 # --- as a torch optimizer ---

@@ -128,9 +128,12 @@ def test_bias_dropout_add_without_dropout(with_bias: bool, residual_type: torch.
 
 def test_bias_dropout_add_drops_and_keeps_the_residual() -> None:
     x, bias = inputs(torch.float32, True)
-    residual = torch.randn(x.shape)
+    residual = torch.randn(x.shape, requires_grad=True)
     torch.manual_seed(1)
     y = bias_dropout_add_fused_train((x, bias), residual, 0.5)
     torch.manual_seed(1)
-    torch.testing.assert_close(y, residual + F.dropout(x + bias, 0.5))
+    expected = residual + F.dropout(x + bias, 0.5)
+    torch.testing.assert_close(y, expected)
     assert (y == residual).any() and not torch.equal(y, residual)
+    leaves, direction = (x, bias, residual), torch.randn(x.shape)
+    torch.testing.assert_close(*(torch.autograd.grad(z, leaves, direction) for z in (y, expected)))

@@ -200,13 +200,15 @@ def test_all_layers_share_one_compilation(traced: None, monkeypatch: pytest.Monk
 @pytest.mark.parametrize("interleaved", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_rotation_is_that_of_the_eager_function(dtype: torch.dtype, interleaved: bool) -> None:
-    from megatron.core.fusions.fused_rotary import rotated
+    from megatron.core.fusions.fused_rotary import RotatePairs
 
-    t, angles = torch.randn(6, 2, 4, 10).to(dtype), torch.randn(6, 1, 1, 4)
+    t, angles = torch.randn(6, 2, 4, 10).to(dtype).requires_grad_(), torch.randn(6, 1, 1, 4)
     found = compiled.rotate(t, angles, 1.3, interleaved)
-    expected = rotated(t, angles.cos() * 1.3, angles.sin() * 1.3, interleaved)
+    expected = RotatePairs.apply(t, angles.cos() * 1.3, angles.sin() * 1.3, interleaved)
     assert found.dtype == dtype
     torch.testing.assert_close(found, expected)
+    direction = torch.randn(t.shape).to(dtype)
+    torch.testing.assert_close(*(torch.autograd.grad(y, t, direction) for y in (found, expected)))
 
 
 WHY_NOT = why_not_compilable(device_type(), os.environ)
