@@ -113,7 +113,7 @@ class MixedPrecisionOptimizer(MegatronOptimizer):
         copy_all(*_unzip(self._rounded_weights()))
         self._finish_weights()
 
-    def _finish_weights(self) -> None:  # noqa: B027  nothing for most
+    def _finish_weights(self) -> None:
         """Once main params have been rounded: what else becomes of them."""
 
     def _copy_model_params_to_main_params(self) -> None:
