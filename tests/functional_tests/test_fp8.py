@@ -8,7 +8,7 @@ import pytest
 
 from tests.functional_tests.program import pretrain_gpt, run_program, train_rows
 from tests.functional_tests.sentences import write_sentences
-from tests.worker_pool import run_ranks
+from tests.worker_pool import RankFailure, run_ranks
 
 COMMON = "--train-iters 6 --lr 3e-3 --attention-dropout 0 --hidden-dropout 0 --bf16"
 EXPERTS = "--num-experts 4 --disable-bias-linear --moe-token-dispatcher-type alltoall --moe-aux-loss-coeff 0"
@@ -54,7 +54,7 @@ OVERLAP = "--clip-grad 0 --overlap-grad-reduce --overlap-param-gather --ddp-buck
     [
         pytest.param(1, f"{DELAYED} {DISTRIBUTED} {EXPERTS} --moe-grouped-gemm", marks=SLOW),
         # Without clipping, which follows the norm.
-        pytest.param(2, f"{DELAYED} {DISTRIBUTED} {OVERLAP}", marks=SLOW),
+        (2, f"{DELAYED} {DISTRIBUTED} {OVERLAP}"),
         pytest.param(2, f"{TENSOR} --use-distributed-optimizer --clip-grad 0", marks=SLOW),
         pytest.param(
             2, f"{DELAYED} {DISTRIBUTED} --tensor-model-parallel-size 2 --sequence-parallel --clip-grad 0", marks=SLOW
@@ -67,7 +67,8 @@ OVERLAP = "--clip-grad 0 --overlap-grad-reduce --overlap-param-gather --ddp-buck
         pytest.param(
             2,
             f"{DELAYED} {DISTRIBUTED} {OVERLAP} --pipeline-model-parallel-size 2 "
-            "--num-virtual-stages-per-pipeline-rank 2 --overlap-param-gather-with-optimizer-step",
+            "--num-virtual-stages-per-pipeline-rank 2 --overlap-param-gather-with-optimizer-step "
+            "--ckpt-format torch",
             marks=SLOW,
         ),
     ],
@@ -88,9 +89,8 @@ def curve(folder: Path, ranks: int, flags: str) -> list[tuple[float, ...]]:
     return [(row["lm loss"], row["grad-norm"]) for row in train_rows(metrics)]
 
 
-@pytest.mark.parametrize("ckpt_format", ["torch_dist", pytest.param("torch", marks=SLOW)])
-def test_runs_with_and_without_weights_in_fp8_load_each_other(ckpt_format: str, tmp_path: Path) -> None:
-    flags = f"{DELAYED} {DISTRIBUTED} --ckpt-format {ckpt_format}"
+def test_runs_with_and_without_weights_in_fp8_load_each_other(tmp_path: Path) -> None:
+    flags = f"{DELAYED} {DISTRIBUTED}"
     wide, kept = tmp_path / "wide", tmp_path / "kept"
     whole = curve(tmp_path, 1, f"{flags} --save {wide} --save-interval 3")
     found = curve(tmp_path, 1, f"{flags} --fp8-param-gather --save {kept} --save-interval 3")
@@ -98,6 +98,17 @@ def test_runs_with_and_without_weights_in_fp8_load_each_other(ckpt_format: str, 
     for folder, more in ((kept, "--fp8-param-gather"), (kept, ""), (wide, "--fp8-param-gather")):
         resumed = curve(tmp_path, 1, f"{flags} {more} --load {folder} --ckpt-step 3")
         assert resumed == whole[3:], f"{folder.name} -> {more or 'no flag'}"
+
+
+@pytest.mark.slow
+def test_files_that_describe_buffers_load_with_the_same_flag_only(tmp_path: Path) -> None:
+    flags = f"{DELAYED} {DISTRIBUTED} --ckpt-format torch"
+    whole = curve(tmp_path, 1, f"{flags} --fp8-param-gather --save {tmp_path} --save-interval 3")
+    load = f"--load {tmp_path} --ckpt-step 3"
+    assert curve(tmp_path, 1, f"{flags} --fp8-param-gather {load}") == whole[3:]
+    with pytest.raises(RankFailure, match="was saved with --fp8-param-gather, which format torch cannot change"):
+        curve(tmp_path, 1, f"{flags} {load}")
+    curve(tmp_path, 1, f"{flags} {load} --no-load-optim")
 
 
 SMALL = "--micro-batch-size 2 --global-batch-size 8 --lr 3e-3 --num-workers 0 --eval-iters 0 --log-interval 1"

@@ -375,15 +375,18 @@ def load_torch(
 
 
 def require_same_kind_of_optimizer(args: argparse.Namespace, saved: argparse.Namespace | None) -> None:
-    """Raise if the files are those of a distributed optimizer and this run's is not, or the other way
-    round."""
-    was = getattr(saved, "use_distributed_optimizer", args.use_distributed_optimizer)
-    if was != args.use_distributed_optimizer:
-        raise CheckpointingException(
-            f"the optimizer's state was saved with{'' if was else 'out'} --use-distributed-optimizer, which format "
-            "torch cannot change: set the flag as it was, or --no-load-optim to start the optimizer afresh (a "
-            "checkpoint of format torch_dist loads either way)"
-        )
+    """Raise if the files are those of a distributed optimizer, or of one with weights in fp8 (in buffers of their own),
+    and this run's is not, or the other way round."""
+    for name in ("use_distributed_optimizer", "fp8_param_gather"):
+        here = getattr(args, name, False)
+        was = getattr(saved, name, here)
+        if was != here:
+            flag = f"--{name.replace('_', '-')}"
+            raise CheckpointingException(
+                f"the optimizer's state was saved with{'' if was else 'out'} {flag}, which format "
+                "torch cannot change: set the flag as it was, or --no-load-optim to start the optimizer afresh (a "
+                "checkpoint of format torch_dist loads either way)"
+            )
 
 
 def restore_rest(contents: dict[str, Any], parts: Parts, optimizer: Any | None, scheduler: Any | None) -> None:
