@@ -149,7 +149,7 @@ def test_torch_multiplies_the_same_numbers(
 
 OPERANDS_OF_BLOCKS = {"x W": ((1, 128), (128, 128)), "dy x": ((1, 128), (1, 128)), "W x": ((128, 128), (1, 128))}
 has_products_of_blocks = pytest.mark.skipif(not hasattr(module.F, "scaled_mm"), reason="this torch is before 2.10")
-ODD_SIZES = [(32, 48, 128), (200, 264, 600), (1, 1, 40), (256, 128, 512), (64, 128, 11008)]
+ODD_SIZES = [(200, 264, 600), (1, 1, 40), (256, 128, 512)]
 
 
 def quantized_parts(shape: tuple[int, int, int], blocks: tuple[Block, Block]) -> tuple[Any, Any]:
