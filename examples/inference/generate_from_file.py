@@ -5,7 +5,9 @@
         --prompt-file prompts.txt --output-path texts.jsonl --num-tokens-to-generate 50 --top_p 0.9
 
 The file has a prompt a line, or if its name ends in .jsonl an object with "prompt" a line. Flags of the model, the
-checkpoint and the cache are those of tools/run_text_generation_server.py.
+checkpoint and the cache are those of tools/run_text_generation_server.py. More ranks than
+--tensor-model-parallel-size x --pipeline-model-parallel-size hold copies of the model, which share the prompts; texts
+do not depend on how many.
 """
 
 from __future__ import annotations
@@ -15,12 +17,17 @@ import json
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # for the programs of this clone
 
+from megatron.core import parallel_state
+from megatron.core.activity import communicating
+from megatron.core.inference.engines import DynamicInferenceEngine
 from megatron.core.inference.sampling_params import SamplingParams
+from megatron.core.utils import get_pg_size
 from megatron.training import get_args, get_model, get_tokenizer, initialize_megatron, print_rank_0
 from megatron.training.checkpoint.load import load_run
 from megatron.training.errors import exit_at_once_on_error
@@ -49,15 +56,41 @@ def read_prompts(path: Path) -> list[str]:
     return lines
 
 
+Rows = dict[int, dict[str, Any]]
+"""Number of a prompt -> its line of the file that is written."""
+
+
+def own_rows(engine: DynamicInferenceEngine, prompts: list[str], params: SamplingParams) -> Rows:
+    """What this copy of the model makes of its part of the prompts. A random text follows the number of its prompt."""
+    copy, copies = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
+    requests = {}
+    for number in range(len(prompts)):  # all are checked by all: none is left waiting
+        engine.check_prompt(engine.controller.tokenize_prompt(prompts[number]), params.num_tokens_to_generate)
+    for number in range(copy, len(prompts), copies):
+        requests[number] = engine.add_request(number, prompts[number], sampling_params=params)
+    while engine.has_unfinished_requests():
+        engine.step()
+    rows: Rows = {}
+    for number, request in requests.items():
+        rows[number] = {"prompt": prompts[number], "text": request.generated_text, "tokens": request.generated_tokens}
+        rows[number] |= {"logprobs": request.generated_log_probs} if params.return_log_probs else {}
+    return rows
+
+
+def all_rows(own: Rows) -> list[dict[str, Any]]:
+    """Those of all copies, in the order of the prompts. Communicates: a gather of objects over the copies."""
+    group = parallel_state.get_data_parallel_group()
+    gathered: list[Rows] = [{}] * get_pg_size(group)
+    with communicating("all-gather", group, of="texts"):
+        torch.distributed.all_gather_object(gathered, own, group=group)
+    found = {number: row for rows in gathered for number, row in rows.items()}
+    return [found[number] for number in sorted(found)]
+
+
 def write_texts() -> None:
     initialize_megatron(add_file_arguments)
     args, tokenizer = get_args(), get_tokenizer()
     check(args)
-    if args.data_parallel_size > 1:
-        raise ValueError(
-            f"{args.world_size} ranks hold {args.data_parallel_size} copies of the model: give as many as "
-            "--tensor-model-parallel-size x --pipeline-model-parallel-size"
-        )
     prompts = read_prompts(args.prompt_file)
     model = get_model(model_provider, wrap_with_ddp=False)
     load_run(args, model, None, None)
@@ -70,16 +103,13 @@ def write_texts() -> None:
         return_log_probs=args.return_log_probs,
     )
     begin = time.perf_counter()
-    requests = engine.generate(prompts, params)
+    rows = all_rows(own_rows(engine, prompts, params))
     seconds = time.perf_counter() - begin
     if torch.distributed.get_rank() == 0:
         with args.output_path.open("w", encoding="utf-8") as out:
-            for prompt, request in zip(prompts, requests):
-                row = {"prompt": prompt, "text": request.generated_text, "tokens": request.generated_tokens}
-                row |= {"logprobs": request.generated_log_probs} if args.return_log_probs else {}
-                out.write(json.dumps(row, ensure_ascii=False) + "\n")
-    count = sum(len(request.generated_tokens) for request in requests)
-    print_rank_0(f"{len(requests)} texts, {count} tokens in {seconds:.1f} s: {args.output_path}")
+            out.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    count = sum(len(row["tokens"]) for row in rows)
+    print_rank_0(f"{len(rows)} texts, {count} tokens in {seconds:.1f} s: {args.output_path}")
     torch.distributed.destroy_process_group()
 
 

@@ -21,6 +21,13 @@ from megatron.inference.text_generation import (
     generate_and_post_process,
     tokenization,
 )
+from megatron.inference.text_generation.communication import (
+    broadcast_float_list,
+    broadcast_from_last_pipeline_stage,
+    broadcast_int_list,
+    broadcast_tensor,
+    copy_from_last_to_first_pipeline_stage,
+)
 from megatron.inference.text_generation.forward_step import ForwardStep
 from megatron.inference.text_generation.generation import score_and_return_on_first_stage
 from megatron.inference.text_generation.mcore_engine_server import ModelInferenceWrapperServer, run_mcore_engine
@@ -38,7 +45,7 @@ from tests.unit_tests.inference.small_models import (
 from tests.worker_pool import run_ranks
 
 PROMPTS, NEW = ["3141592653", "K", "CBA"], 6
-LAYOUTS = [(1, 1)]
+LAYOUTS = [(1, 1), (2, 1, True), (1, 2)]
 
 
 class Letters:
@@ -203,6 +210,24 @@ def settings_and_endings() -> None:
 
 def test_settings_endings_and_refusals() -> None:
     run_ranks(1, settings_and_endings)
+
+
+def exchange() -> None:
+    parallel_state.initialize_model_parallel(1, 2)
+    rank = torch.distributed.get_rank()
+    assert broadcast_int_list(2, [rank, 7], rank=1).tolist() == [1, 7]
+    assert broadcast_float_list(1, [rank + 0.5], data_parallel=True).tolist() == [0.5]
+    values = torch.full((2, 3), float(rank))
+    assert broadcast_from_last_pipeline_stage([2, 3], torch.float32, values).eq(1).all()
+    copy_from_last_to_first_pipeline_stage([2, 3], torch.float32, values)
+    assert values.eq(1).all()
+    if rank == 0:
+        with pytest.raises(ValueError, match=r"\[2\] of torch.int64, not \[3\]"):
+            broadcast_tensor([3], torch.int64, torch.tensor([1, 2]))
+
+
+def test_values_reach_the_ranks_that_want_them() -> None:
+    run_ranks(2, exchange)
 
 
 def test_a_draw_with_torchs_own_stream() -> None:

@@ -15,6 +15,7 @@ import torch
 
 from megatron.core.inference.contexts import EncoderDecoderContext
 from megatron.core.inference.sampling_params import SamplingParams
+from tests.unit_tests.inference import test_encoder_decoder_context as encoder_decoder
 from tests.unit_tests.inference.serving.test_app import Letters, texts_of
 from tests.unit_tests.inference.small_models import LLAMA, build_engine, build_model
 from tests.worker_pool import run_ranks
@@ -26,6 +27,10 @@ PROMPTS = ["3141592653", "K", "CBA", "7"]
 
 def gpt_engine(tp: int) -> Any:
     return build_engine(build_model(tp, **LLAMA), chunk_size=4)
+
+
+def t5_engine(tp: int) -> Any:
+    return encoder_decoder.build_engine(encoder_decoder.build_model("relative"))
 
 
 def all_free(context: Any) -> bool:
@@ -117,6 +122,21 @@ def greedy(client: Any, front: Any) -> None:
 
 def test_each_copy_writes_what_the_model_writes() -> None:
     run_ranks(2, with_copies, greedy)
+
+
+def of_t5(client: Any, front: Any) -> None:
+    """Those of whole passes; three texts run on each copy, and three more wait."""
+    model = front.engine.controller.inference_wrapped_model.model
+    prompts = PROMPTS * 3
+    body = {"prompts": prompts, "tokens_to_generate": encoder_decoder.NEW, "top_k": 1}
+    letters = Letters()
+    texts = [letters.detokenize(encoder_decoder.by_hand(model, letters.tokenize(prompt))) for prompt in PROMPTS]
+    assert client.put("/api", json=body).json()["text"] == texts * 3
+
+
+def test_copies_of_a_t5_answer_as_one() -> None:
+    of_first, of_second = run_ranks(2, with_copies, of_t5, 1, t5_engine)
+    assert of_first == of_second == 6
 
 
 def unseeded(client: Any, front: Any) -> None:
