@@ -24,6 +24,7 @@ def lines(folder: Path, prompts: Path, world_size: int) -> list[dict]:
     return [json.loads(line) for line in out.read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_copies_share_the_prompts_of_a_file(tmp_path: Path) -> None:
     from tests.interop.hf_models import VOCAB, make
 

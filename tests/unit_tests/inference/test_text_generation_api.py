@@ -45,7 +45,7 @@ from tests.unit_tests.inference.small_models import (
 from tests.worker_pool import run_ranks
 
 PROMPTS, NEW = ["3141592653", "K", "CBA"], 6
-LAYOUTS = [(1, 1), (2, 1, True), (1, 2)]
+LAYOUTS = [(1, 1), (1, 2), pytest.param((2, 1, True), marks=pytest.mark.slow)]
 
 
 class Letters:
