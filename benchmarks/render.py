@@ -412,6 +412,45 @@ def loss_memory() -> Table:
     return ["", "plain torch", "`native`", "`linear`", "saved beside `native`", "beside plain torch"], rows
 
 
+# --- generation -----------------------------------------------------------------------------------------
+
+LOADS = {
+    "one": ("one prompt", 1.3),
+    "equal": ("16 equal prompts", 1.5),
+    "ragged": ("16 ragged prompts", 2.0),
+    "arrivals": ("64 that arrive", 4.0),
+}
+"""Titles, and the ratios aimed at."""
+
+
+def generation(name: str = "generate_cpu") -> Table:
+    rows = []
+    for number_type, of_type in read(name)["results"].items():
+        bound = of_type["streaming"]["tokens_per_second"]
+        for load, (title, aim) in LOADS.items():
+            if load not in of_type:
+                continue
+            result = of_type[load]
+            speeds, first = result["tokens_per_second"], result["median_seconds_to_first_token"]
+            rows.append(
+                [
+                    title,
+                    {"float32": "fp32", "bfloat16": "bf16"}[number_type],
+                    f"{speeds['ours']:.1f}",
+                    f"{speeds['transformers']:.1f}",
+                    f"{result['ratio']:.2f}",
+                    f"{aim:.1f}",
+                    f"{bound:.1f}" if load == "one" else "",
+                    f"{first['ours']:.2f}",
+                    f"{first['transformers']:.2f}",
+                    f"{result['equal_texts']:.0%}".replace("%", " %"),
+                    str(len(result["all_rounds"]["ours"])),
+                ]
+            )
+    heads = ["", "type", "ours", "transformers", "ratio", "aim", "bound", "ours, first token"]
+    return [*heads, "transformers", "equal texts", "rounds"], rows
+
+
 # --- pages ----------------------------------------------------------------------------------------------
 
 TABLES: dict[str, Callable[[], Table]] = {
@@ -431,6 +470,7 @@ TABLES: dict[str, Callable[[], Table]] = {
     "lm_eval": lm_eval,
     "gpu": gpu,
     "overlap": overlap,
+    "generation": generation,
     "regression_gate": regression_gate,
     "fp8_text": fp8_text,
     "loss_memory": loss_memory,
