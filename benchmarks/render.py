@@ -401,15 +401,20 @@ def signed_percent(difference: float) -> str:
 
 
 def loss_memory() -> Table:
-    peaks: dict[tuple[str, str], dict[str, int]] = {}
+    measured: dict[tuple[str, str], dict[str, Any]] = {}
     for row in read("loss_memory_cpu")["results"]:
-        peaks.setdefault((row["size"], row["type"]), {})[row["contender"]] = row["peak bytes"]
+        measured.setdefault((row["size"], row["type"]), {})[row["contender"]] = row
     rows = []
-    for (_, kind), found in peaks.items():
-        ours, pieces, plain = (found[name] for name in ("ours", "ours, loss in pieces", "plain torch"))
-        mib = [f"{value / 2**20:.0f} MiB" for value in (plain, ours, pieces)]
-        rows.append([TYPES[kind], *mib, f"{100 * (1 - pieces / ours):.0f} %", f"{100 * (1 - pieces / plain):.0f} %"])
-    return ["", "plain torch", "`native`", "`linear`", "saved beside `native`", "beside plain torch"], rows
+    for (_, kind), found in measured.items():
+        contenders = [found[name] for name in ("ours", "ours, loss in pieces", "plain torch")]
+        native, pieces, plain = (row["peak bytes"] for row in contenders)
+        fast = [row["tokens_per_second"] for row in contenders]
+        mib = [f"{value / 2**20:.0f} MiB" for value in (plain, native, pieces)]
+        saved = [f"{100 * (1 - pieces / other):.0f} %" for other in (native, plain)]
+        slower = ["" if other is None else f"{fast[1] / other:.2f}" for other in (fast[0], fast[2])]
+        rows.append([TYPES[kind], *mib, *saved, *slower])
+    heads = ["", "plain torch", "`native`", "`linear`", "saved beside `native`", "beside plain torch"]
+    return [*heads, "speed beside `native`", "beside plain torch"], rows
 
 
 # --- generation -----------------------------------------------------------------------------------------
