@@ -181,7 +181,7 @@ MUTATIONS = [
     ),
     Mutation(
         "the norm is that of one rank's gradients",
-        f"{CORE}.optimizer.clip_grads:reduce_over",
+        f"{CORE}.optimizer.megatron_optimizer:reduce_over",
         nothing,
         {"pp": MANY, "sharding": "none"},
         "gradient norm",
