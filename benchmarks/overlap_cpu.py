@@ -90,7 +90,7 @@ KINDS = {
         "--moe-shared-expert-overlap",
         EXPERTS,
         f"{EXPERTS} --moe-shared-expert-overlap",
-        lambda name: name.startswith("all-to-all of tokens of experts"),
+        lambda name: name.startswith("all-to-all"),
     ),
 }
 

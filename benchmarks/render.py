@@ -327,7 +327,7 @@ ON_THE_TIMELINE = {
     "weights": "all-gather of weights over the data parallel ranks",
     "tensor": "exchange of pieces over the tensor parallel ranks",
     "pipeline": "send, receive of activations, gradients of microbatch n",
-    "experts": "all-to-all of tokens of experts over the expert parallel ranks",
+    "experts": "all-to-all of tokens of experts",
 }
 
 
@@ -344,6 +344,26 @@ def overlap() -> Table:
         hidden = f"{row['hidden']:.0%}".replace("%", " %").replace("-", "−")
         rows.append([row["title"], flag, ON_THE_TIMELINE[name], ", ".join(shares), times[0], hidden, times[1]])
     return ["kind", "flag", "in flight, by name", "runs beside", "waiting", "hidden", "step"], rows
+
+
+def moe() -> Table:
+    """Of `moe_cpu.py`."""
+    rows = []
+    for row in read("moe_cpu")["rows"]:
+        times, kept = row["milliseconds"], row["kept_mb"]
+        names = ("ours, grouped", "ours, sequential", "ours, dense", "transformers, eager")
+        ratios = (row[name] for name in ("times_faster", "dense_times_faster", "over_dense"))
+        memory = " / ".join(f"{kept[name]:.0f}" for name in ("ours, grouped", "transformers, eager"))
+        rows.append(
+            [
+                f"{row['hidden']}, {row['inner']}, {row['tokens']}",
+                *(f"{times[name]:.0f} ms" for name in names),
+                *(f"{ratio:.2f}" for ratio in ratios),
+                f"{memory} MiB",
+            ]
+        )
+    heads = ["hidden, expert, tokens", "stacked", "one after the other", "dense block", "transformers, eager"]
+    return [*heads, "times as fast", "dense block: times as fast", "over the dense block", "kept: stacked / theirs"], rows
 
 
 def regression_gate() -> Table:
@@ -476,6 +496,7 @@ TABLES: dict[str, Callable[[], Table]] = {
     "gpu": gpu,
     "overlap": overlap,
     "generation": generation,
+    "moe": moe,
     "regression_gate": regression_gate,
     "fp8_text": fp8_text,
     "loss_memory": loss_memory,
