@@ -363,7 +363,13 @@ def moe() -> Table:
             ]
         )
     heads = ["hidden, expert, tokens", "stacked", "one after the other", "dense block", "transformers, eager"]
-    return [*heads, "times as fast", "dense block: times as fast", "over the dense block", "kept: stacked / theirs"], rows
+    return [
+        *heads,
+        "times as fast",
+        "dense block: times as fast",
+        "over the dense block",
+        "kept: stacked / theirs",
+    ], rows
 
 
 def regression_gate() -> Table:
