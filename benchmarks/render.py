@@ -340,6 +340,8 @@ def overlap() -> Table:
         total = sum(beside.values())
         shares = [f"{part} {seconds / total:.0%}".replace("%", " %") for part, seconds in beside.items() if seconds > 1]
         times = [f"{plain[key]:.0f} → {overlapped[key]:.0f} ms" for key in ("waiting", "step")]
+        if "note" in row:
+            times[1] = "not measured"
         flag = f"`{row['flag']}`" if row["flag"].startswith("--") else row["flag"]
         hidden = f"{row['hidden']:.0%}".replace("%", " %").replace("-", "−")
         rows.append([row["title"], flag, ON_THE_TIMELINE[name], ", ".join(shares), times[0], hidden, times[1]])
