@@ -2,8 +2,7 @@
 
 A row's token depends on its logits, its settings and its own random stream; never on the other rows. It is the inverse
 of the cumulative distribution, tokens in the order of their numbers, at one uniform number: a last bit of the logits
-    that
-differs, as it does between batches of different size, moves the borders between tokens by as little.
+that differs, as it does between batches of different size, moves the borders between tokens by as little.
 """
 
 from __future__ import annotations
