@@ -28,6 +28,7 @@ from megatron.core.fusions.fused_rms_norm import rms_norm
 from megatron.core.fusions.fused_rotary import RotatePairs
 from megatron.core.fusions.fused_softmax import ScaledMaskedSoftmax, ScaledSoftmax, ScaledUpperTriangMaskedSoftmax
 from megatron.core.fusions.linear_cross_entropy import linear_cross_entropy
+from megatron.core.optimizer.fused_adam import AdamState, update
 from megatron.core.optimizer.muon import COEFFICIENTS, orthogonalized
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.ssm.causal_conv import causal_conv
@@ -312,6 +313,24 @@ def added_norm_region(x: Tensor, residual: Tensor, weight: Tensor) -> Tensor:
     )
 
 
+RATES = {"lr": 1e-2, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
+
+
+def compiled_adam(main: Tensor, grad: Tensor, exp_avg: Tensor, root: Tensor) -> Tensor:
+    """What the third update with half the gradient leaves, and how far bf16 weights are from it rounded."""
+    state = AdamState(main, grad, exp_avg, root.square(), torch.full((), 2.0, device=main.device), main.bfloat16())
+    update([state], RATES, 0.5, compile_it=True)
+    assert state.weights is not None
+    return torch.stack((main, exp_avg, state.exp_avg_sq, (state.weights - main.bfloat16()).float()))
+
+
+def plain_adam(main: Tensor, grad: Tensor, exp_avg: Tensor, root: Tensor) -> Tensor:
+    exp_avg = 0.9 * exp_avg + 0.05 * grad
+    exp_avg_sq = 0.95 * root.square() + 0.05 * (grad / 2).square()
+    step = exp_avg / (1 - 0.9**3) / ((exp_avg_sq / (1 - 0.95**3)).sqrt() + 1e-8)
+    return torch.stack((main * (1 - 1e-3) - 1e-2 * step, exp_avg, exp_avg_sq, torch.zeros_like(main)))
+
+
 X, GAIN, TWICE = (6, 2, 32), (32,), (64,)
 SCORES, LOGITS = (2, 3, 8, 8), (6, 2, 40)
 RECURRENCE = ((20, 2, 4, 8), (20, 2, 4), (4,), (20, 2, 2, 8), (20, 2, 2, 8))
@@ -382,6 +401,7 @@ CHECKS: list[Check] = [
 """Every fused operation, then every attention back end."""
 
 SUMS: list[Check] = [
+    Check("compiled Adam", ((700,),) * 4, compiled_adam, plain_adam, FULL),
     Check(
         "weight gradients added in fp32",
         ((32, 16), (32, 24)),
@@ -392,7 +412,7 @@ SUMS: list[Check] = [
             if dtype == torch.bfloat16 and not mixed_kernel_works(device, dtype, torch.float32)
             else ""
         ),
-    )
+    ),
 ]
 """Only forward."""
 PRODUCTS: list[Check] = [
