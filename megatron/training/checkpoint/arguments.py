@@ -18,6 +18,7 @@ ONLY_IF_UNSET = (
     "num_attention_heads",
     "kv_channels",
     "max_position_embeddings",
+    "decoder_seq_length",
     "padded_vocab_size",
     "ckpt_format",
 )

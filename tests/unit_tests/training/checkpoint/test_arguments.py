@@ -37,6 +37,13 @@ def test_format_is_taken_unless_given() -> None:
     assert args.ckpt_format == "torch_dist"
 
 
+def test_what_a_decoder_takes_is_taken_unless_given() -> None:
+    for flags, expected in (("", 64), ("--decoder-seq-length 32", 32)):
+        args = parsed(flags)
+        apply_checkpoint_args(args, {"decoder_seq_length": 64})
+        assert args.decoder_seq_length == expected
+
+
 def test_layout_is_taken_only_where_asked_for() -> None:
     saved = {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 4}
     args = parsed()
