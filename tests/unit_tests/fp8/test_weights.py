@@ -22,8 +22,9 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from tests.worker_pool import run_ranks
 
 E4M3 = torch.float8_e4m3fn
-SIZES = (24, 40)
-NUMEL = 2 * SIZES[0] * SIZES[1]
+SIZES, OUT = (24, 40), 16
+NUMEL = SIZES[0] * SIZES[1] + SIZES[1] * OUT
+"""The border between two ranks cuts through a weight."""
 
 
 def build(recipe: str, **ddp: Any) -> tuple[DistributedDataParallel, Any]:
@@ -42,7 +43,7 @@ def build(recipe: str, **ddp: Any) -> tuple[DistributedDataParallel, Any]:
     torch.manual_seed(0)
     make: dict[str, Any] = {"config": config, "init_method": nn.init.normal_, "bias": False, "skip_bias_add": False}
     first, norm = ColumnParallelLinear(*SIZES, **make), nn.LayerNorm(SIZES[1], dtype=torch.bfloat16)
-    second = RowParallelLinear(SIZES[1], SIZES[0], input_is_parallel=True, **make)
+    second = RowParallelLinear(SIZES[1], OUT, input_is_parallel=True, **make)
     model = nn.ModuleList([first, norm, second])
     with torch.no_grad():
         for layer in (first, second):
