@@ -64,10 +64,11 @@ class DistributedDataParallel(_BaseDataParallel):
         super().__init__(config, module)
         if config.calculate_per_token_loss and ddp_config.average_in_collective:
             raise ValueError("average_in_collective must be False with calculate_per_token_loss, which sums gradients")
-        if ddp_config.fp8_param_gather != config.fp8_param:
+        fp8_param = getattr(config, "fp8_param", False)  # a model of single layers may come with a ModelParallelConfig
+        if ddp_config.fp8_param_gather != fp8_param:
             raise ValueError(
                 f"fp8_param_gather ({ddp_config.fp8_param_gather}) must be what fp8_param of the model's "
-                f"configuration is ({config.fp8_param})"
+                f"configuration is ({fp8_param})"
             )
         self.ddp_config = ddp_config
         default = groups_of(module)
