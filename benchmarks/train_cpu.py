@@ -301,8 +301,10 @@ def show(title: str, result: dict[str, Any]) -> None:
 
 
 def key(row: dict[str, Any]) -> tuple[Any, ...]:
-    """What a row of results is about."""
-    return (*row["size"].values(), row["type"])
+    """What a row of results is about; older ones do not tell their length and batch."""
+    size = dict(row["size"])
+    length, batch = size.pop("length", LENGTH), size.pop("batch", BATCH)
+    return (*size.values(), length, batch, row["type"])
 
 
 def kept_rows(path: Path, results: list[dict[str, Any]]) -> list[dict[str, Any]]:
