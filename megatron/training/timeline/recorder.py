@@ -7,7 +7,7 @@ import os
 import socket
 import statistics
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -111,11 +111,10 @@ def _gather(
     everyone: list[Any] = [None] * dist.get_world_size()
     with communicating("all-gather", None, of="spans of the timeline"):
         dist.all_gather_object(everyone, mine)
-    start = min((span.start for rank in everyone for span in rank.spans), default=0.0)
     request = schedule_request(
         config, parallel_state.get_pipeline_model_parallel_world_size(), num_chunks, get_num_microbatches()
     )
-    ranks = tuple(shifted(rank, -start) for rank in everyone)
+    ranks = from_first_begin(everyone)
     return MeasuredStep(iteration, ranks, plan_for(config, request), is_synchronized=not device.is_cpu())
 
 
@@ -123,13 +122,14 @@ def _in_order(spans: Iterable[Span]) -> tuple[Span, ...]:
     return tuple(sorted(spans, key=lambda span: (span.start, -span.end)))
 
 
-def shifted(rank: RankSpans, seconds: float) -> RankSpans:
-    """The same later."""
+def from_first_begin(ranks: Sequence[RankSpans]) -> tuple[RankSpans, ...]:
+    """The same in seconds from the first begin of anything, launches of what is in flight included."""
+    start = min((span.start for rank in ranks for span in (*rank.spans, *rank.flights)), default=0.0)
 
-    def later(spans: Iterable[Span]) -> tuple[Span, ...]:
-        return tuple(replace(span, start=span.start + seconds, end=span.end + seconds) for span in spans)
+    def earlier(spans: Iterable[Span]) -> tuple[Span, ...]:
+        return tuple(replace(span, start=span.start - start, end=span.end - start) for span in spans)
 
-    return replace(rank, spans=later(rank.spans), flights=later(rank.flights))
+    return tuple(replace(rank, spans=earlier(rank.spans), flights=earlier(rank.flights)) for rank in ranks)
 
 
 def as_span(one: activity, ended: float, cpu_ended: float = 0.0, offset: float = 0.0) -> Span:

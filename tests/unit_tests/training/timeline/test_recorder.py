@@ -11,7 +11,8 @@ import pytest
 
 from megatron.core.activity import activity, listening
 from megatron.training.timeline.chrome_trace import PLANNED
-from megatron.training.timeline.recorder import Timeline, as_span, clock_offset
+from megatron.training.timeline.recorder import Timeline, as_span, clock_offset, from_first_begin
+from megatron.training.timeline.spans import Place, RankSpans, Span
 from tests.functional_tests.program import pretrain_gpt
 from tests.unit_tests.training.timeline.test_writing import chart_of, read, require_valid
 from tests.worker_pool import run_ranks
@@ -98,6 +99,14 @@ def test_spans_know_what_is_around_them() -> None:
     assert outer.text == "backward of microbatch 2 on model chunk 1"
     assert outer.start <= inner.start < inner.end <= outer.end and inner.seconds >= 0.001
     assert outer.start == pytest.approx(heard[1][0].started + 10.0)
+
+
+def test_time_begins_with_the_first_launch_of_any_rank() -> None:
+    wait, flight = Span("collective", "all-gather", 12.0, 13.0), Span("collective", "all-gather", 9.0, 13.0)
+    early = RankSpans(0, "", Place(), (wait,), flights=(flight,))
+    late = RankSpans(1, "", Place(data=1), (Span("F", "forward", 10.0, 11.0),))
+    early, late = from_first_begin([early, late])
+    assert [(span.start, span.end) for span in (*early.flights, *early.spans, *late.spans)] == [(0, 4), (3, 4), (1, 2)]
 
 
 def test_ranks_of_one_machine_have_one_clock() -> None:
